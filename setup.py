@@ -1,0 +1,33 @@
+"""Packaging. The four top-level folders are reached through links inside ``cpmpi`` (see docs/development.md)."""
+
+from setuptools import find_namespace_packages, setup
+
+setup(
+    name="cpmpi",
+    version="0.1.0",
+    description="Exact whole-document LLM prefill and scoring as MPI batch jobs",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["cpmpi", "cpmpi.*"]),
+    package_data={"cpmpi": ["py.typed"]},
+    install_requires=[
+        "click>=8.1",
+        "greenlet>=3.0",
+        "h5py>=3.10",
+        "mpi4py>=4.0",
+        "numpy>=1.26",
+        "safetensors>=0.4",
+        "slurm-python-utils>=1.7",
+        "torch>=2.8",
+        "transformers>=5.0",
+        "xxhash>=3.4",
+    ],
+    extras_require={
+        "plot": ["matplotlib>=3.8"],
+        "nvidia": ["nvidia-ml-py>=12"],
+        "test": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "ruff>=0.6"],
+    },
+    entry_points={"console_scripts": ["cpmpi = cpmpi.jobs.cli:main"]},
+)

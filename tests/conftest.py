@@ -1,0 +1,62 @@
+"""Multi-rank tests from a plain ``pytest``: ``@pytest.mark.mpi(n)`` starts the test under ``mpirun -n n``.
+
+The parent process never imports mpi4py; the ranks run ``python -m mpi4py -m pytest`` on the one test, in a session
+of their own, with a timeout, without the MPI and Slurm variables of whoever started pytest.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+INNER = "CPMPI_TEST_RANK"
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "MPI_", "SLURM_", "HYDRA_", "MPIR_")
+sys.path.insert(0, str(ROOT))
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """This environment without launcher variables, one compute thread a rank, Open MPI usable as root."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return {**kept, **as_root, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
+
+
+def mpirun(n: int, *command: str, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m mpi4py COMMAND`` on n ranks in a process group that is killed at the timeout."""
+    launcher = Path(sys.executable).with_name("mpirun")
+    mpirun_path = str(launcher) if launcher.exists() else "mpirun"
+    line = [mpirun_path, "--oversubscribe", "--bind-to", "none", "-n", str(n), sys.executable, "-m", "mpi4py", *command]
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        env=clean_environment(**environment), start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, _ = process.communicate()
+        pytest.fail(f"{n} ranks still running after {timeout_s} s:\n{out}", pytrace=False)
+    return subprocess.CompletedProcess(line, process.returncode, out, "")
+
+
+def ranks_of(item: pytest.Item) -> int:
+    marker = item.get_closest_marker("mpi")
+    return marker.args[0] if marker else 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    n = ranks_of(pyfuncitem)
+    if not n or INNER in os.environ:
+        return None
+    done = mpirun(n, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", pyfuncitem.nodeid, **{INNER: "1"})
+    if done.returncode:
+        pytest.fail(f"on {n} ranks:\n{done.stdout}", pytrace=False)
+    return True
