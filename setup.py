@@ -1,12 +1,14 @@
 """Packaging. The four top-level folders are reached through links inside ``cpmpi`` (see docs/development.md)."""
 
+from pathlib import Path
+
 from setuptools import find_namespace_packages, setup
 
 setup(
     name="cpmpi",
     version="0.1.0",
     description="Exact whole-document LLM prefill and scoring as MPI batch jobs",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

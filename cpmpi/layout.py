@@ -1,0 +1,62 @@
+"""Which rank holds which tokens: segments dealt in snake order.
+
+T tokens are cut into S segments, each segment into one contiguous piece per rank, as equal as possible. Rank r holds
+piece r of even segments and piece N-1-r of odd ones, so that every rank has its share of the early tokens, which are
+cheap under a causal mask, and of the late ones, which are not. S = 2 is the *zigzag* of the ring-attention literature,
+S large is *striped* attention. No divisibility rule, no padding: pieces may differ by one token or be empty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """A contiguous run of token positions, ``start <= position < stop``."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Tokens in the piece."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How ``n_tokens`` tokens at positions ``start, start + 1, ...`` lie on ``world`` ranks.
+
+    Raises:
+        ValueError: a count is out of range.
+    """
+
+    n_tokens: int
+    world: int
+    segments: int = 2
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_tokens < 0 or self.start < 0:
+            raise ValueError(f"tokens ({self.n_tokens}) and start ({self.start}) must not be negative")
+        if self.world < 1:
+            raise ValueError(f"ranks ({self.world}) must be at least 1")
+        if self.segments < 1:
+            raise ValueError(f"segments ({self.segments}) must be at least 1")
+
+    def pieces(self, rank: int) -> tuple[Piece, ...]:
+        """The non-empty pieces of ``rank``, in position order."""
+        assert 0 <= rank < self.world
+        pieces = []
+        for segment in range(self.segments):
+            first, last = (self.n_tokens * s // self.segments for s in (segment, segment + 1))
+            place = rank if segment % 2 == 0 else self.world - 1 - rank
+            start, stop = (self.start + first + (last - first) * p // self.world for p in (place, place + 1))
+            if stop > start:
+                pieces.append(Piece(start, stop))
+        return tuple(pieces)
+
+    def size(self, rank: int) -> int:
+        """Tokens that ``rank`` holds."""
+        return sum(piece.size for piece in self.pieces(rank))
