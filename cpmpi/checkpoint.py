@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cpmpi.errors import UserError
+from cpmpi.fingerprint import weight_files
 from cpmpi.forward import ATTENTION, register
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,27 +40,13 @@ class Checkpoint:
         self._check_architecture()
 
     def _check_weights(self) -> None:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise UserError(f"{index}: not an index of weights ({error!r})") from error
-            missing = [name for name in names if not (self.folder / name).is_file()]
-            if missing:
-                raise UserError(
-                    f"{self.folder}: {len(missing)} of {len(names)} weight files missing: {', '.join(missing)}"
-                )
-        elif not (self.folder / "model.safetensors").is_file():
-            pickled = sorted(p.name for p in self.folder.glob("*.bin")) + sorted(
-                p.name for p in self.folder.glob("*.pt*")
+        pickled = [p.name for p in sorted(self.folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
+        if pickled and not list(self.folder.glob("*.safetensors*")):
+            raise UserError(
+                f"{self.folder}: weights only as pickle ({pickled[0]}), which can run code when read; "
+                "convert the checkpoint to safetensors"
             )
-            if pickled:
-                raise UserError(
-                    f"{self.folder}: weights only as pickle ({pickled[0]}), which can run code when read; "
-                    "convert the checkpoint to safetensors"
-                )
-            raise UserError(f"{self.folder}: no weights (model.safetensors or model.safetensors.index.json)")
+        weight_files(self.folder)
 
     def _check_architecture(self) -> None:
         from transformers import AutoModelForCausalLM
@@ -113,6 +100,17 @@ class Checkpoint:
             return DTYPES[wanted]
         own = self.text_config_value("dtype") or torch.float32
         return torch.float32 if device.type == "cpu" else own
+
+    def skeleton(self, dtype: torch.dtype) -> torch.nn.Module:
+        """The model without weights, on the meta device, to learn shapes from."""
+        from transformers import AutoModelForCausalLM
+
+        register()
+        with torch.device("meta"):
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(
+                self.config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
+            )
+        return model.eval()
 
     def load(self, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
         """The causal-LM model with cpmpi's attention, in evaluation mode.

@@ -47,41 +47,31 @@ def rule_of(call: Call) -> Rule:
     return Rule(mask=Mask(window=window), scale=scale, softcap=softcap, sinks_H=sinks_H)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """What a run needs to know of a loaded model: its parts, and the attention of each layer."""
+@torch.inference_mode()
+def probe(causal_lm: torch.nn.Module) -> tuple[Heads, ...]:
+    """The shapes of each layer's attention, from one token's forward; works on the meta device, without weights.
 
-    causal_lm: torch.nn.Module
-    layers: tuple[tuple[Heads, Rule], ...]
-    hidden_size: int
+    Raises:
+        UserError: a layer passes arguments that are not known, or the model never calls the attention interface.
+    """
+    layers: list[Heads] = []
 
-    @property
-    def decoder(self) -> torch.nn.Module:
-        """The model without its head."""
-        decoder: torch.nn.Module = getattr(self.causal_lm, self.causal_lm.base_model_prefix)  # type: ignore[arg-type]
-        return decoder
+    def note(_: int, calls: Sequence[Call]) -> list[torch.Tensor]:
+        rule_of(calls[0])
+        layers.append(heads_of(calls[0]))
+        return [calls[0].v_1GCE.new_zeros(1, layers[-1].query_heads, layers[-1].value_dim)]
 
-    @staticmethod
-    @torch.inference_mode()
-    def probe(causal_lm: torch.nn.Module, device: torch.device) -> Model:
-        """Run one token through the model and note how each layer calls its attention.
+    device = next(causal_lm.parameters()).device
+    layer_major(decoder_of(causal_lm), torch.zeros(1, dtype=torch.int64, device=device), [Piece(0, 1)], note)
+    if not layers:
+        raise UserError(f"{type(causal_lm).__name__} does not use transformers' attention interface")
+    return tuple(layers)
 
-        Raises:
-            UserError: a layer's attention has arguments that are not known, or the model never calls the interface.
-        """
-        layers: list[tuple[Heads, Rule]] = []
 
-        def note(_: int, calls: Sequence[Call]) -> list[torch.Tensor]:
-            call = calls[0]
-            layers.append((heads_of(call), rule_of(call)))
-            _, h, c, _ = call.q_1HCD.shape
-            return [call.v_1GCE.new_zeros(c, h, call.v_1GCE.shape[-1])]
-
-        decoder = getattr(causal_lm, causal_lm.base_model_prefix)  # type: ignore[arg-type]
-        states = layer_major(decoder, torch.zeros(1, dtype=torch.int64, device=device), [Piece(0, 1)], note)
-        if not layers:
-            raise UserError(f"{type(causal_lm).__name__} does not use transformers' attention interface")
-        return Model(causal_lm=causal_lm, layers=tuple(layers), hidden_size=states[0].shape[-1])
+def decoder_of(causal_lm: torch.nn.Module) -> torch.nn.Module:
+    """The model without its head."""
+    decoder: torch.nn.Module = getattr(causal_lm, causal_lm.base_model_prefix)  # type: ignore[arg-type]
+    return decoder
 
 
 def heads_of(call: Call) -> Heads:
@@ -94,8 +84,8 @@ def heads_of(call: Call) -> Heads:
 class Scores:
     """What one rank found for its tokens.
 
-    ``positions`` and ``logprobs`` (float32) belong together: the log-probability of the token at each position. The rank
-    that holds the document's last token has its ``last_hidden`` (hidden,) float32.
+    ``positions`` and ``logprobs`` (float32) belong together: the log-probability of the token at each position. The
+    rank that holds the document's last token has its ``last_hidden`` (hidden,) float32.
     """
 
     positions: torch.Tensor
@@ -109,7 +99,8 @@ class Engine:
     """Runs documents on the ranks of a schedule; every rank has one, and calls it with the same documents."""
 
     rank: int
-    model: Model
+    causal_lm: torch.nn.Module
+    layers: tuple[Heads, ...]
     schedule: Schedule
     transport: Transport
     backend: Backend
@@ -131,13 +122,13 @@ class Engine:
         ids_T = torch.as_tensor(token_ids, dtype=torch.int64).to(self.device)
         parts = chunks(layout.pieces(self.rank), self.chunk_tokens)
         program = self.schedule.program(self.rank)
-        self.progress.start(name, layout.n_tokens, len(self.model.layers))
+        self.progress.start(name, layout.n_tokens, len(self.layers))
         attending = 0.0
 
         def attend(layer: int, calls: list[Call]) -> Sequence[torch.Tensor]:
             nonlocal attending
             begun = time.perf_counter()
-            heads, rule = self.model.layers[layer]
+            heads, rule = self.layers[layer], rule_of(calls[0])
             keys = Keys.empty(layout.pieces(self.rank), heads, self.device)
             if parts:
                 torch.cat([c.k_1GCD[0].transpose(0, 1) for c in calls], out=keys.k_SGD)
@@ -157,7 +148,7 @@ class Engine:
                 return [out_THE.new_zeros(1, heads.query_heads, heads.value_dim)]
             return out_THE.split([part.size for part in parts])
 
-        states = layer_major(self.model.decoder, ids_T, parts or [Piece(0, 1)], attend)
+        states = layer_major(decoder_of(self.causal_lm), ids_T, parts or [Piece(0, 1)], attend)
         decoded = time.perf_counter()
         positions, logprobs, last_hidden = self._head(ids_T, parts, states)
         return Scores(
@@ -170,7 +161,7 @@ class Engine:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The hidden state at position i predicts token i + 1; the last token's predicts nothing yet and is kept."""
         n_tokens = len(ids_T)
-        head = Head(self.model.causal_lm)
+        head = Head(self.causal_lm)
         positions, logprobs, last_hidden = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)], None
         for part, hidden_TC in zip(parts, states, strict=False):
             stop = min(part.stop, n_tokens - 1)

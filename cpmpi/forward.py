@@ -12,6 +12,7 @@ more than one layer's keys and values is ever in use.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import greenlet
@@ -41,7 +42,7 @@ def chunks(pieces: Sequence[Piece], chunk_tokens: int) -> list[Piece]:
     for piece in pieces:
         n = -(-piece.size // chunk_tokens)
         bounds = [piece.start + piece.size * i // n for i in range(n + 1)]
-        cut += [Piece(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        cut += [Piece(a, b) for a, b in pairwise(bounds)]
     return cut
 
 

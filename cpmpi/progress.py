@@ -55,7 +55,8 @@ class Progress:
         left = f"{duration(elapsed / part - elapsed)} left" if part > 0.01 else "..."
         rate = part * self._tokens / max(elapsed, 1e-9)
         layer = min(self._layers, int(self._done) + 1)
-        return f"{self._name}: {part:4.0%}  layer {layer}/{self._layers}  {self._tokens:,} tokens  {rate:,.0f} tokens/s  {left}"
+        size = f"{self._tokens:,} tokens"
+        return f"{self._name}: {part:4.0%}  layer {layer}/{self._layers}  {size}  {rate:,.0f} tokens/s  {left}"
 
     def say(self, text: str) -> None:
         """A line that stays."""

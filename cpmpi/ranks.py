@@ -130,17 +130,17 @@ def node_name() -> str:
     return platform.node().split(".")[0]
 
 
-def abort(message: str, debug: bool) -> None:
-    """Report an error that only this rank knows of, and end all ranks; returns only where there is one rank."""
+def abort(message: str, *, alone: bool = True) -> None:
+    """Report an error that only this rank knows of, and end all ranks.
+
+    Returns only where the world is this rank, then having reported only if ``alone`` (several launched worlds of one
+    rank each should not repeat a message).
+    """
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None or not mpi.Is_initialized() or mpi.COMM_WORLD.size == 1:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        if alone:
+            print(f"error: {message}", file=sys.stderr, flush=True)
         return
     world = mpi.COMM_WORLD
     print(f"error: rank {world.rank}/{world.size} on {node_name()}: {message}", file=sys.stderr, flush=True)
-    if debug:
-        import traceback
-
-        traceback.print_exc()
-        sys.stderr.flush()
     world.Abort(1)

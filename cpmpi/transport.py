@@ -1,8 +1,8 @@
 """Messages between ranks that travel while the rank computes.
 
 MPI moves large messages only inside MPI calls, so a thread tests the pending requests every half millisecond while the
-main thread sits in a kernel that has released the interpreter lock (a call that waits inside MPI would spin on a core that
-a compute thread needs). CUDA tensors go through host memory: MPI libraries from wheels do not know devices.
+main thread sits in a kernel that has released the interpreter lock (a call that waits inside MPI would spin on a core
+that a compute thread needs). CUDA tensors go through host memory: MPI libraries from wheels do not know devices.
 """
 
 from __future__ import annotations
@@ -55,8 +55,11 @@ class Message:
 
     def test(self) -> bool:
         """Whether the message is complete; lets MPI make progress. Called with the transport's lock held."""
-        if not self.complete_s and all([request.Test() for request in self.requests]):
-            self.complete_s = time.perf_counter()
+        if not self.complete_s:
+            left = [request for request in self.requests if not request.Test()]  # every one, so that all make progress
+            self.requests = left
+            if not left:
+                self.complete_s = time.perf_counter()
         return bool(self.complete_s)
 
     def wait(self) -> torch.Tensor:
@@ -78,8 +81,8 @@ class Message:
 class MPITransport:
     """Messages over MPI between the ranks of a communicator, a duplicate of it for each channel.
 
-    ``exposed_s`` counts the seconds spent waiting, ``travel_s`` the seconds from post to completion, ``sent_bytes`` what
-    left this rank.
+    ``exposed_s`` counts the seconds spent waiting, ``travel_s`` the seconds from post to completion, ``sent_bytes``
+    what left this rank.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
@@ -121,7 +124,7 @@ class MPITransport:
         while not self._closed:
             self._posted.wait()
             with self.lock:
-                if all([message.test() for message in self._pending]):
+                if not [message for message in self._pending if not message.test()]:
                     self._posted.clear()
             time.sleep(POLL_S)
 
