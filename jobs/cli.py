@@ -13,7 +13,10 @@ import click
 from cpmpi import __version__
 
 # command name -> (module with a click command called `command`, one line of help)
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "inspect": ("cpmpi.jobs.inspect", "what is in a run folder, at a glance"),
+    "verify": ("cpmpi.jobs.verify", "check the files of a run folder against their checksums"),
+}
 
 
 class LazyGroup(click.Group):
