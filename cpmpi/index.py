@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from h5py import h5t
 
 from cpmpi.errors import UserError
@@ -38,6 +39,7 @@ from cpmpi.shard import LABELS
 
 FORMAT = "cpmpi-run"
 FORMAT_VERSION = 1
+OUTPUTS = ("token_ids", "logprobs", "last_hidden")
 SUMMARY_COLUMNS = ("index", "id", "source", "n_tokens", "nll", "perplexity")
 
 
@@ -83,6 +85,7 @@ def _lay_out_document(group: Any, index: int, document: DocumentSpec, spec: RunS
     group.attrs["n_ranks"] = document.layout.world
     group.attrs["nll"] = np.nan
     group.attrs["perplexity"] = np.nan
+    group.attrs["outputs_xxh3"] = np.uint64(0)
     group.attrs["complete"] = False
     nan, hidden = np.float32(np.nan), spec.hidden_size
     create_contiguous(group, "token_ids", (tokens,), h5t.STD_I32LE, fill=np.int32(-1), labels=("token",))
@@ -141,9 +144,21 @@ class RunIndex:
         return frozenset(self._finished)
 
     def write_manifest(self, sizes: Sequence[int]) -> None:
-        """Record the size in bytes of every rank's shard as laid out; it never changes."""
+        """Record the size in bytes of every rank's shard as laid out; it never changes.
+
+        Raises:
+            UserError: documents are finished, and a shard has another size than the run recorded.
+        """
         assert self.spec.kv is not None
         assert len(sizes) == self.spec.world_size
+        if self._finished:
+            with open_file(self._paths.index) as file:
+                recorded = file["shards/size"][:]
+            for rank in np.flatnonzero(recorded != sizes).tolist():
+                raise UserError(
+                    f"{self._paths.shard(rank)}: has {sizes[rank]} bytes, but the run recorded {recorded[rank]}: "
+                    "truncated or replaced; put it back, or start again with --overwrite"
+                )
         self._write_datasets("/shards", {"size": np.array(sizes, "<i8")})
 
     def write_outputs(
@@ -183,6 +198,7 @@ class RunIndex:
         with changed_file(self._paths.index) as file:
             set_attribute(file[name], "nll", nll)
             set_attribute(file[name], "perplexity", perplexity(nll, document.n_tokens))
+            set_attribute(file[name], "outputs_xxh3", outputs_digest(outputs))
             self._sync(file)
             set_attribute(file[name], "complete", True)
         sync_path(self._paths.index)
@@ -228,6 +244,11 @@ def _check_outputs(document: DocumentSpec, outputs: dict[str, RawArray]) -> None
     digest = token_digest(outputs["token_ids"])
     if document.token_ids_sha256 not in ("", digest):
         raise UserError(f"{who}: its token ids have SHA-256 {digest}, expected {document.token_ids_sha256}")
+
+
+def outputs_digest(outputs: Mapping[str, RawArray]) -> int:
+    """xxh3_64 of the bytes of a document's outputs as they are stored."""
+    return xxhash.xxh3_64_intdigest(b"".join(outputs[name].tobytes() for name in OUTPUTS))
 
 
 def sum_nll(logprobs_T: RawArray) -> float:

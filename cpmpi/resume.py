@@ -134,7 +134,7 @@ def _check_same_run(folder: Path, file: Any, spec: RunSpec) -> None:
         found = file.attrs[name]
         if found != value:
             raise UserError(f"{folder}: holds a run with {name} {found}, this one has {value}; {CHOICES}")
-    n_documents = len(file["documents"]) if "documents" in file else 0
+    n_documents = len(file["documents"])
     if n_documents != len(spec.documents):
         raise UserError(
             f"{folder}: holds a run of {n_documents} documents, this one has {len(spec.documents)}; {CHOICES}"

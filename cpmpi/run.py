@@ -114,7 +114,7 @@ class Documents(Sequence["Document"]):
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._size = len(run.file["documents"]) if "documents" in run.file else 0
+        self._size = len(run.file["documents"])
 
     def __len__(self) -> int:
         return self._size

@@ -91,7 +91,7 @@ class RunSpec:
     """Everything that decides the files of a run.
 
     Raises:
-        UserError: two documents have the same id.
+        UserError: there is no document, or two have the same id.
     """
 
     model: str
@@ -115,6 +115,8 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         assert min(self.world_size, self.hidden_size) >= 1, (self.world_size, self.hidden_size)
+        if not self.documents:
+            raise UserError("there are no documents to work on")
         twice = [repr(name) for name, count in Counter(d.id for d in self.documents).items() if count > 1]
         if twice:
             raise UserError(f"document ids must differ, but these occur more than once: {', '.join(twice[:5])}")
@@ -190,4 +192,4 @@ def human_bytes(count: float) -> str:
         if count < 1000 or unit == "TB":
             break
         count /= 1000
-    return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+    return f"{count:.3g} {unit}" if count < 999.5 else f"{count:.0f} {unit}"

@@ -24,7 +24,7 @@ import xxhash
 from h5py import h5t
 
 from cpmpi.errors import UserError
-from cpmpi.hdf5 import STORED_FLOATS, RawArray, create_contiguous, created_file, dataset_offset, open_file, pread_all
+from cpmpi.hdf5 import RawArray, create_contiguous, created_file, dataset_offset, open_file, pread_all
 from cpmpi.layout import Piece
 from cpmpi.publish import sync_path
 from cpmpi.run_paths import RunPaths, document_name
@@ -195,9 +195,3 @@ class ShardFile:
     def digest(self, index: int) -> int:
         """xxh3_64 of a document's checksum table: ties all its bytes in this shard to ``run.h5``."""
         return xxhash.xxh3_64_intdigest(self.checksums(index).tobytes())
-
-
-def layer_bytes(place: ShardDocument, dtype: str) -> tuple[int, int]:
-    """Bytes of a layer's key and value of a document in a shard."""
-    rows = place.n_tokens * place.heads * STORED_FLOATS[dtype].itemsize
-    return rows * place.key_dim, rows * place.value_dim

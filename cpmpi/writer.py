@@ -84,6 +84,7 @@ class ShardWriter:
         self._descriptor = os.open(path, os.O_WRONLY)
         self._buffer = torch.empty(0, dtype=self._dtype)
         self._queue: deque[_Layer] = deque()
+        self._waiting = 0
         self._waiting_bytes = 0
         self._closing = False
         self._error: BaseException | None = None
@@ -114,15 +115,20 @@ class ShardWriter:
         if not 0 <= layer < place.layers:
             raise ValueError(f"{self._path}: layer {layer} of {place.layers}")
         with self._changed:
-            self._wait_until_waiting(self._queue_bytes - item.nbytes)
+            self._wait(self._queue_bytes - item.nbytes)
             self._queue.append(item)
+            self._waiting += 1
             self._waiting_bytes += item.nbytes
             self._changed.notify_all()
+
+    def layers_done(self, document_index: int) -> npt.NDArray[np.bool_]:
+        """Which layers (L,) of a document were written in full, also by an earlier job that was killed."""
+        return self._shard.layers_done(document_index)
 
     def sync(self) -> None:
         """Return when everything handed over so far is on disk (fsync)."""
         with self._changed:
-            self._wait_until_waiting(0)
+            self._wait(-1)
         began = time.perf_counter()
         os.fsync(self._descriptor)
         self.stats.blocked_s += time.perf_counter() - began
@@ -168,11 +174,14 @@ class ShardWriter:
                 self._error = None
         self.close()
 
-    def _wait_until_waiting(self, limit: int) -> None:
-        """Wait until at most ``limit`` bytes wait (below zero: until none do). The lock is held."""
+    def _wait(self, limit: int) -> None:
+        """Wait until no layer waits, or no more than ``limit`` bytes do. The lock is held.
+
+        Layers are counted too, since those of a rank without tokens have no bytes.
+        """
         began = time.perf_counter()
         assert not self._closing, "the writer is closed"
-        self._changed.wait_for(lambda: self._error is not None or self._waiting_bytes <= max(limit, 0))
+        self._changed.wait_for(lambda: self._error or not self._waiting or self._waiting_bytes <= limit)
         self.stats.blocked_s += time.perf_counter() - began
         self._raise_error()
 
@@ -198,11 +207,9 @@ class ShardWriter:
                 error = problem
             with self._changed:
                 self.stats.busy_s += time.perf_counter() - began
+                self._waiting -= 1
                 self._waiting_bytes -= item.nbytes
                 self._error = error
-                if error is not None:
-                    self._queue.clear()
-                    self._waiting_bytes = 0
                 self._changed.notify_all()
             if error is not None:
                 return
