@@ -8,8 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cpmpi.errors import UserError
@@ -109,17 +110,19 @@ class Engine:
     chunk_tokens: int = 1024
 
     @torch.inference_mode()
-    def score(self, token_ids: Any, layout: Layout, name: str, keep: KeepKeys | None = None) -> Scores:
+    def score(
+        self, token_ids: npt.NDArray[np.integer], layout: Layout, name: str, keep: KeepKeys | None = None
+    ) -> Scores:
         """Log-probabilities of this rank's share of a document. Collective.
 
         Args:
-            token_ids: all token ids of the document, numpy, any integer type.
+            token_ids: all token ids (T_all,) of the document.
             layout: which rank holds which tokens.
             name: the document's name, for progress.
             keep: takes each finished layer's number and this rank's keys (T, G, D) and values (T, G, E), and owns them.
         """
         started = time.perf_counter()
-        ids_T = torch.as_tensor(token_ids, dtype=torch.int64).to(self.device)
+        ids_T = torch.from_numpy(token_ids.astype(np.int64)).to(self.device)
         parts = chunks(layout.pieces(self.rank), self.chunk_tokens)
         program = self.schedule.program(self.rank)
         self.progress.start(name, layout.n_tokens, len(self.layers))
