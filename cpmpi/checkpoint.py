@@ -87,7 +87,8 @@ class Checkpoint:
     @property
     def max_positions(self) -> int | None:
         """The longest document for which the checkpoint was made, in tokens; None where it does not say."""
-        return self.text_config_value("max_position_embeddings")
+        limit: int | None = self.text_config_value("max_position_embeddings")
+        return limit
 
     @property
     def vocab_size(self) -> int:

@@ -71,7 +71,7 @@ def probe(causal_lm: torch.nn.Module) -> tuple[Heads, ...]:
 
 def decoder_of(causal_lm: torch.nn.Module) -> torch.nn.Module:
     """The model without its head."""
-    decoder: torch.nn.Module = getattr(causal_lm, causal_lm.base_model_prefix)  # type: ignore[arg-type]
+    decoder: torch.nn.Module = getattr(causal_lm, str(causal_lm.base_model_prefix))
     return decoder
 
 
@@ -149,7 +149,7 @@ class Engine:
             attending += time.perf_counter() - begun
             if not parts:  # a rank without tokens walks along with the first token, whose result nobody takes
                 return [out_THE.new_zeros(1, heads.query_heads, heads.value_dim)]
-            return out_THE.split([part.size for part in parts])
+            return torch.split(out_THE, [part.size for part in parts])
 
         states = layer_major(decoder_of(self.causal_lm), ids_T, parts or [Piece(0, 1)], attend)
         decoded = time.perf_counter()
