@@ -18,8 +18,10 @@ from cpmpi.errors import UserError
 COMMANDS: dict[str, tuple[str, str]] = {
     "prefill": ("cpmpi.jobs.prefill", "Log-probabilities and KV cache of whole documents."),
     "score": ("cpmpi.jobs.score", "Log-probabilities of whole documents."),
+    "demo": ("cpmpi.jobs.demo", "Run the main job on a small checkpoint and a long text."),
     "inspect": ("cpmpi.jobs.inspect", "What is in a run folder."),
     "verify": ("cpmpi.jobs.verify", "Check the files of a run folder against their checksums."),
+    "report": ("cpmpi.jobs.report", "Pictures of the documents of a run folder."),
 }
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 

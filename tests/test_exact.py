@@ -1,7 +1,8 @@
 """The main job on 1, 2, 3, 4 and 7 ranks equals one transformers process: log-probabilities and KV.
 
-Tolerances: both sides compute in float32 and differ in the order of summation alone. Log-probabilities of a random model
-are about 6 in size, float32 has 7 digits, and errors add up over a few layers: 1e-4 at the worst and 1e-5 on average.
+Tolerances: both sides compute in float32 and differ in the order of summation alone. Log-probabilities of a random
+model are about 6 in size, float32 has 7 digits, and errors add up over a few layers: 1e-4 at the worst and 1e-5 on
+average.
 """
 
 from __future__ import annotations
