@@ -13,7 +13,9 @@ import click
 from cpmpi import __version__
 
 # command name -> (module with a click command called `command`, one line of help)
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "topology": ("cpmpi.jobs.topology", "what the machine is: discover, measure, save, draw"),
+}
 
 
 class LazyGroup(click.Group):
