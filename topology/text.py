@@ -41,8 +41,9 @@ def summary(topology: Topology) -> str:
         lines.append(f"  {folded([node.name for node in members])}: {contents}{ring}{others}")
     for leaf, under in _first(_by_leaf(nodes) if leaves else [], "leaves", lines):
         lines.append(f"  {leaf or 'leaf unknown'}: {folded(under)}")
+    used = kinds_used(topology)
     for kind, figure in topology.figures.items():
-        if figure.gb_per_s is not None or figure.latency_us is not None:
+        if kind in used and (figure.gb_per_s is not None or figure.latency_us is not None):
             count = sum(topology.kind(m.a, m.b) == kind for m in topology.measured)
             how = f"median of {_counted(count, 'measured pair')}" if count else "given"
             lines.append(f"  {SAID[kind]}: {_figures(figure)} ({how})")
@@ -52,6 +53,15 @@ def summary(topology: Topology) -> str:
         twin = "a second tree for half of the bytes pays" if pair else "a second tree would not pay"
         lines.append(f"  tree: {shape}; {twin}")
     return "\n".join([*lines, *(f"  note: {note}" for note in topology.notes)])
+
+
+def kinds_used(topology: Topology) -> set[str]:
+    """The kinds of link that the rings and the tree go over."""
+    spanning = tree(topology)
+    pairs = [(spanning.leaders[a], spanning.leaders[b]) for a, b in spanning.edges]
+    for ring in rings(topology):
+        pairs += zip(ring, (*ring[1:], ring[0]))
+    return {topology.kind(a, b) for a, b in pairs}
 
 
 def rate(gb_per_s: float | None) -> str:
