@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ def windows(
     """Cut (T,) values into n equal runs: the middle position of each, and (4, n) their mean and quartiles."""
     n = min(n, len(bits_T))
     bounds = np.linspace(0, len(bits_T), n + 1).astype(np.int64)
-    runs = [bits_T[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    runs = [bits_T[a:b] for a, b in pairwise(bounds)]
     stats = np.array([[run.mean(), *np.quantile(run, (0.25, 0.5, 0.75))] for run in runs]).T
     return (bounds[:-1] + bounds[1:]) / 2, stats
 
