@@ -144,6 +144,8 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
         documents=documents, dtype=dtype, heads=heads, spec=spec,
     )  # fmt: skip
     introduce(job)
+    needed = ranks.comm.allreduce(run_spec.bytes_to_write(options.output, spec, ranks.rank))
+    ranks.on_root(run_spec.check_room, options.output, needed)
     return job
 
 
@@ -238,8 +240,6 @@ def open_run_folder(job: Job) -> tuple[RunIndex | None, run_spec.RunSpec, frozen
         opened.append(resume.start_index(options.output, job.spec, overwrite=options.overwrite))
         return opened[0].spec, opened[0].finished
 
-    needed = ranks.comm.allreduce(run_spec.bytes_to_write(options.output, job.spec, ranks.rank))
-    ranks.on_root(run_spec.check_room, options.output, needed)
     spec, finished = ranks.on_root(open_index)
     if finished:
         job.progress.say(f"{len(finished)} of {len(spec.documents)} documents are finished already")

@@ -49,7 +49,9 @@ def check(topology: Topology) -> None:
     set_gb_per_s = UPLINK_MBIT / 8000
     assert abs(spine[0].gb_per_s / set_gb_per_s - 1) < 0.15, f"uplink {spine[0].gb_per_s} GB/s, set {set_gb_per_s}"
     figures = topology.figures
-    assert figures["spine"].gb_per_s < figures["leaf"].gb_per_s < max(figures[k].gb_per_s or 0 for k in ("numa", "node"))
+    assert (
+        figures["spine"].gb_per_s < figures["leaf"].gb_per_s < max(figures[k].gb_per_s or 0 for k in ("numa", "node"))
+    )
 
 
 def times(output: str) -> tuple[float, float]:
