@@ -126,15 +126,20 @@ class VirtualBlock:
     start: int
     count: int
     file: str
-    dataset: str
     source_rows: int
     source_start: int
 
 
 def create_virtual(
-    group: Any, name: str, shape: Sequence[int], h5type: Any, blocks: Sequence[VirtualBlock], labels: Sequence[str]
+    group: Any,
+    name: str,
+    shape: Sequence[int],
+    h5type: Any,
+    blocks: Sequence[VirtualBlock],
+    source_name: str,
+    labels: Sequence[str],
 ) -> Any:
-    """Create a virtual dataset out of blocks of axis 1 (tokens) of datasets in other files.
+    """Create a virtual dataset out of blocks of axis 1 (tokens) of the datasets ``source_name`` in other files.
 
     File names are relative to the folder of this file. What no readable source covers reads as NaN.
     """
@@ -148,7 +153,7 @@ def create_virtual(
         source = h5s.create_simple((first, block.source_rows, *rest))
         source.select_hyperslab((0, block.source_start, *origin), extent)
         space.select_hyperslab((0, block.start, *origin), extent)
-        plist.set_virtual(space, block.file.encode(), block.dataset.encode(), source)
+        plist.set_virtual(space, block.file.encode(), source_name.encode(), source)
     space.select_all()
     dataset = h5py.Dataset(h5d.create(group.id, name.encode(), h5type, space, plist))
     label_dimensions(dataset, labels)
