@@ -66,15 +66,22 @@ STORED_FLOATS = {
 
 @contextmanager
 def created_file(path: Path) -> Iterator[Any]:
-    """Yield a new h5py file for laying out; it appears at ``path``, durable, when the block ends well."""
-    with (
-        published(path) as temporary,
-        h5py.File(
-            temporary, "w", libver=LIBVER, locking="best-effort",
-            alignment_threshold=ALIGNMENT_BYTES, alignment_interval=ALIGNMENT_BYTES,
-        ) as file,
-    ):  # fmt: skip
-        yield file
+    """Yield a new h5py file for laying out; it appears at ``path``, durable, when the block ends well.
+
+    Raises:
+        UserError: it cannot be written: no space, no permission, or larger than the file system allows.
+    """
+    try:
+        with (
+            published(path) as temporary,
+            h5py.File(
+                temporary, "w", libver=LIBVER, locking="best-effort",
+                alignment_threshold=ALIGNMENT_BYTES, alignment_interval=ALIGNMENT_BYTES,
+            ) as file,
+        ):  # fmt: skip
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be laid out ({error})") from error
 
 
 def open_file(path: Path) -> Any:

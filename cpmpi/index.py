@@ -32,7 +32,7 @@ from cpmpi.hdf5 import (
     pwrite_all,
     set_attribute,
 )
-from cpmpi.publish import publish_text, sync_path
+from cpmpi.publish import make_folder, publish_text, sync_path
 from cpmpi.run_paths import RunPaths, document_name, shard_name
 from cpmpi.run_spec import DocumentSpec, RunSpec, token_digest
 from cpmpi.shard import LABELS
@@ -45,7 +45,7 @@ SUMMARY_COLUMNS = ("index", "id", "source", "n_tokens", "nll", "perplexity")
 
 def create_index(folder: Path, spec: RunSpec) -> RunIndex:
     """Lay out ``run.h5`` for all documents of a run, in a folder that may not exist yet."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with created_file(RunPaths(folder).index) as file:
         _lay_out_run(file, spec)
         for index, document in enumerate(spec.documents):

@@ -272,6 +272,16 @@ def test_an_unfinished_document_reads_as_nothing_known(tmp_path):
         assert np.isnan(group["kv/key"][:]).all(), "shards that do not exist must not read as numbers"
 
 
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run: cannot make this folder \(Not a directory\)"):
+        create_index(tmp_path / "file" / "run", make_spec())
+    (tmp_path / "run.h5.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: None)
+    with pytest.raises(UserError, match=r"run\.h5: cannot be laid out \("):
+        create_index(tmp_path, make_spec())
+
+
 def work_until_killed(folder: Path) -> None:
     """In a child process: make runs, one after another, each resumed where it stopped."""
     spec = make_spec(tuple(range(1, 25)), world=2, segments=2)
