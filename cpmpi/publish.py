@@ -37,7 +37,7 @@ def publish_text(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, where they are missing, and make the new name durable if the parent is readable.
+    """Make a folder and those above it, where they are missing, and make the new name durable where that is allowed.
 
     Raises:
         UserError: that is not possible.

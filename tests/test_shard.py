@@ -51,7 +51,7 @@ def test_round_trip_is_exact(tmp_path, dtype, source):
                 np.testing.assert_array_equal(group[name][layer], expected[held(document, 1)].numpy())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     world=st.integers(1, 6),
