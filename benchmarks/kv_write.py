@@ -2,10 +2,10 @@
 
     python benchmarks/kv_write.py --folder /scratch --tokens 65536 --layers 8
 
-Each trial writes the same tensors three ways, each into a fresh file and with fsync: `raw` is `os.pwrite` alone,
-`same` is the shard writer with KV of the stored type, `convert` is the writer with float32 tensors stored as bfloat16
-(its rate counts the bytes stored). The order changes from trial to trial. The ratios are medians of the ratios within
-the trials, so that a disk that is slower in one trial does not count.
+Each trial writes the same tensors three ways, each into a fresh file and with fsync: `raw` is `os.pwrite` alone, in
+chunks of the writer's size; `same` is the shard writer with KV of the stored type; `convert` is the writer with float32
+tensors stored as --dtype (its rate counts the bytes stored). The order changes from trial to trial. The ratios are
+medians of the ratios within the trials, so that a disk that is slower in one trial does not count.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ from cpmpi.hdf5 import pwrite_all
 from cpmpi.layout import Layout
 from cpmpi.run_spec import DocumentSpec, KVSpec, RunSpec, human_bytes
 from cpmpi.shard import create_shard
-from cpmpi.writer import ShardWriter
-
-CHUNK_BYTES = 8 << 20
+from cpmpi.writer import CHUNK_BYTES, ShardWriter
 
 
 def make_spec(tokens: int, layers: int, heads: int, dim: int, dtype: str) -> RunSpec:

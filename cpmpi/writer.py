@@ -259,7 +259,8 @@ class ShardWriter:
             if self._buffer.numel() < rows_TGD.numel():
                 self._buffer = torch.empty(rows_TGD.numel(), dtype=self._dtype)
             stored = self._buffer[: rows_TGD.numel()].view(rows_TGD.shape)
-            step = max(1, SERIAL_ELEMENTS // rows_TGD[0].numel())
+            serial = torch.get_num_threads() == 1
+            step = len(rows_TGD) if serial else max(1, SERIAL_ELEMENTS // rows_TGD[0].numel())
             for start in range(0, len(rows_TGD), step):
                 stored[start : start + step].copy_(rows_TGD[start : start + step])
             if self._dtype == torch.float16 and not bool(stored.isfinite().all()):

@@ -93,6 +93,7 @@ def test_strided_tensors_and_numpy_arrays(tmp_path):
 def test_chunks_join_without_a_seam(tmp_path, monkeypatch):
     monkeypatch.setattr(writer_module, "CHUNK_BYTES", 100)
     monkeypatch.setattr(writer_module, "SERIAL_ELEMENTS", 20)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     spec = make_spec((50,), world=1)
     path = create_shard(tmp_path, spec, 0)
     with ShardWriter(path, spec, 0) as writer:
