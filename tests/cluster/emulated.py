@@ -38,7 +38,9 @@ def why_not(slurm: bool = False) -> str | None:
     tools = ["ip", "tc", "nsenter", "unshare", *(["slurmctld", "slurmd", "srun"] if slurm else [])]
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
-        package = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins libpmix-dev" if slurm else "iproute2 util-linux"
+        package = (
+            "slurmctld slurmd slurm-client slurm-wlm-basic-plugins libpmix-dev" if slurm else "iproute2 util-linux"
+        )
         return f"the emulated cluster needs {', '.join(missing)} (Debian: {package})"
     return None
 
@@ -91,7 +93,9 @@ class Cluster:
     def srun(self, *command: str, timeout_s: float = 60, **environment: str) -> str:
         """What ``python -m mpi4py COMMAND`` prints on 4 nodes x 2 ranks, started by Slurm's srun on ``login``."""
         line = ["srun", "-K1", "--mpi=pmix", f"-N{len(NODES)}", f"--ntasks-per-node={RANKS_PER_NODE}"]
-        return self.slurm(*line, sys.executable, "-m", "mpi4py", *command, timeout_s=timeout_s, **self._mpi(environment))
+        return self.slurm(
+            *line, sys.executable, "-m", "mpi4py", *command, timeout_s=timeout_s, **self._mpi(environment)
+        )
 
     def slurm(self, *command: str, timeout_s: float = 60, **environment: str) -> str:
         """What a Slurm command prints on ``login``; the first call starts the daemons."""
