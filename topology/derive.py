@@ -103,8 +103,8 @@ def rings(topology: Topology) -> tuple[tuple[int, ...], ...]:
 
     Exact up to 8 ranks, a heuristic beyond (``ring_search.py``). A link is as wide as the one between the ranks' GPUs
     where that is known, else as the measurement or the figure for its kind; an unknown link counts as the narrowest.
-    Ties go to the ring with more bandwidth in all, then to nearer links (PCIe path, socket, NUMA domain). Starts at the lowest
-    rank of the node.
+    Ties go to the ring with more bandwidth in all, then to nearer links (PCIe path, socket, NUMA domain). Starts at the
+    lowest rank of the node.
     """
     found = []
     for node in topology.nodes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpmpi.topology.describe import Node, Topology
 from cpmpi.topology.layout import BAR, GAP, Box, Drawing, Panel, Point, arrange
-from cpmpi.topology.text import SAID, folded, kinds_used, rate
+from cpmpi.topology.text import SAID, folded, kinds_used, lag, rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -284,7 +284,7 @@ def _legend_lines(topology: Topology) -> list[tuple[str, float | None, str]]:
             continue
         count = sum(topology.kind(m.a, m.b) == kind for m in topology.measured)
         how = f"median of {count} measured" if count else "given"
-        latency = "" if figure.latency_us is None else f", {figure.latency_us:.3g} µs"
+        latency = "" if figure.latency_us is None else f", {lag(figure.latency_us, 'µs')}"
         colour = RING if kind in ("numa", "node") else TREE
         lines.append((colour, figure.gb_per_s, f"{SAID[kind]}: {rate(figure.gb_per_s)}{latency} ({how})"))
     return lines

@@ -13,7 +13,7 @@ from cpmpi.topology.derive import rings
 from cpmpi.topology.describe import Topology
 from cpmpi.topology.layout import arrange
 from cpmpi.topology.synthetic import synthetic
-from cpmpi.topology.text import folded, rate, summary
+from cpmpi.topology.text import folded, lag, rate, summary
 
 from ..conftest import clean_environment, mpirun
 
@@ -147,7 +147,7 @@ def test_synthetic_machines_take_other_figures():
     assert topology.link(0, 31).gb_per_s == 25
     assert (topology.link(0, 8).gb_per_s, topology.link(0, 8).latency_us) == (50, 3)
     assert topology.figures["fabric"].gb_per_s == 7
-    assert "DGX H100" in topology.origin
+    assert "DGX H100" in (topology.origin or "")
     assert synthetic("").world == 8
 
 
@@ -166,4 +166,5 @@ def test_names_and_rates_in_print():
     assert folded(["n1", "n2", "n3", "x", "n7"]) == "n[1-3], x, n7"
     assert folded(["n09", "n10", "n11"]) == "n[09-11]"
     assert folded(["n9", "n10", "n011"]) == "n[9-10], n011"
-    assert (rate(None), rate(0.0243), rate(450.0)) == ("? GB/s", "24.3 MB/s", "450 GB/s")
+    assert (rate(None), rate(0.0243), rate(1.0), rate(450.0)) == ("? GB/s", "24.3 MB/s", "1 GB/s", "450 GB/s")
+    assert (lag(None), lag(3.52), lag(4000, "µs")) == ("? us", "3.52 us", "4 ms")

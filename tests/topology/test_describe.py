@@ -151,7 +151,9 @@ def test_links_are_measured_then_typical_of_their_kind_then_unknown():
 def test_gpu_links_reach_over_nodes_in_one_nvlink_domain():
     topology = Topology.load(MACHINES[0].with_name("gb200-nvl72.json"))
     assert topology.kind(0, 71) == "fabric"
-    assert topology.gpu_link(0, 71).gb_per_s == 900
+    link = topology.gpu_link(0, 71)
+    assert link is not None
+    assert link.gb_per_s == 900
     assert topology.kind(0, 72) == "spine"
     assert topology.gpu_link(0, 72) is None
     assert topology.link(0, 72).gb_per_s == 50
