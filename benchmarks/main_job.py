@@ -88,8 +88,12 @@ def cpmpi_worker(folder: Path, tokens: int) -> None:
 
 
 def rates_worker() -> None:
-    """GFLOP/s of float32 matrix products and of causal attention on one thread, in shapes of this model."""
+    """FLOP/s of float32 matrix products and of attention on one thread of each rank at once, in shapes of this model.
+
+    Measured on all ranks at the same time: a core alone may be faster than two that share a processor.
+    """
     import torch
+    from mpi4py import MPI
 
     torch.set_num_threads(1)
     x, w = torch.randn(1024, HIDDEN), torch.randn(INTERMEDIATE, HIDDEN)
@@ -97,7 +101,8 @@ def rates_worker() -> None:
     q = torch.randn(1, HEADS, 2048, head_dim)
     k = torch.randn(1, KV_HEADS, 8192, head_dim)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    best = {"matmul": 0.0, "attention": 0.0}
+    rates: dict[str, list[float]] = {"matmul": [], "attention": []}
+    MPI.COMM_WORLD.Barrier()
     ends = time.perf_counter() + 6
     while time.perf_counter() < ends:
         for name, work, count in (
@@ -106,8 +111,10 @@ def rates_worker() -> None:
         ):
             began = time.perf_counter()
             work()
-            best[name] = max(best[name], count / (time.perf_counter() - began))
-    emit(**best)
+            rates[name].append(count / (time.perf_counter() - began))
+    everyone = MPI.COMM_WORLD.gather({name: statistics.median(values) for name, values in rates.items()})
+    if everyone is not None:
+        emit(**{name: statistics.mean(rank[name] for rank in everyone) for name in rates})
 
 
 def emit(**figures: float) -> None:
@@ -138,7 +145,7 @@ def summary(values: list[float]) -> str:
 def compare(folder: Path, tokens: int, pairs: int) -> None:
     theirs, ours, alone, bounds, peaks = [], [], [], [], {1: [], 2: []}
     for _ in range(pairs):
-        rates = worker(["rates"])
+        rates = worker(["rates"], ranks=2)
         theirs.append(worker(["transformers", str(folder), str(tokens)], threads=2)["seconds"])
         for n, times in ((2, ours), (1, alone)):
             figures = worker(["cpmpi", str(folder), str(tokens)], ranks=n)
