@@ -49,7 +49,7 @@ def merge_(out_THE: torch.Tensor, lse_TH: torch.Tensor, other_THE: torch.Tensor,
     """
     # -inf - -inf is NaN: neither side has a key, and nothing moves.
     weight_TH = torch.sub(other_lse_TH, lse_TH).sigmoid_().nan_to_num_(nan=0.0)
-    out_THE.lerp_(other_THE, weight_TH[..., None])
+    out_THE.lerp_(other_THE.to(out_THE.dtype), weight_TH[..., None])
     torch.logaddexp(lse_TH, other_lse_TH, out=lse_TH)
 
 
