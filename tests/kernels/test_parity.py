@@ -121,6 +121,20 @@ def test_large_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(ours[1].double(), truth[1], atol=1e-2, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["reference", "blocked", "cpu"])
+def test_nan_is_not_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A NaN in a key reaches the rows that see it, through merges too, and no others."""
+    monkeypatch.setattr(cpu, "BLOCKED_BELOW", 0)
+    monkeypatch.setattr(cpu, "TILE", Tile(16, 16))
+    q_THD, k_SGD, v_SGE = draw(range(60), range(60), (4, 2), (32, 32), torch.float32)
+    k_SGD[30] = float("nan")
+    ours = named(name).attend(q_THD, k_SGD, v_SGE, q_start=0, k_start=0, mask=Mask(window=20), scale=0.2)
+    assert ours is not None
+    hit_T = ours[0].isnan().all(-1).all(-1)
+    assert hit_T.nonzero().flatten().tolist() == list(range(30, 50))
+    assert ours[0][~hit_T].isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["blocked", "cpu"])
 def test_strided_inputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Views of (heads, tokens, dim), as attention modules hand over, give what contiguous copies give."""
