@@ -88,6 +88,18 @@ def test_first_contribution_is_assigned_and_part_of_the_rows_may_be_new() -> Non
     assert lse_TH[3].item() == float("-inf")
 
 
+def test_a_received_partial_is_kept_by_later_contributions_and_nothing_follows_finish() -> None:
+    partial = Partial(3, 1, 2)
+    one, zero = torch.ones(2, 1, 2), torch.zeros(2, 1)
+    partial.merge_(one, zero, row=1)
+    partial.add_(Rows(0, 3), torch.full((1, 3, 1, 2), 5.0), torch.zeros(1, 3, 1))
+    assert partial.finish()[0][:, 0, 0].tolist() == [5.0, 3.0, 3.0]
+    with pytest.raises(AssertionError):
+        partial.merge_(one, zero)
+    with pytest.raises(AssertionError):
+        partial.finish()
+
+
 def test_repeated_rows_are_a_view() -> None:
     x = torch.arange(20).view(10, 2)
     rows = Rows(1, 2, repeat=3, step=3)
