@@ -61,9 +61,11 @@ def test_a_backend_that_fails_or_is_wrong_is_passed_over(monkeypatch: pytest.Mon
     def fails(*tensors: torch.Tensor, **options: Any) -> Iterator[Contribution]:
         raise RuntimeError("no kernel image is available\nmore lines")
 
+    factor = 1.4427  # base 2 for base e
+
     def wrong(*tensors: torch.Tensor, **options: Any) -> Iterator[Contribution]:
         for rows, out_nTHE, lse_nTH in select.BACKENDS["reference"](*tensors, **options):
-            yield Contribution(rows, out_nTHE, lse_nTH * 1.4427)  # base 2 for base e
+            yield Contribution(rows, out_nTHE, lse_nTH * factor)
 
     monkeypatch.setitem(select.BACKENDS, "cpu", fails)
     backend = select.select("cpu", torch.float32, head_dim=16)
@@ -74,4 +76,7 @@ def test_a_backend_that_fails_or_is_wrong_is_passed_over(monkeypatch: pytest.Mon
     with pytest.raises(
         RuntimeError, match=r"no attention backend for torch.float32 on cpu: cpu: no kernel .*; blocked: "
     ):
+        select.select("cpu", torch.float32, head_dim=16)
+    factor = float("nan")
+    with pytest.raises(RuntimeError, match="blocked: nan from the reference"):
         select.select("cpu", torch.float32, head_dim=16)
