@@ -13,7 +13,7 @@ import click
 
 from cpmpi.errors import UserError
 
-DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
+DEMO = Path(os.path.relpath(Path(__file__).resolve().parent.parent / "examples" / "demo"))
 
 
 @click.command(name="demo")

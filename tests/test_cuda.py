@@ -45,7 +45,7 @@ def test_job_on_cuda_equals_transformers_on_the_cpu(ranks, tmp_path):
 
 @pytest.mark.mpi(2)
 def test_bfloat16_stays_near_float32(tmp_path):
-    """bf16 has 8 bits of mantissa: log-probabilities of this small model stay within 0.2 of float32, 0.02 on average."""
+    """bf16 has 8 bits of mantissa: log-probabilities of this model stay within 0.2 of float32, 0.02 on average."""
     from mpi4py import MPI
 
     import cpmpi
