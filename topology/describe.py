@@ -272,38 +272,55 @@ class Topology:
         return "leaf" if one.leaf == two.leaf else "spine"
 
     @cached_property
-    def figures(self) -> dict[str, LinkClass]:
-        """Bandwidth and latency by kind of pair: the median of what was measured, else what ``classes`` says."""
+    def _medians(self) -> dict[str, LinkClass]:
         samples: dict[str, list[Measurement]] = defaultdict(list)
         for m in self.measured:
             samples[self.kind(m.a, m.b)].append(m)
-        given = {entry.kind: entry for entry in self.classes}
+        return {
+            kind: LinkClass(
+                kind=kind,
+                gb_per_s=_median(m.gb_per_s for m in found),
+                latency_us=_median(m.latency_us for m in found),
+            )
+            for kind, found in samples.items()
+        }
+
+    @cached_property
+    def _given(self) -> dict[str, LinkClass]:
+        return {entry.kind: entry for entry in self.classes}
+
+    @cached_property
+    def figures(self) -> dict[str, LinkClass]:
+        """Bandwidth and latency by kind of pair: the median of what was measured, else what ``classes`` says.
+
+        Where nothing is known of pairs in one NUMA domain, they get the figures of pairs in a node."""
         figures = {}
         for kind in KINDS[1:]:
-            declared = given.get(kind, LinkClass(kind=kind))
+            near = (kind, "node") if kind == "numa" else (kind,)
+            sources = [table[k] for table in (self._medians, self._given) for k in near if k in table]
             figures[kind] = LinkClass(
                 kind=kind,
-                gb_per_s=_median((m.gb_per_s for m in samples[kind]), declared.gb_per_s),
-                latency_us=_median((m.latency_us for m in samples[kind]), declared.latency_us),
+                gb_per_s=_first(source.gb_per_s for source in sources),
+                latency_us=_first(source.latency_us for source in sources),
             )
         return figures
 
     def link(self, a: int, b: int) -> Link:
-        """The link between two ranks as MPI sees it, in constant time: the pair's measurement, else the figure of its
-        kind, else the GPUs' link; a figure that nobody knows is None."""
+        """The link between two ranks as messages see it, in constant time: what was measured of the pair, else the
+        median of what was measured of its kind, else the link between their GPUs, else what ``classes`` says.
+
+        A figure that nobody knows is None."""
         kind = self.kind(a, b)
         if kind == "self":
             return Link(kind=kind)
-        mine = self._measured.get((min(a, b), max(a, b)))
-        by_kind = self.figures["node" if kind == "numa" and not _known(self.figures["numa"]) else kind]
-        gpus = self.gpu_link(a, b)
-        candidates = [mine.gb_per_s if mine else None, by_kind.gb_per_s, gpus.gb_per_s if gpus else None]
-        latencies = [mine.latency_us if mine else None, by_kind.latency_us]
+        nothing = Measurement(a=a, b=b)
+        mine, figure = self._measured.get((min(a, b), max(a, b)), nothing), self.figures[kind]
+        gpus = None if kind in self._medians else self.gpu_link(a, b)
         return Link(
             kind=kind,
-            gb_per_s=next((x for x in candidates if x is not None), None),
-            latency_us=next((x for x in latencies if x is not None), None),
-            measured=mine is not None and mine.gb_per_s is not None,
+            gb_per_s=_first((mine.gb_per_s, gpus.gb_per_s if gpus else None, figure.gb_per_s)),
+            latency_us=_first((mine.latency_us, figure.latency_us)),
+            measured=mine.gb_per_s is not None,
         )
 
     def gpu_link(self, a: int, b: int) -> GpuLink | None:
@@ -383,10 +400,10 @@ class Topology:
         os.replace(partial, target)
 
 
-def _known(figure: LinkClass) -> bool:
-    return figure.gb_per_s is not None or figure.latency_us is not None
-
-
-def _median(values: Iterable[float | None], otherwise: float | None) -> float | None:
+def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return statistics.median(known) if known else otherwise
+    return statistics.median(known) if known else None
+
+
+def _first(values: Iterable[float | None]) -> float | None:
+    return next((value for value in values if value is not None), None)

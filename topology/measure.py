@@ -27,6 +27,7 @@ SMALL = 8
 SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
 LATENCY_TRIPS, BANDWIDTH_TRIPS = 20, 5
 MAX_NOTES = 8
+FAILED = "could not measure"
 
 Pair = tuple[int, int]
 
@@ -78,21 +79,17 @@ def measure(comm: MPI.Comm, topology: Topology, *, limit_s: float = LIMIT_S) -> 
                 follow(talk)
         except Exception as error:
             name = topology.nodes[topology.node_of(own.rank)].name
-            failures.append(
-                f"{name}: rank {own.rank} could not measure with rank {peer} ({error or type(error).__name__})"
-            )
+            failures.append(f"{name}: rank {own.rank} {FAILED} with rank {peer} ({error or type(error).__name__})")
     gathered = comm.gather((measured, failures))
     results: Topology | None = None
     if gathered is not None:
         pairs_found = sorted((m for found, _ in gathered for m in found), key=lambda m: (m.a, m.b))
-        results = replace(
-            topology,
-            measured=tuple(pairs_found),
-            notes=(*topology.notes, *_shortened([line for _, lines in gathered for line in lines])),
-        )
+        kept = [note for note in topology.notes if FAILED not in note]  # those of the last measurement go with it
+        new = _shortened([line for _, lines in gathered for line in lines])
+        results = replace(topology, measured=tuple(pairs_found), notes=(*kept, *new))
     results = comm.bcast(results)
     assert results is not None
-    if not any("could not measure" in note for note in results.notes):
+    if not any(FAILED in note for note in results.notes):
         own.Free()  # after a failure messages may still be under way on it
     return results
 
@@ -203,7 +200,7 @@ def _ring_links(ring: Sequence[int]) -> list[list[Pair]]:
 
 def _shortened(lines: list[str]) -> list[str]:
     more = len(lines) - MAX_NOTES
-    return lines if more <= 0 else [*lines[:MAX_NOTES], f"{more} more measurements failed"]
+    return lines if more <= 0 else [*lines[:MAX_NOTES], f"{more} more ranks {FAILED} with another"]
 
 
 def _rounded(value: float) -> float:
