@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from cpmpi.topology import spanning
-from cpmpi.topology.describe import GpuLink, Measurement, Node, RankPlace, Topology
+from cpmpi.topology.describe import Measurement, Topology
+from cpmpi.topology.node import GpuLink, Node, RankPlace
 from cpmpi.topology.ring_search import Table, best_ring
 
 if TYPE_CHECKING:  # rings and trees of a machine are planned where there is no MPI

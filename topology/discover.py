@@ -14,8 +14,9 @@ from mpi4py import MPI
 
 from cpmpi.topology import leaves, nvml, sysfs
 from cpmpi.topology.decide import NodeProbe, RankProbe, assemble
-from cpmpi.topology.describe import NetworkDevice, Topology
+from cpmpi.topology.describe import Topology
 from cpmpi.topology.measure import measure as measure_links
+from cpmpi.topology.node import NetworkDevice
 
 SCONTROL_LIMIT_S = 0.7
 T = TypeVar("T")

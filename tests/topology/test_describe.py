@@ -10,13 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpmpi.topology.codec import numbers, ranges
-from cpmpi.topology.describe import (
-    LinkClass,
-    Measurement,
-    Node,
-    RankPlace,
-    Topology,
-)
+from cpmpi.topology.describe import LinkClass, Measurement, Topology
+from cpmpi.topology.node import Node, RankPlace
 from cpmpi.topology.synthetic import synthetic
 
 MACHINES = sorted((Path(__file__).parent / "machines").glob("*.json"))
