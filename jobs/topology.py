@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import click
+
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 @click.command()
@@ -32,7 +35,7 @@ def command(
     Run it under mpirun or srun to see all nodes of the job. With --read, a description is checked against the ranks it
     is launched on, unless that is one: reading and drawing need no launcher.
     """
-    first = True
+    first = all(os.environ.get(variable, "0") == "0" for variable in RANK_VARIABLES)  # before there is an MPI to ask
     try:
         if read_file is not None and synthetic is not None:
             raise ValueError("give --read or --synthetic, not both")

@@ -198,14 +198,13 @@ class Topology:
         kind = self.kind(a, b)
         if kind == "self":
             return Link(kind=kind)
-        nothing = Measurement(a=a, b=b)
-        mine, figure = self._measured.get((min(a, b), max(a, b)), nothing), self.figures[kind]
+        mine, figure = self._measured.get((min(a, b), max(a, b))), self.figures[kind]
         gpus = None if kind in self._medians else self.gpu_link(a, b)
         return Link(
             kind=kind,
-            gb_per_s=_first((mine.gb_per_s, gpus.gb_per_s if gpus else None, figure.gb_per_s)),
-            latency_us=_first((mine.latency_us, figure.latency_us)),
-            measured=mine.gb_per_s is not None,
+            gb_per_s=_first((mine.gb_per_s if mine else None, gpus.gb_per_s if gpus else None, figure.gb_per_s)),
+            latency_us=_first((mine.latency_us if mine else None, figure.latency_us)),
+            measured=mine is not None and mine.gb_per_s is not None,
         )
 
     def gpu_link(self, a: int, b: int) -> GpuLink | None:

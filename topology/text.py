@@ -42,9 +42,9 @@ def summary(topology: Topology) -> str:
         lines.append(f"  {folded([node.name for node in members])}: {contents}{ring}{others}")
     for leaf, under in _first(_by_leaf(nodes) if leaves else [], "leaves", lines):
         lines.append(f"  {leaf or 'leaf unknown'}: {folded(under)}")
-    shown = kinds_shown(topology)
+    kinds = kinds_shown(topology)
     for kind, figure in topology.figures.items():
-        if kind in shown and (figure.gb_per_s is not None or figure.latency_us is not None):
+        if kind in kinds and (figure.gb_per_s is not None or figure.latency_us is not None):
             count = sum(topology.kind(m.a, m.b) == kind for m in topology.measured)
             how = f"median of {_counted(count, 'measured pair')}" if count else "given"
             lines.append(f"  {SAID[kind]}: {_figures(figure)} ({how})")

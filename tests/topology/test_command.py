@@ -48,6 +48,8 @@ def test_under_mpirun_rank_0_speaks_and_a_wrong_description_is_refused(tmp_path)
     lines = [line for line in done.stdout.splitlines() if line.startswith("error:")]
     assert lines == ["error: the topology describes 3 ranks, but 2 were launched"]
     assert "Traceback" not in done.stdout
+    done = mpirun(2, "-c", MAIN, "topology", "--synthetic", "nodes=none")
+    assert (done.returncode, done.stdout.count("error: ")) == (1, 1)
 
 
 def test_nvml_that_is_broken_does_not_end_the_command(tmp_path):
