@@ -6,16 +6,25 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
 
 from cpmpi import __version__
+from cpmpi.errors import UserError
 
 # command name -> (module with a click command called `command`, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "topology": ("cpmpi.jobs.topology", "what the machine is: discover, measure, save, draw"),
+    "prefill": ("cpmpi.jobs.prefill", "Log-probabilities and KV cache of whole documents."),
+    "score": ("cpmpi.jobs.score", "Log-probabilities of whole documents."),
+    "demo": ("cpmpi.jobs.demo", "Run the main job on a small checkpoint and a long text."),
+    "inspect": ("cpmpi.jobs.inspect", "What is in a run folder."),
+    "verify": ("cpmpi.jobs.verify", "Check the files of a run folder against their checksums."),
+    "report": ("cpmpi.jobs.report", "Pictures of the documents of a run folder."),
+    "topology": ("cpmpi.jobs.topology", "What the machine is: discover, measure, save, draw."),
 }
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 class LazyGroup(click.Group):
@@ -41,6 +50,42 @@ def cli() -> None:
     """Exact whole-document LLM prefill and scoring as MPI batch jobs."""
 
 
+def first_of_launch() -> bool:
+    """Whether this process is the launcher's rank 0, or has no launcher; asks no MPI."""
+    told = [os.environ[name] for name in RANK_VARIABLES if name in os.environ]
+    return not told or told[0] == "0"
+
+
 def main() -> None:
-    """Entry point of the console script."""
-    sys.exit(cli.main(standalone_mode=True))
+    """Entry point of the console script: exit status 0, 2 for bad usage, 1 with one ``error:`` line.
+
+    An error that only one rank knows of ends all ranks, as under ``python -m mpi4py``.
+    """
+    from cpmpi import ranks
+
+    debug = "--debug" in sys.argv
+    try:
+        status = cli.main(standalone_mode=False)
+    except click.ClickException as problem:
+        if first_of_launch():
+            context = getattr(problem, "ctx", None)
+            hint = f" (see {context.command_path} --help)" if context else ""
+            click.echo(f"error: {problem.format_message()}{hint}", err=True)
+        sys.exit(problem.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except Exception as problem:
+        if debug and (first_of_launch() or not isinstance(problem, ranks.AgreedError)):
+            import traceback
+
+            traceback.print_exc()
+        if isinstance(problem, ranks.AgreedError):
+            if first_of_launch():
+                click.echo(f"error: {problem}", err=True)
+        elif isinstance(problem, UserError):
+            ranks.abort(str(problem), alone=first_of_launch())
+        else:
+            text = " ".join(str(problem).split())
+            ranks.abort(f"{type(problem).__name__}: {text} (--debug shows where)", alone=first_of_launch())
+        sys.exit(1)
+    sys.exit(status)

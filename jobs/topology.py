@@ -11,7 +11,7 @@ import click
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
-@click.command()
+@click.command("topology")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Save the description.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw it: FILE.png, FILE.svg or FILE.pdf.")
 @click.option(

@@ -1,0 +1,152 @@
+"""A Hugging Face checkpoint folder: what is in it, whether it can be run exactly, and loading it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpmpi.errors import UserError
+from cpmpi.fingerprint import check_whole, weight_files
+from cpmpi.forward import ATTENTION, register
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Layer types of configs whose mixing of tokens is not attention through transformers' attention interface.
+UNSUPPORTED_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm", "rwkv", "short_conv")
+KNOWN_LAYERS = ("full_attention", "sliding_attention", "attention", "dense", "sparse")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder with a decoder-only model in safetensors.
+
+    Raises:
+        UserError: on construction, when the folder is not one that can be run exactly; before any weight is read.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: no such checkpoint folder")
+        if not (self.folder / "config.json").is_file():
+            raise UserError(f"{self.folder}: no config.json in this checkpoint folder")
+        self._check_weights()
+        self._check_architecture()
+
+    def _check_weights(self) -> None:
+        pickled = [p.name for p in sorted(self.folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
+        if pickled and not list(self.folder.glob("*.safetensors*")):
+            raise UserError(
+                f"{self.folder}: weights only as pickle ({pickled[0]}), which can run code when read; "
+                "convert the checkpoint to safetensors"
+            )
+        for file in weight_files(self.folder):
+            check_whole(file)
+
+    def _check_architecture(self) -> None:
+        from transformers import AutoModelForCausalLM
+
+        config = self.config
+        name = f"{self.folder}: {config.model_type}"
+        if getattr(config, "is_encoder_decoder", False):
+            raise UserError(f"{name} is an encoder-decoder; cpmpi runs decoder-only models")
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise UserError(f"{name} is not a causal language model of transformers")
+        odd = [t for t in dict.fromkeys(self.text_config_value("layer_types") or ()) if t not in KNOWN_LAYERS]
+        if odd:
+            raise UserError(f"{name} has layers of type {', '.join(odd)}; supported: {', '.join(KNOWN_LAYERS[:3])}")
+        if self.text_config_value("is_causal") is False:
+            raise UserError(f"{name} is not causal (is_causal is false in its config)")
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers config."""
+        from transformers import AutoConfig
+
+        try:
+            raw = json.loads((self.folder / "config.json").read_text())
+            if "auto_map" in raw and "AutoModelForCausalLM" in raw["auto_map"]:
+                raise UserError(
+                    f"{self.folder}: the model needs code from the checkpoint (auto_map), which is never run"
+                )
+            return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        except UserError:
+            raise
+        except Exception as error:  # of any type: each config class has its own checks
+            raise UserError(f"{self.folder / 'config.json'}: {one_line(error)}") from error
+
+    def text_config_value(self, name: str) -> Any:
+        """A value of the config, or of its text part where it has several."""
+        return getattr(self.config.get_text_config(decoder=True), name, None)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest document for which the checkpoint was made, in tokens; None where it does not say."""
+        limit: int | None = self.text_config_value("max_position_embeddings")
+        return limit
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return int(self.text_config_value("vocab_size"))
+
+    def compute_dtype(self, wanted: str, device: torch.device) -> torch.dtype:
+        """The type to compute in: ``wanted``, or for ``auto`` float32 on CPUs and the checkpoint's own elsewhere."""
+        if wanted != "auto":
+            return DTYPES[wanted]
+        own = self.text_config_value("dtype") or torch.float32
+        return torch.float32 if device.type == "cpu" else own
+
+    def skeleton(self, dtype: torch.dtype) -> torch.nn.Module:
+        """The model without weights, on the meta device, to learn shapes from."""
+        from transformers import AutoModelForCausalLM
+
+        register()
+        with torch.device("meta"):
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(
+                self.config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
+            )
+        return model.eval()
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+        """The causal-LM model with cpmpi's attention, in evaluation mode.
+
+        Raises:
+            UserError: a file is damaged, or tensors are missing or of the wrong shape (named).
+        """
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        register()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, local_files_only=True,
+                trust_remote_code=False, output_loading_info=True,
+            )  # fmt: skip
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.folder}: {one_line(error)}") from error
+        for problem, names in (("missing", info["missing_keys"]), ("of the wrong shape", info["mismatched_keys"])):
+            if names:
+                raise UserError(f"{self.folder}: {len(names)} tensors {problem} in the weights: {_some(names)}")
+        module: torch.nn.Module = model.eval().to(device)
+        return module
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text in one line, at most 300 characters of it."""
+    text = " ".join(str(error).split())
+    return (text[:300] + "..." if len(text) > 300 else text) or type(error).__name__
+
+
+def _some(names: Iterable[Any], most: int = 4) -> str:
+    listed = sorted(str(n[0] if isinstance(n, tuple) else n) for n in names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -1,0 +1,176 @@
+"""One document on all ranks: the layer-major forward with attention across ranks, then log-probabilities.
+
+Legend: T this rank's tokens, H query heads, G KV heads, D key head dim, E value head dim.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpmpi.errors import UserError
+from cpmpi.execute import Execution, Heads, Keys, Queries, Rule
+from cpmpi.forward import Call, Head, chunks, layer_major
+from cpmpi.kernels.backend import Backend
+from cpmpi.kernels.mask import Mask
+from cpmpi.layout import Layout, Piece
+from cpmpi.progress import Progress
+from cpmpi.schedule import Schedule
+from cpmpi.transport import Transport
+
+# Arguments of transformers' attention interface that say nothing about the scores here.
+NEUTRAL = frozenset({"position_ids", "position_embeddings", "use_cache", "output_attentions", "cache_position"})
+KeepKeys = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+def rule_of(call: Call) -> Rule:
+    """How this layer's scores become weights, from the arguments that the model passes to its attention function.
+
+    Raises:
+        UserError: an argument that could change the result and is not known.
+    """
+    given = {k: v for k, v in call.arguments.items() if v is not None and k not in NEUTRAL}
+    head_dim = call.q_1HCD.shape[-1]
+    scale = given.pop("scaling", head_dim**-0.5)
+    window, softcap, sinks_H = (given.pop(k, None) for k in ("sliding_window", "softcap", "s_aux"))
+    if given.pop("is_causal", getattr(call.module, "is_causal", True)) is False:
+        raise UserError(f"{type(call.module).__name__} asks for attention that is not causal")
+    if given.pop("dropout", 0.0):
+        raise UserError(f"{type(call.module).__name__} asks for dropout")
+    if given:
+        name = type(call.module).__name__
+        raise UserError(f"{name} passes arguments that cpmpi's attention does not know: {', '.join(sorted(given))}")
+    return Rule(mask=Mask(window=window), scale=scale, softcap=softcap, sinks_H=sinks_H)
+
+
+@torch.inference_mode()
+def probe(causal_lm: torch.nn.Module) -> tuple[Heads, ...]:
+    """The shapes of each layer's attention, from one token's forward; works on the meta device, without weights.
+
+    Raises:
+        UserError: a layer passes arguments that are not known, or the model never calls the attention interface.
+    """
+    layers: list[Heads] = []
+
+    def note(_: int, calls: Sequence[Call]) -> list[torch.Tensor]:
+        rule_of(calls[0])
+        layers.append(heads_of(calls[0]))
+        return [calls[0].v_1GCE.new_zeros(1, layers[-1].query_heads, layers[-1].value_dim)]
+
+    device = next(causal_lm.parameters()).device
+    layer_major(decoder_of(causal_lm), torch.zeros(1, dtype=torch.int64, device=device), [Piece(0, 1)], note)
+    if not layers:
+        raise UserError(f"{type(causal_lm).__name__} does not use transformers' attention interface")
+    return tuple(layers)
+
+
+def decoder_of(causal_lm: torch.nn.Module) -> torch.nn.Module:
+    """The model without its head."""
+    decoder: torch.nn.Module = getattr(causal_lm, str(causal_lm.base_model_prefix))
+    return decoder
+
+
+def heads_of(call: Call) -> Heads:
+    """Shapes and type of a call's queries, keys and values."""
+    (_, h, _, d), (_, g, _, _), e = call.q_1HCD.shape, call.k_1GCD.shape, call.v_1GCE.shape[-1]
+    return Heads(query_heads=h, kv_heads=g, key_dim=d, value_dim=e, dtype=call.k_1GCD.dtype)
+
+
+@dataclass(kw_only=True)
+class Scores:
+    """What one rank found for its tokens.
+
+    ``positions`` and ``logprobs`` (float32) belong together: the log-probability of the token at each position. The
+    rank that holds the document's last token has its ``last_hidden`` (hidden,) float32.
+    """
+
+    positions: torch.Tensor
+    logprobs: torch.Tensor
+    last_hidden: torch.Tensor | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """Runs documents on the ranks of a schedule; every rank has one, and calls it with the same documents."""
+
+    rank: int
+    causal_lm: torch.nn.Module
+    layers: tuple[Heads, ...]
+    schedule: Schedule
+    transport: Transport
+    backend: Backend
+    device: torch.device
+    progress: Progress
+    chunk_tokens: int = 1024
+
+    @torch.inference_mode()
+    def score(
+        self, token_ids: npt.NDArray[np.integer], layout: Layout, name: str, keep: KeepKeys | None = None
+    ) -> Scores:
+        """Log-probabilities of this rank's share of a document. Collective.
+
+        Args:
+            token_ids: all token ids (T_all,) of the document.
+            layout: which rank holds which tokens.
+            name: the document's name, for progress.
+            keep: takes each finished layer's number and this rank's keys (T, G, D) and values (T, G, E), and owns them.
+        """
+        started = time.perf_counter()
+        ids_T = torch.from_numpy(token_ids.astype(np.int64)).to(self.device)
+        parts = chunks(layout.pieces(self.rank), self.chunk_tokens)
+        program = self.schedule.program(self.rank)
+        self.progress.start(name, layout.n_tokens, len(self.layers))
+        attending = 0.0
+
+        def attend(layer: int, calls: list[Call]) -> Sequence[torch.Tensor]:
+            nonlocal attending
+            begun = time.perf_counter()
+            heads, rule = self.layers[layer], rule_of(calls[0])
+            keys = Keys.empty(layout.pieces(self.rank), heads, self.device)
+            if parts:
+                torch.cat([c.k_1GCD[0].transpose(0, 1) for c in calls], out=keys.k_SGD)
+                torch.cat([c.v_1GCE[0].transpose(0, 1) for c in calls], out=keys.v_SGE)
+            if keep is not None:
+                keep(layer, keys.k_SGD, keys.v_SGE)
+            runs = [(part.start, call.q_1HCD[0].transpose(0, 1)) for part, call in zip(parts, calls, strict=False)]
+            execution = Execution(
+                rank=self.rank, program=program, transport=self.transport, backend=self.backend, heads=heads, rule=rule,
+                query_layout=layout, key_layouts=(layout,), device=self.device,
+                tick=lambda done: self.progress.update(layer + done),
+            )  # fmt: skip
+            out_THE = execution.run(Queries(tuple(runs)), keys)
+            self.progress.update(layer + 1)
+            attending += time.perf_counter() - begun
+            if not parts:  # a rank without tokens walks along with the first token, whose result nobody takes
+                return [out_THE.new_zeros(1, heads.query_heads, heads.value_dim)]
+            return torch.split(out_THE, [part.size for part in parts])
+
+        states = layer_major(decoder_of(self.causal_lm), ids_T, parts or [Piece(0, 1)], attend)
+        decoded = time.perf_counter()
+        positions, logprobs, last_hidden = self._head(ids_T, parts, states)
+        return Scores(
+            positions=positions, logprobs=logprobs, last_hidden=last_hidden,
+            seconds={"attention": attending, "decoder": decoded - started, "head": time.perf_counter() - decoded},
+        )  # fmt: skip
+
+    def _head(
+        self, ids_T: torch.Tensor, parts: Sequence[Piece], states: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The hidden state at position i predicts token i + 1; the last token's predicts nothing yet and is kept."""
+        n_tokens = len(ids_T)
+        head = Head(self.causal_lm)
+        positions, logprobs, last_hidden = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)], None
+        for part, hidden_TC in zip(parts, states, strict=False):
+            stop = min(part.stop, n_tokens - 1)
+            targets = torch.arange(part.start + 1, stop + 1)
+            positions.append(targets)
+            logprobs.append(head.logprobs(hidden_TC[: stop - part.start], ids_T[part.start + 1 : stop + 1]))
+            if part.stop == n_tokens:
+                last_hidden = hidden_TC[-1].float().cpu()
+        return torch.cat(positions), torch.cat(logprobs), last_hidden

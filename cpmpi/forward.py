@@ -1,0 +1,146 @@
+"""Layer-major forward: a whole document through the checkpoint's own code, a layer at a time, in chunks of tokens.
+
+Every chunk of tokens runs the checkpoint's complete forward in a coroutine of its own. The only thing that a decoder
+computes across tokens is attention, so the registered attention function is where the coroutines meet: each hands over
+its queries, keys and values and sleeps; once all have arrived, the layer's attention runs over all tokens of all ranks,
+and each coroutine goes on with its rows of the result, through the rest of its layer up to the next attention.
+
+So everything but attention is computed chunk by chunk, whatever the model is made of, with no model code here, and no
+more than one layer's keys and values is ever in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import greenlet
+import torch
+
+from cpmpi.layout import Piece
+
+ATTENTION = "cpmpi"
+
+
+class Call(NamedTuple):
+    """A model's call of its attention function for one chunk (C tokens): what the layer hands over.
+
+    ``arguments`` are the keyword arguments of transformers' attention interface.
+    """
+
+    module: torch.nn.Module
+    q_1HCD: torch.Tensor
+    k_1GCD: torch.Tensor
+    v_1GCE: torch.Tensor
+    arguments: dict[str, Any]
+
+
+def chunks(pieces: Sequence[Piece], chunk_tokens: int) -> list[Piece]:
+    """The pieces cut into runs of at most ``chunk_tokens`` tokens, as equal as possible."""
+    cut = []
+    for piece in pieces:
+        n = -(-piece.size // chunk_tokens)
+        bounds = [piece.start + piece.size * i // n for i in range(n + 1)]
+        cut += [Piece(a, b) for a, b in pairwise(bounds)]
+    return cut
+
+
+def layer_major(
+    model: torch.nn.Module,
+    token_ids_T: torch.Tensor,
+    parts: Sequence[Piece],
+    attend: Callable[[int, list[Call]], Sequence[torch.Tensor]],
+) -> list[torch.Tensor]:
+    """The hidden states after the final norm, (C, hidden) for each chunk.
+
+    Args:
+        model: a transformers decoder without head, with ``ATTENTION`` as its attention implementation.
+        token_ids_T: the document's token ids, int64, on the model's device.
+        parts: the chunks to compute, as runs of positions.
+        attend: given a layer's number (0, 1, ...) and the chunks' calls, the attention output of each, (C, H, E).
+    """
+    walkers = [greenlet.greenlet(_walk) for _ in parts]
+    states: list[Any] = [w.switch(model, token_ids_T, part) for w, part in zip(walkers, parts, strict=True)]
+    layer = 0
+    while isinstance(states[0], Call):
+        assert all(isinstance(call, Call) and call.module is states[0].module for call in states)
+        outputs = attend(layer, states)
+        for i, walker in enumerate(walkers):
+            states[i] = None  # the chunk's queries, keys and values go as soon as its layer has gone on
+            states[i] = walker.switch(outputs[i])
+        layer += 1
+    return states
+
+
+def _walk(model: torch.nn.Module, token_ids_T: torch.Tensor, part: Piece) -> torch.Tensor:
+    """One chunk's way through the whole model."""
+    positions_1C = torch.arange(part.start, part.stop, device=token_ids_T.device)[None]
+    ids_1C = token_ids_T[None, part.start : part.stop]
+    hidden: torch.Tensor = model(input_ids=ids_1C, position_ids=positions_1C, use_cache=False).last_hidden_state
+    return hidden[0]
+
+
+def _meet(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **arguments: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that the model calls; see transformers' attention interface."""
+    assert attention_mask is None, "transformers made a mask for an attention that it does not know"
+    parent = greenlet.getcurrent().parent
+    assert parent is not None, "a model with cpmpi's attention runs inside layer_major only"
+    out_CHE: torch.Tensor = parent.switch(Call(module, query, key, value, arguments))
+    return out_CHE[None].to(query.dtype), None
+
+
+def register() -> None:
+    """Make ``attn_implementation=ATTENTION`` known to transformers."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _meet)
+
+
+class Head:
+    """Log-probabilities from hidden states: the checkpoint's own head, without its decoder.
+
+    The causal-LM class computes what follows the decoder (head, soft caps, scales), so it is called as it is, with the
+    decoder replaced by one that returns the given hidden states; logits exist for ``chunk_tokens`` tokens at a time.
+    """
+
+    def __init__(self, model: torch.nn.Module, chunk_tokens: int = 256) -> None:
+        self.model = model
+        self.chunk_tokens = chunk_tokens
+
+    def logprobs(self, hidden_TC: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each target token, (T,) float32 on the CPU."""
+        prefix: str = self.model.base_model_prefix  # type: ignore[assignment]
+        decoder = getattr(self.model, prefix)
+        given = _Given()
+        setattr(self.model, prefix, given)
+        try:
+            parts = list(self._parts(given, hidden_TC, targets_T))
+        finally:
+            setattr(self.model, prefix, decoder)
+        return torch.cat(parts).cpu() if parts else torch.empty(0)
+
+    def _parts(self, given: _Given, hidden_TC: torch.Tensor, targets_T: torch.Tensor) -> Iterator[torch.Tensor]:
+        for i in range(0, len(targets_T), self.chunk_tokens):
+            given.hidden_1TC = hidden_TC[None, i : i + self.chunk_tokens]
+            target_T = targets_T[i : i + self.chunk_tokens]
+            logits_TV = self.model(input_ids=target_T[None], use_cache=False).logits[0].float()
+            yield -torch.nn.functional.cross_entropy(logits_TV, target_T, reduction="none")
+
+
+class _Given(torch.nn.Module):
+    """A decoder that returns the hidden states it was given."""
+
+    hidden_1TC: torch.Tensor
+
+    def forward(self, **_: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden_1TC)  # type: ignore[arg-type]

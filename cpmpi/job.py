@@ -1,0 +1,329 @@
+"""The main job: documents and a checkpoint in, exact log-probabilities and KV in a run folder out. Collective."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpmpi import __version__, resume, run_spec
+from cpmpi.checkpoint import Checkpoint
+from cpmpi.documents import Document, read_documents
+from cpmpi.engine import Engine, Scores, probe
+from cpmpi.errors import UserError
+from cpmpi.execute import Heads
+from cpmpi.fingerprint import model_sha256, tokenizer_sha256
+from cpmpi.index import RunIndex
+from cpmpi.kernels.select import select
+from cpmpi.layout import Layout
+from cpmpi.log import rank_log
+from cpmpi.machine import choose_device, set_threads
+from cpmpi.progress import Progress, duration
+from cpmpi.publish import publish_text
+from cpmpi.ranks import Ranks, start
+from cpmpi.run import open_run
+from cpmpi.run_paths import RunPaths
+from cpmpi.schedule import Schedule
+from cpmpi.shard import prepare_shard
+from cpmpi.table import table
+from cpmpi.transport import MPITransport
+from cpmpi.writer import ShardWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """What a user asks of the job.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+
+    model: Path
+    """Checkpoint folder."""
+    inputs: tuple[str, ...]
+    """Files, folders and globs."""
+    output: Path
+    """Run folder."""
+    keep_kv: bool = True
+    """Whether the KV cache is stored."""
+    attention: str = "auto"
+    """Schedule: auto, ring, tree or hybrid."""
+    segments: int = 2
+    """Segments that a document is cut into."""
+    dtype: str = "auto"
+    """Type to compute in."""
+    kv_dtype: str = "bfloat16"
+    """Type to store keys and values in."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    chunk_tokens: int = 1024
+    """Tokens that go through the model at a time."""
+    special_tokens: bool | None = None
+    """Whether the tokenizer adds special tokens; None: as it does by itself."""
+    allow_longer: bool = False
+    """Whether documents may be longer than the checkpoint's positions."""
+    overwrite: bool = False
+    """Whether a run in the output folder is deleted first."""
+    quiet: bool = False
+    """Whether progress is left out."""
+    command: str = ""
+    """The command line, for the record."""
+
+    def __post_init__(self) -> None:
+        for name in ("segments", "chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A job under way on one rank: what was asked, who we are, and what is known before the first document."""
+
+    options: JobOptions
+    ranks: Ranks
+    device: torch.device
+    threads: int
+    progress: Progress
+    checkpoint: Checkpoint
+    documents: list[Document]
+    dtype: torch.dtype
+    heads: tuple[Heads, ...]
+    spec: run_spec.RunSpec
+    seconds: dict[int, float] = field(default_factory=dict)
+
+
+def run(options: JobOptions) -> dict[int, float]:
+    """Run the job; the seconds that each document took, by its place in the run (none for those finished before).
+
+    Raises:
+        UserError: something the user can mend; before any work where it can be known then.
+    """
+    ranks = start()
+    job = prepare(options, ranks)
+    with ExitStack() as stack:
+        if ranks.is_root:
+            stack.enter_context(resume.only_writer(options.output))
+        index, spec, finished = open_run_folder(job)
+        stack.enter_context(rank_log(RunPaths(options.output).log, ranks))
+        writer = None
+        if spec.kv is not None:
+            writer = stack.enter_context(open_writer(job, index, spec, finished))
+        todo = [i for i in range(len(job.documents)) if i not in finished]
+        if todo:
+            engine = load_engine(job)
+            for i in todo:
+                score_document(job, engine, index, writer, i)
+            engine.transport.close()
+        if index is not None:
+            index.finish()
+    if ranks.is_root:
+        report(job)
+    return job.seconds
+
+
+def prepare(options: JobOptions, ranks: Ranks) -> Job:
+    """Everything that can be refused is refused here: no weight is read, nothing is written. Collective."""
+    progress = Progress(enabled=ranks.is_root and not options.quiet)
+    device = ranks.together(choose_device, ranks, options.device)
+    threads = set_threads(ranks)
+    ranks.on_root(resume.check_folder, options.output)
+    checkpoint = ranks.together(Checkpoint, options.model)
+    documents = ranks.on_root(_read_documents, options, checkpoint, progress)
+    dtype = checkpoint.compute_dtype(options.dtype, device)
+    heads = ranks.together(lambda: probe(checkpoint.skeleton(dtype)))
+    spec = ranks.on_root(make_spec, options, ranks, checkpoint, documents, dtype, heads)
+    job = Job(
+        options=options, ranks=ranks, device=device, threads=threads, progress=progress, checkpoint=checkpoint,
+        documents=documents, dtype=dtype, heads=heads, spec=spec,
+    )  # fmt: skip
+    introduce(job)
+    needed = ranks.comm.allreduce(run_spec.bytes_to_write(options.output, spec, ranks.rank))
+    ranks.on_root(run_spec.check_room, options.output, needed)
+    return job
+
+
+def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progress) -> list[Document]:
+    def tokenized(done: int, characters: int) -> None:
+        progress.say(f"tokenized {done:,} of {characters:,} characters")
+
+    documents = read_documents(
+        options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size,
+        special_tokens=options.special_tokens, progress=tokenized,
+    )  # fmt: skip
+    limit = checkpoint.max_positions
+    too_long = [d for d in documents if limit is not None and len(d.token_ids) > limit]
+    if too_long and not options.allow_longer:
+        d = max(too_long, key=lambda d: len(d.token_ids))
+        raise UserError(
+            f"{d.source}: document {d.id!r} has {len(d.token_ids)} tokens, but {checkpoint.folder} was made for "
+            f"{limit} positions (max_position_embeddings); --allow-longer runs it all the same"
+        )
+    return documents
+
+
+def make_spec(
+    options: JobOptions,
+    ranks: Ranks,
+    checkpoint: Checkpoint,
+    documents: list[Document],
+    dtype: torch.dtype,
+    heads: tuple[Heads, ...],
+) -> run_spec.RunSpec:
+    """What the run folder will hold."""
+    kv = None
+    if options.keep_kv:
+        shapes = dict.fromkeys((h.kv_heads, h.key_dim, h.value_dim) for h in heads)
+        if len(shapes) > 1:
+            raise UserError(
+                f"{checkpoint.folder}: its layers differ in KV heads and head dims ({', '.join(map(str, shapes))}), "
+                "which a run folder cannot hold; `cpmpi score` keeps no KV"
+            )
+        ((kv_heads, key_dim, value_dim),) = shapes
+        kv = run_spec.KVSpec(
+            layers=len(heads), heads=kv_heads, key_dim=key_dim, value_dim=value_dim, dtype=options.kv_dtype
+        )
+    return run_spec.RunSpec(
+        model=json.dumps(checkpoint.config.to_dict(), sort_keys=True, default=str),
+        model_sha256=model_sha256(checkpoint.folder),
+        tokenizer_sha256=tokenizer_sha256(checkpoint.folder),
+        dtype=str(dtype).removeprefix("torch."),
+        kv=kv,
+        world_size=ranks.size,
+        hidden_size=checkpoint.text_config_value("hidden_size"),
+        documents=tuple(_document_spec(d, ranks.size, options.segments) for d in documents),
+        command=options.command,
+    )
+
+
+def _document_spec(document: Document, world: int, segments: int) -> run_spec.DocumentSpec:
+    n_tokens = len(document.token_ids)
+    return run_spec.DocumentSpec(
+        id=document.id,
+        source=document.source,
+        n_tokens=n_tokens,
+        layout=Layout(n_tokens=n_tokens, world=world, segments=segments),
+        token_ids_sha256=run_spec.token_digest(document.token_ids),
+    )
+
+
+def introduce(job: Job) -> None:
+    """Say what is going to happen, before it does."""
+    ranks, spec, options = job.ranks, job.spec, job.options
+    tokens = sum(d.n_tokens for d in spec.documents)
+    own = str(job.checkpoint.text_config_value("dtype") or "float32").removeprefix("torch.")
+    kv = "no KV kept"
+    if spec.kv is not None:
+        size = run_spec.human_bytes(spec.kv.layers * tokens * spec.kv.token_bytes)
+        kv = f"KV kept as {spec.kv.dtype}, {size}"
+    where = f"{job.threads} thread{'s' * (job.threads > 1)} each" if job.device.type == "cpu" else "one device each"
+    job.progress.say(f"cpmpi {__version__}: {ranks.size} rank{'s' * (ranks.size > 1)} on {job.device.type}, {where}")
+    job.progress.say(
+        f"model {options.model}: {job.checkpoint.config.model_type}, {len(job.heads)} layers, "
+        f"stored as {own}, computed in {spec.dtype}; {kv}"
+    )
+    job.progress.say(f"{len(spec.documents)} document{'s' * (len(spec.documents) > 1)}, {tokens:,} tokens")
+
+
+def open_run_folder(job: Job) -> tuple[RunIndex | None, run_spec.RunSpec, frozenset[int]]:
+    """The run's index (rank 0 only), its spec with the run id that holds, and the documents that are finished."""
+    options, ranks = job.options, job.ranks
+    opened: list[RunIndex] = []
+
+    def open_index() -> tuple[run_spec.RunSpec, frozenset[int]]:
+        opened.append(resume.start_index(options.output, job.spec, overwrite=options.overwrite))
+        return opened[0].spec, opened[0].finished
+
+    spec, finished = ranks.on_root(open_index)
+    if finished:
+        job.progress.say(f"{len(finished)} of {len(spec.documents)} documents are finished already")
+    return next(iter(opened), None), spec, finished
+
+
+def open_writer(job: Job, index: RunIndex | None, spec: run_spec.RunSpec, finished: frozenset[int]) -> ShardWriter:
+    """Lay out or check this rank's shard, and record the sizes of all."""
+    ranks = job.ranks
+    path = ranks.together(prepare_shard, job.options.output, spec, ranks.rank, finished)
+    sizes = ranks.comm.gather(path.stat().st_size)
+    ranks.on_root(lambda: index.write_manifest(sizes) if index is not None and sizes is not None else None)
+    return ShardWriter(path, spec, ranks.rank)
+
+
+def load_engine(job: Job) -> Engine:
+    """Read the weights and choose schedule and kernel."""
+    options, ranks = job.options, job.ranks
+    began = time.perf_counter()
+    causal_lm = ranks.together(job.checkpoint.load, job.dtype, job.device)
+    first = job.heads[0]
+    backend = select(job.device, job.dtype, head_dim=first.key_dim, value_head_dim=first.value_dim)
+    kind = "ring" if options.attention == "auto" else options.attention
+    schedule = Schedule(kind=kind, nodes=[list(range(ranks.size))], parents=[None])
+    job.progress.say(f"weights read in {duration(time.perf_counter() - began)}")
+    job.progress.say(f"attention: {kind}, kernel {backend.name} ({backend.reason})")
+    if ranks.is_root:
+        summary = {"kind": kind, "nodes": schedule.nodes, "parents": schedule.parents, "segments": options.segments}
+        publish_text(RunPaths(options.output).schedule, json.dumps(summary, indent=1) + "\n")
+        publish_text(RunPaths(options.output).topology, job.spec.topology + "\n")
+    return Engine(
+        rank=ranks.rank, causal_lm=causal_lm, layers=job.heads, schedule=schedule, transport=MPITransport(ranks.comm),
+        backend=backend, device=job.device, progress=job.progress, chunk_tokens=options.chunk_tokens,
+    )  # fmt: skip
+
+
+def score_document(job: Job, engine: Engine, index: RunIndex | None, writer: ShardWriter | None, i: int) -> None:
+    """One document: compute, store, mark as finished."""
+    document, ranks = job.documents[i], job.ranks
+    began = time.perf_counter()
+
+    def keep(layer: int, k_TGD: torch.Tensor, v_TGE: torch.Tensor) -> None:
+        assert writer is not None
+        writer.put(i, layer, k_TGD.cpu(), v_TGE.cpu())
+
+    layout = job.spec.documents[i].layout
+    scores = engine.score(document.token_ids, layout, document.id, keep if writer is not None else None)
+    digest = writer.finish(i) if writer is not None else 0
+    everyone = ranks.comm.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
+    if index is not None:
+        assert everyone is not None
+        logprobs, last_hidden = assemble(everyone, len(document.token_ids))
+        index.write_outputs(
+            i, token_ids=document.token_ids, logprobs=logprobs, last_hidden=last_hidden,
+            digests=[digest for *_, digest in everyone] if writer is not None else (),
+        )  # fmt: skip
+    job.seconds[i] = time.perf_counter() - began
+    _log(job, scores, writer, document.id)
+
+
+def assemble(everyone: list[Any], n_tokens: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """A document's log-probabilities (T,), the first of them NaN, and last hidden state from what all ranks found."""
+    logprobs = np.full(n_tokens, np.nan, np.float32)
+    for positions, values, *_ in everyone:
+        logprobs[positions] = values
+    (last_hidden,) = (hidden.numpy() for _, _, hidden, _ in everyone if hidden is not None)
+    return logprobs, last_hidden
+
+
+def _log(job: Job, scores: Scores, writer: ShardWriter | None, name: str) -> None:
+    parts = {**scores.seconds, **({"writer blocked": writer.stats.blocked_s} if writer is not None else {})}
+    text = ", ".join(f"{what} {seconds:.3f} s" for what, seconds in parts.items())
+    logging.getLogger("cpmpi").info("document %r: %d tokens here; %s", name, len(scores.positions), text)
+
+
+def report(job: Job) -> None:
+    """The results as a table, on standard output."""
+    rows = []
+    with open_run(job.options.output) as done:
+        for i, d in enumerate(done.documents):
+            seconds = job.seconds.get(i)
+            rate = f"{d.n_tokens / seconds:,.0f}" if seconds else "(was done)"
+            took = duration(seconds) if seconds else ""
+            rows.append((d.id, f"{d.n_tokens:,}", f"{d.nll:.6g}", f"{d.perplexity:.4f}", took, rate))
+    print(table(("document", "tokens", "nll", "perplexity", "time", "tokens/s"), rows, left=1))
+    print(f"run folder: {job.options.output}")

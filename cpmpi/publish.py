@@ -1,0 +1,59 @@
+"""Put a file in place at once: readers see the old file, the new one or none, never a half."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cpmpi.errors import UserError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; when the block ends well, make it durable and rename it to ``path``.
+
+    The temporary name is fixed, so that what a killed writer left behind is overwritten by the next one.
+    """
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_path(temporary)
+    os.replace(temporary, path)
+    sync_path(path.parent)
+
+
+def publish_text(path: Path, text: str) -> None:
+    """Write ``text`` (UTF-8) to ``path`` at once, and durably."""
+    with published(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are missing, and make the new name durable where that is allowed.
+
+    Raises:
+        UserError: that is not possible.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot make this folder ({error.strerror})") from error
+    with suppress(PermissionError):
+        sync_path(path.parent)
+
+
+def sync_path(path: Path) -> None:
+    """fsync a file or a folder by its path."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,146 @@
+"""The ranks of a job: who we are, work that rank 0 does for all, and errors that every rank must learn of.
+
+mpi4py is imported when a job starts, not when this module is: commands that only read files never start MPI.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cpmpi.errors import UserError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+T = TypeVar("T")
+
+# How each launcher tells a process the number of ranks it started, the most reliable first. The Slurm variable comes
+# last: under mpirun it counts the launcher's own daemons.
+LAUNCHED_RANKS = {
+    "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
+    "PMI_SIZE": "an MPICH-like launcher or srun --mpi=pmi2",
+    "SLURM_STEP_NUM_TASKS": "srun",
+}
+
+
+class AgreedError(UserError):
+    """A user's error that every rank has raised together: rank 0 reports it, all exit with status 1."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of this job, with the few collective habits that all jobs share."""
+
+    comm: MPI.Intracomm
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return self.comm.rank
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.comm.size
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this is rank 0."""
+        return self.comm.rank == 0
+
+    def on_root(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """The result of ``work(*args, **kwargs)``, done by rank 0 and given to all. Collective.
+
+        Raises:
+            AgreedError: on all ranks, where rank 0's work raised a ``UserError``.
+        """
+        outcome: tuple[str | None, Any] = (None, None)
+        if self.is_root:
+            try:
+                outcome = None, work(*args, **kwargs)
+            except UserError as error:
+                outcome = str(error), None
+        problem, result = self.comm.bcast(outcome)
+        if problem is not None:
+            raise AgreedError(problem)
+        value: T = result
+        return value
+
+    def together(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """This rank's own ``work(*args, **kwargs)``, once it has gone well on every rank. Collective.
+
+        Raises:
+            AgreedError: on all ranks, with the first rank's problem, where any rank's work raised a ``UserError``.
+        """
+        problem, result = None, None
+        try:
+            result = work(*args, **kwargs)
+        except UserError as error:
+            problem = str(error)
+        problems = [(r, p) for r, p in enumerate(self.comm.allgather(problem)) if p is not None]
+        if problems:
+            rank, text = problems[0]
+            raise AgreedError(text if len(problems) == self.size else f"rank {rank}/{self.size}: {text}")
+        value: T = result  # type: ignore[assignment]
+        return value
+
+
+def start() -> Ranks:
+    """Start MPI and return the world.
+
+    Raises:
+        UserError: a launcher started several ranks, but MPI sees a world of one (each rank would do all the work).
+    """
+    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    problem = singleton_problem(comm.size, dict(os.environ), MPI.Get_library_version())
+    if problem:
+        raise UserError(problem)
+    return Ranks(comm)
+
+
+def singleton_problem(world_size: int, environment: dict[str, str], library: str) -> str | None:
+    """Why this world is not what the launcher started, or None.
+
+    A launcher and an MPI library that do not speak the same PMI give as many worlds of size 1 as there are ranks,
+    without a message.
+    """
+    for variable, launcher in LAUNCHED_RANKS.items():
+        if (told := environment.get(variable, "")).isdigit():
+            if int(told) == world_size:
+                return None
+            name = library.splitlines()[0].split(",")[0].strip("\0 ")
+            return (
+                f"{launcher} started {told} ranks ({variable}={told}), but MPI sees a world of {world_size}: the "
+                f"launcher does not match the MPI library ({name}). Use its own mpirun, or srun --mpi=pmix for "
+                "Open MPI and srun --mpi=pmi2 for MPICH"
+            )
+    return None
+
+
+def node_name() -> str:
+    """This node's host name, without the domain."""
+    return platform.node().split(".")[0]
+
+
+def abort(message: str, *, alone: bool = True) -> None:
+    """Report an error that only this rank knows of, and end all ranks.
+
+    Returns only where the world is this rank, then having reported only if ``alone`` (several launched worlds of one
+    rank each should not repeat a message).
+    """
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not mpi.Is_initialized() or mpi.COMM_WORLD.size == 1:
+        if alone:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        return
+    world = mpi.COMM_WORLD
+    print(f"error: rank {world.rank}/{world.size} on {node_name()}: {message}", file=sys.stderr, flush=True)
+    world.Abort(1)

@@ -1,0 +1,270 @@
+"""Schedules: who sends what to whom and who attends to what, in which round. Plain data, no communication.
+
+A rank's *program* is a list of rounds. In a round a rank posts its sends and receives, attends while they travel, then
+waits for the transfers that are due and merges the partials among them. The same programs are executed (`execute.py`),
+checked, priced and drawn.
+
+Two builders give all three kinds:
+
+* `ring_program`: keys travel, queries stay. With several nodes the ring has two levels: the shards of one node go round
+  the ring of another, while the next node's shards cross the boundary, sent one whole inner ring ahead.
+* `hybrid_program`: keys travel round the ring of a node, queries and partials along a tree over the nodes. A *tree*
+  schedule is this with every rank a node of its own; a flat ring is this with a single node.
+
+Ranks are positions: the communicator is ordered along the rings (node by node) before a schedule is built.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+Kind = Literal["key", "query", "partial"]
+KINDS = ("ring", "tree", "hybrid")
+Nodes = Sequence[Sequence[int]]  # the ranks of each node, in ring order
+Parents = Sequence[int | None]  # the parent of each node (or rank) in a tree, None for the root
+INNER, OUTER = 0, 1  # channels: a communicator each, so that slow links never queue before fast ones
+
+
+class Item(NamedTuple):
+    """What a message carries: the keys and values, the queries, or partials for the queries, of rank ``owner``."""
+
+    kind: Kind
+    owner: int
+
+
+class Transfer(NamedTuple):
+    """One message of a rank, to or from ``peer``; complete at the end of round ``due``."""
+
+    peer: int
+    items: tuple[Item, ...]
+    channel: int
+    due: int
+
+
+class Attend(NamedTuple):
+    """The queries of rank ``query`` attend to the keys of rank ``key``."""
+
+    query: int
+    key: int
+
+
+@dataclass
+class Round:
+    """What one rank does in one round."""
+
+    sends: list[Transfer] = field(default_factory=list)
+    receives: list[Transfer] = field(default_factory=list)
+    attends: list[Attend] = field(default_factory=list)
+
+
+Program = list[Round]
+
+
+def ring_program(nodes: Nodes, rank: int) -> Program:
+    """The program of ``rank`` when keys travel.
+
+    With M nodes there are M outer steps. In outer step j the ring of node m circulates the shards of node m - j, dealt
+    over its ranks where node sizes differ; meanwhile the same shards cross to node m + 1 on the outer channel. A rank
+    holds at most the shards it attends to and the ones arriving on each channel.
+    """
+    m, place = _place(nodes, rank)
+    ring = nodes[m]
+    size = len(ring)
+    program = [Round() for _ in range(len(nodes) * size)]
+
+    def entry(node: int, step: int, at: int) -> tuple[int, ...]:
+        """Shards that the rank at place ``at`` of ``node`` brings into the ring of outer step ``step``."""
+        return tuple(nodes[(node - step) % len(nodes)][at % len(nodes[node]) :: len(nodes[node])])
+
+    for step in range(len(nodes)):
+        first = step * size
+        last = first + size - 1
+        for i in range(size):
+            held, coming = entry(m, step, place - i), entry(m, step, place - i - 1)
+            now = program[first + i]
+            now.attends = [Attend(rank, key) for key in held]
+            if i < size - 1:
+                now.sends = _messages([(ring[(place + 1) % size], Item("key", o)) for o in held], INNER, first + i)
+                now.receives = _messages([(ring[place - 1], Item("key", o)) for o in coming], INNER, first + i)
+        if step < len(nodes) - 1:
+            origin, succ, pred = nodes[(m - step) % len(nodes)], nodes[(m + 1) % len(nodes)], nodes[m - 1]
+            ahead = [(succ[origin.index(o) % len(succ)], Item("key", o)) for o in entry(m, step, place)]
+            origin = nodes[(m - step - 1) % len(nodes)]
+            behind = [(pred[origin.index(o) % len(pred)], Item("key", o)) for o in entry(m, step + 1, place)]
+            program[first].sends += _messages(ahead, OUTER, last)
+            program[first].receives += _messages(behind, OUTER, last)
+    return program
+
+
+def hybrid_program(nodes: Nodes, parents: Parents, askers: Iterable[int], rank: int) -> Program:
+    """The program of ``rank`` when keys travel inside nodes, and queries and partials along a tree over the nodes.
+
+    A tree edge carries one message each way with queries (those of the ranks on its near side) and one with partials
+    (for the ranks on its far side), for each rank of a node ("lane": a rank's place in its node, modulo the size of
+    smaller nodes). Queries attend in the ``len(ring)`` rounds after they arrived: all keys of the node pass in them.
+
+    Args:
+        nodes: the ranks of each node, in ring order.
+        parents: the parent of each node in the tree, None for the root.
+        askers: the ranks that have queries.
+        rank: whose program.
+    """
+    m, place = _place(nodes, rank)
+    ring, size = nodes[m], len(nodes[m])
+    hop = max(1, size // 2)  # rounds that a query may take along one tree edge, hidden behind the node's own queries
+    children, parent = [c for c, p in enumerate(parents) if p == m], parents[m]
+    below = {c: _subtree(parents, c) for c in [m, *children]}
+    home = {owner: (node, lane) for node, ranks in enumerate(nodes) for lane, owner in enumerate(ranks)}
+    asking = sorted(askers)
+    mine = [o for o in asking if home[o][1] % size == place]
+    inside = {c: [o for o in mine if home[o][0] in below[c]] for c in below}
+    outside = {c: [o for o in mine if home[o][0] not in below[c]] for c in below}
+
+    # Rounds by which queries are here: own ones, those from the children, those from the parent (same for all lanes).
+    up = hop if children else 0
+    arrival = {o: 0 if o == rank else hop if o in inside[m] else up + hop for o in mine}
+    foreign = [o for o in asking if home[o][0] != m]
+    turns = size + (0 if not foreign else up + hop if any(home[o][0] not in below[m] for o in foreign) else hop)
+    legs = 2 + (parent is not None) if children else 1
+    turn_back = max(turns, legs * hop)
+    program = [Round() for _ in range(turn_back + legs if len(nodes) > 1 else turns)]
+
+    for i in range(turns):
+        key = ring[(place - i) % size]
+        program[i].attends = [Attend(o, key) for o in mine if arrival[o] <= i < arrival[o] + size]
+        if i < turns - 1 and size > 1:
+            succ, pred, coming = ring[(place + 1) % size], ring[place - 1], ring[(place - i - 1) % size]
+            if succ != key:
+                program[i].sends += _messages([(succ, Item("key", key))], INNER, i)
+            if coming != rank:
+                program[i].receives += _messages([(pred, Item("key", coming))], INNER, i)
+
+    def move(kind: Kind, first: int, length: int, near: dict[int, list[int]], far: dict[int, list[int]]) -> None:
+        """Up from the children, to and from the parent, down to the children; each leg takes ``length`` rounds."""
+
+        def along(node: int, owners: list[int], at: int) -> list[Transfer]:
+            pairs = [(nodes[node][home[o][1] % len(nodes[node])], Item(kind, o)) for o in owners]
+            return _messages(pairs, OUTER, at + length - 1)
+
+        at = first
+        for c in children:
+            program[at].receives += along(c, near[c], at)
+        if parent is not None:
+            at += length if children else 0
+            program[at].sends += along(parent, near[m], at)
+            program[at].receives += along(parent, far[m], at)
+        at += length
+        for c in children:
+            program[at].sends += along(c, far[c], at)
+
+    if len(nodes) > 1:
+        move("query", 0, hop, inside, outside)
+        move("partial", turn_back, 1, outside, inside)
+    return program
+
+
+def rank_tree(nodes: Nodes, parents: Parents) -> Parents:
+    """A tree over the ranks from one over the nodes: the parent of each rank, None for the root.
+
+    The first rank of a node is its leader and joins the leaders' tree; from it two chains run along the ring, one each
+    way, so that only neighbours in the ring talk and the depth is half the ring.
+    """
+    parent: list[int | None] = [None] * sum(map(len, nodes))
+    for ring, above in zip(nodes, parents, strict=True):
+        parent[ring[0]] = None if above is None else nodes[above][0]
+        half = len(ring) // 2 + 1
+        for chain in ([*ring[:half]], [ring[0], *reversed(ring[half:])]):
+            for near, far in pairwise(chain):
+                parent[far] = near
+    return parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """One of the three kinds on a machine: the ranks of each node in ring order, and the tree over the nodes.
+
+    Args:
+        kind: ``ring`` (keys travel), ``tree`` (queries travel) or ``hybrid`` (keys inside nodes, queries between).
+        nodes: the ranks of each node, in ring order, its leader first.
+        parents: the parent of each node in the tree, None for the root.
+        askers: the ranks that have queries; None for all.
+
+    Raises:
+        ValueError: an unknown kind, or nodes and parents that do not fit.
+    """
+
+    kind: str
+    nodes: Nodes
+    parents: Parents
+    askers: frozenset[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown schedule {self.kind!r}: choose one of {', '.join(KINDS)}")
+        if len(self.nodes) != len(self.parents) or list(self.parents).count(None) != 1:
+            raise ValueError(
+                f"a tree over {len(self.nodes)} nodes needs as many parents, one of them None: {self.parents}"
+            )
+        if sorted(r for node in self.nodes for r in node) != list(range(self.world)):
+            raise ValueError(f"the nodes must hold the ranks 0..{self.world - 1} once each: {self.nodes}")
+
+    @property
+    def world(self) -> int:
+        """Ranks on all nodes."""
+        return sum(map(len, self.nodes))
+
+    def program(self, rank: int) -> Program:
+        """What ``rank`` does, round by round."""
+        askers = range(self.world) if self.askers is None else self.askers
+        if self.kind == "ring":
+            return ring_program(self.nodes, rank)
+        if self.kind == "tree":
+            return hybrid_program([[r] for r in range(self.world)], rank_tree(self.nodes, self.parents), askers, rank)
+        return hybrid_program(self.nodes, self.parents, askers, rank)
+
+
+def releases(program: Program) -> list[list[Item]]:
+    """Per round, the items that were received and are read for the last time in it, before they possibly come again."""
+    uses: list[set[Item]] = [set() for _ in program]
+    for i, now in enumerate(program):
+        uses[i] |= {Item("query", q) for q, _ in now.attends} | {Item("key", k) for _, k in now.attends}
+        for transfer in (*now.sends, *now.receives):
+            uses[transfer.due] |= {item for item in transfer.items if item.kind != "partial"}
+    released: list[list[Item]] = [[] for _ in program]
+    needed: set[Item] = set()
+    for i in reversed(range(len(program))):
+        released[i] = sorted(uses[i] - needed)
+        needed |= uses[i]
+        needed -= {item for transfer in program[i].receives for item in transfer.items}
+    return released
+
+
+def _place(nodes: Nodes, rank: int) -> tuple[int, int]:
+    """The node of a rank and its place in the node's ring."""
+    return next((m, list(ring).index(rank)) for m, ring in enumerate(nodes) if rank in ring)
+
+
+def _subtree(parents: Parents, top: int) -> frozenset[int]:
+    """The nodes at and below ``top``."""
+    return frozenset(n for n in range(len(parents)) if top in _path(parents, n))
+
+
+def _path(parents: Parents, node: int) -> list[int]:
+    """From a node up to the root, both included."""
+    path = [node]
+    while (above := parents[path[-1]]) is not None:
+        path.append(above)
+        assert len(path) <= len(parents), f"the tree has a cycle: {parents}"
+    return path
+
+
+def _messages(pairs: Iterable[tuple[int, Item]], channel: int, due: int) -> list[Transfer]:
+    """One transfer per peer, with all the items for it."""
+    items: dict[int, list[Item]] = defaultdict(list)
+    for peer, item in pairs:
+        items[peer].append(item)
+    return [Transfer(peer, tuple(items[peer]), channel, due) for peer in sorted(items)]

@@ -1,0 +1,151 @@
+"""Messages between ranks that travel while the rank computes.
+
+MPI moves large messages only inside MPI calls, so a thread tests the pending requests every half millisecond while the
+main thread sits in a kernel that has released the interpreter lock (a call that waits inside MPI would spin on a core
+that a compute thread needs). CUDA tensors go through host memory: MPI libraries from wheels do not know devices.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+CHANNELS = 2
+LARGEST_MESSAGE = 1 << 30  # bytes; counts from 2^31 on fail in some MPI libraries
+POLL_S = 0.0005
+
+
+class Pending(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> torch.Tensor:
+        """Block until the transfer is complete; the bytes, on the device where they belong."""
+
+
+class Transport(Protocol):
+    """What the executor needs of a network: flat byte tensors to and from peers, on separate channels.
+
+    Messages between two ranks on one channel arrive in the order in which they were posted.
+    """
+
+    def send(self, payload_B: torch.Tensor, peer: int, channel: int) -> Pending:
+        """Start to send a contiguous uint8 tensor; it must stay untouched until the wait."""
+
+    def receive(self, n_bytes: int, peer: int, channel: int, device: torch.device) -> Pending:
+        """Start to receive ``n_bytes``."""
+
+    def close(self) -> None:
+        """Give back what the transport holds. Collective."""
+
+
+@dataclass(eq=False)
+class Message:
+    """One message over MPI: the host buffer, the requests for its parts, and when it was posted and complete."""
+
+    transport: MPITransport
+    host_B: torch.Tensor
+    device: torch.device
+    requests: list[MPI.Request]
+    posted_s: float = field(default_factory=time.perf_counter)
+    complete_s: float = 0.0
+
+    def test(self) -> bool:
+        """Whether the message is complete; lets MPI make progress. Called with the transport's lock held."""
+        if not self.complete_s:
+            left = [request for request in self.requests if not request.Test()]  # every one, so that all make progress
+            self.requests = left
+            if not left:
+                self.complete_s = time.perf_counter()
+        return bool(self.complete_s)
+
+    def wait(self) -> torch.Tensor:
+        """Block until complete; the bytes on the receiver's device."""
+        started = time.perf_counter()
+        pause_s = 0.0
+        while True:
+            with self.transport.lock:
+                if self.test():
+                    break
+            if time.perf_counter() - started > 2e-4:
+                pause_s = 5e-5
+            time.sleep(pause_s)
+        self.transport.forget(self)
+        self.transport.exposed_s += time.perf_counter() - started
+        return self.host_B.to(self.device)
+
+
+class MPITransport:
+    """Messages over MPI between the ranks of a communicator, a duplicate of it for each channel.
+
+    ``exposed_s`` counts the seconds spent waiting, ``travel_s`` the seconds from post to completion, ``sent_bytes``
+    what left this rank.
+    """
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.channels = [comm.Dup() for _ in range(CHANNELS)]
+        self.lock = threading.Lock()
+        self.exposed_s = self.travel_s = 0.0
+        self.sent_bytes = 0
+        self._pending: list[Message] = []
+        self._posted = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._progress, name="cpmpi-transport", daemon=True)
+        self._thread.start()
+
+    def send(self, payload_B: torch.Tensor, peer: int, channel: int) -> Message:
+        """Start to send; see `Transport`."""
+        self.sent_bytes += payload_B.numel()
+        host_B = payload_B.cpu()
+        return self._post(host_B, host_B.device, [self.channels[channel].Isend(p, peer) for p in _parts(host_B)])
+
+    def receive(self, n_bytes: int, peer: int, channel: int, device: torch.device) -> Message:
+        """Start to receive; see `Transport`."""
+        host_B = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        return self._post(host_B, device, [self.channels[channel].Irecv(p, peer) for p in _parts(host_B)])
+
+    def _post(self, host_B: torch.Tensor, device: torch.device, requests: list[MPI.Request]) -> Message:
+        message = Message(self, host_B, device, requests)
+        with self.lock:
+            self._pending.append(message)
+        self._posted.set()
+        return message
+
+    def forget(self, message: Message) -> None:
+        """Drop a complete message."""
+        with self.lock:
+            self._pending.remove(message)
+            self.travel_s += message.complete_s - message.posted_s
+
+    def _progress(self) -> None:
+        while not self._closed:
+            self._posted.wait()
+            with self.lock:
+                if not [message for message in self._pending if not message.test()]:
+                    self._posted.clear()
+            time.sleep(POLL_S)
+
+    def close(self) -> None:
+        """Stop the thread and free the channels. Collective."""
+        self._closed = True
+        self._posted.set()
+        self._thread.join()
+        for channel in self.channels:
+            channel.Free()
+
+
+def _parts(host_B: torch.Tensor) -> list[MPI.buffer]:
+    """The bytes of a host tensor, as buffers that MPI takes."""
+    from mpi4py import MPI
+
+    start, size = host_B.data_ptr(), host_B.numel()
+    return [
+        MPI.buffer.fromaddress(start + offset, min(LARGEST_MESSAGE, size - offset))
+        for offset in range(0, size, LARGEST_MESSAGE)
+    ]

@@ -1,0 +1,157 @@
+"""``cpmpi inspect``: what is in a run folder, at a glance."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cpmpi.errors import UserError
+from cpmpi.hdf5 import STORED_FLOATS
+from cpmpi.run import Document, Run, open_run
+from cpmpi.run_spec import human_bytes
+
+HEADINGS = ("", "id", "tokens", "nll", "perplexity", "complete")
+
+
+@click.command("inspect")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--documents", "limit", type=click.IntRange(min=0), default=20, show_default=True,
+              help="Print at most this many documents (JSON has all).")  # fmt: skip
+def command(run: Path, as_json: bool, limit: int) -> None:
+    """Print what RUN holds: the model, the documents and their results, the KV, the shards, and how far it is."""
+    with open_run(run) as opened:
+        facts = describe(opened)
+    click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts, limit))
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """A run as plain data for JSON; numbers that are not known yet are None."""
+    attributes = run.attributes
+    model = json.loads(attributes["model"])
+    documents = [_describe_document(document) for document in run.documents]
+    return {
+        "run": str(run.paths.folder),
+        "complete": run.complete,
+        "documents_complete": sum(document["complete"] for document in documents),
+        "model": {key: model[key] for key in ("model_type", "architectures", "_name_or_path") if key in model},
+        "model_sha256": attributes["model_sha256"],
+        "dtype": attributes["dtype"],
+        "world_size": run.world_size,
+        "command": attributes["command"],
+        "cpmpi_version": attributes["cpmpi_version"],
+        "kv": _describe_kv(run),
+        "shards": [_describe_shard(run, rank) for rank in range(run.world_size)] if run.kv_dtype else [],
+        "unfinished": _describe_unfinished(run),
+        "documents": documents,
+    }
+
+
+def _describe_document(document: Document) -> dict[str, Any]:
+    return {
+        "index": document.index,
+        "id": document.id,
+        "source": document.source,
+        "n_tokens": document.n_tokens,
+        "nll": _number(document.nll),
+        "perplexity": _number(document.perplexity),
+        "complete": document.complete,
+    }
+
+
+def _describe_kv(run: Run) -> dict[str, Any] | None:
+    if run.kv_dtype is None:
+        return None
+    shape = run.documents[0].kv_shape
+    assert shape is not None
+    layers, _, heads, key_dim, value_dim = shape
+    token_bytes = layers * heads * (key_dim + value_dim) * STORED_FLOATS[run.kv_dtype].itemsize
+    return {
+        "dtype": run.kv_dtype,
+        "layers": layers,
+        "heads": heads,
+        "key_dim": key_dim,
+        "value_dim": value_dim,
+        "bytes_per_token": token_bytes,
+        "bytes": token_bytes * sum(document.n_tokens for document in run.documents),
+    }
+
+
+def _describe_shard(run: Run, rank: int) -> dict[str, Any]:
+    try:
+        run.shard(rank)
+    except UserError as problem:
+        return {"rank": rank, "bytes": None, "problem": str(problem)}
+    return {"rank": rank, "bytes": run.shard_size(rank), "problem": None}
+
+
+def _describe_unfinished(run: Run) -> dict[str, Any] | None:
+    """The first unfinished document and how many of its layers every rank has written; None when there is none."""
+    document = next((document for document in run.documents if not document.complete), None)
+    if document is None:
+        return None
+    layers_done = None
+    if run.kv_dtype is not None:
+        try:
+            layers_done = min(int(run.shard(rank).layers_done(document.index).sum()) for rank in range(run.world_size))
+        except UserError:
+            layers_done = 0
+    return {"id": document.id, "layers_done": layers_done}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def as_text(facts: dict[str, Any], limit: int) -> str:
+    """The facts of ``describe``, for a terminal."""
+    model, kv, unfinished, documents = facts["model"], facts["kv"], facts["unfinished"], facts["documents"]
+    name = model.get("_name_or_path") or ", ".join(model.get("architectures") or [model.get("model_type", "?")])
+    lines = [
+        f"run       {facts['run']}",
+        f"model     {name} (sha256 {facts['model_sha256'][:12]}), computed in {facts['dtype']}",
+        f"made by   {facts['world_size']} ranks, cpmpi {facts['cpmpi_version']}: {facts['command']}",
+    ]
+    if kv is None:
+        lines.append("kv        none")
+    else:
+        shape = f"{kv['layers']} layers x T tokens x {kv['heads']} heads x {kv['key_dim']} + {kv['value_dim']}"
+        lines.append(f"kv        {kv['dtype']}, {shape}: {human_bytes(kv['bytes'])}")
+    good = [shard["bytes"] for shard in facts["shards"] if shard["problem"] is None]
+    if good:
+        each = human_bytes(min(good)) + (f" to {human_bytes(max(good))}" if max(good) > min(good) else "")
+        lines.append(f"shards    {len(good)} files of {each}, {human_bytes(sum(good))} together")
+    lines += [f"problem   {shard['problem']}" for shard in facts["shards"] if shard["problem"] is not None]
+    done, total = facts["documents_complete"], len(documents)
+    state = "complete" if facts["complete"] else "not complete"
+    lines.append(f"state     {state}: {done} of {total} documents")
+    if unfinished is not None and unfinished["layers_done"] is not None and kv is not None:
+        lines.append(
+            f"          next {unfinished['id']!r}: {unfinished['layers_done']} of {kv['layers']} layers written"
+        )
+    lines += ["", *_table(documents[:limit])]
+    if total > limit:
+        lines.append(f"... and {total - limit} more (--documents {total}, or summary.csv)")
+    return "\n".join(lines)
+
+
+def _table(documents: list[dict[str, Any]]) -> list[str]:
+    rows = [HEADINGS]
+    for document in documents:
+        nll, perplexity = (
+            "-" if value is None else f"{value:.6g}" for value in (document["nll"], document["perplexity"])
+        )
+        complete = "yes" if document["complete"] else "no"
+        rows.append((str(document["index"]), document["id"], str(document["n_tokens"]), nll, perplexity, complete))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    left = (1, 5)
+    return [
+        "  ".join(
+            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,56 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+FOLDER = click.Path(path_type=Path)
+SHARED = [
+    click.option("--model", required=True, type=FOLDER, help="Hugging Face checkpoint folder (safetensors)."),
+    click.option(
+        "--input", "inputs", required=True, multiple=True, metavar="FILE...",
+        help="Text files, folders, globs, .jsonl (id, and text or token_ids), .npy token ids.",
+    ),
+    click.argument("more_inputs", nargs=-1, metavar=""),
+    click.option("--output", required=True, type=FOLDER, help="Run folder. The same command again resumes."),
+    click.option(
+        "--attention", type=click.Choice(["auto", "ring", "tree", "hybrid"]), default="auto", show_default=True,
+        help="Schedule of attention across ranks; all are exact.",
+    ),
+    click.option("--segments", type=click.IntRange(min=1), default=2, show_default=True, help="Segments a document is cut into."),
+    click.option(
+        "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
+        help="Type to compute in; auto: float32 on CPUs, the checkpoint's own on GPUs.",
+    ),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.option("--chunk-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens per pass through a layer."),
+    click.option(
+        "--special-tokens/--no-special-tokens", default=None,
+        help="Whether the tokenizer adds its special tokens.  [default: as the tokenizer does]",
+    ),
+    click.option("--allow-longer", is_flag=True, help="Allow documents beyond the checkpoint's position limit."),
+    click.option("--overwrite", is_flag=True, help="Delete a run that is in the output folder first."),
+    click.option("--quiet", is_flag=True, help="No progress, results only."),
+    click.option("--debug", is_flag=True, help="Show tracebacks."),
+]  # fmt: skip
+
+
+def document_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of the jobs that take a model and documents."""
+    for option in reversed(SHARED):
+        command = option(command)
+    return command
+
+
+def run_documents(more_inputs: tuple[str, ...], inputs: tuple[str, ...], debug: bool, **options: Any) -> None:
+    """Run the main job with the options of the command line."""
+    from cpmpi.job import JobOptions, run
+
+    del debug  # read by the entry point
+    run(JobOptions(inputs=(*inputs, *more_inputs), command=shlex.join(["cpmpi", *sys.argv[1:]]), **options))

@@ -1,0 +1,24 @@
+"""``cpmpi prefill``: log-probabilities and the KV cache of whole documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from cpmpi.jobs.options import document_options, run_documents
+
+
+@click.command(name="prefill")
+@document_options
+@click.option(
+    "--kv-dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True,
+    help="Type to store keys and values in.",
+)  # fmt: skip
+def command(**options: Any) -> None:
+    """Log-probabilities and the KV cache of whole documents.
+
+    Run it under mpirun or srun for several ranks, or as it is for one. Every document becomes, in the run folder, a
+    log-probability for each token, its perplexity, and its keys and values, sharded over the ranks.
+    """
+    run_documents(keep_kv=True, **options)
