@@ -31,6 +31,9 @@ FAILED = "could not measure"
 
 Pair = tuple[int, int]
 
+# Requests that were given up. MPI may yet use their buffers, which live as long as they do.
+_UNFINISHED: list[MPI.Request] = []
+
 
 def sample(topology: Topology) -> tuple[tuple[Pair, ...], ...]:
     """The pairs to measure, in rounds of disjoint pairs (a, b) with a < b."""
@@ -164,6 +167,7 @@ class _Talk:
     def _wait(self, request: MPI.Request) -> None:
         while not request.Test():
             if time.perf_counter() > self.deadline:
+                _UNFINISHED.append(request)
                 raise TimeoutError(f"no answer from rank {self.peer}")
             os.sched_yield()
 

@@ -165,6 +165,9 @@ def _panel(pen: _Pen, topology: Topology, drawing: Drawing, panel: Panel) -> Non
     style = "-" if known else "--"
     pen.box(panel.x, bar, panel.width, BAR, fill, edge, zorder=4, corner=0.3, linestyle=style)
     label = panel.leaf or "leaf switch unknown"
+    fabrics = {topology.nodes[box.node].fabric for box in panel.boxes}
+    if len(fabrics) == 1 and None not in fabrics:
+        label += f" · NVLink domain {fabrics.pop()}"
     pen.text(panel.x + panel.width / 2, bar + BAR / 2, label, 8.5, color=ink, weight="bold")
     for box in panel.boxes:
         _node(pen, topology, drawing, box, bar)
