@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cpmpi.errors import UserError
-from cpmpi.fingerprint import weight_files
+from cpmpi.fingerprint import check_whole, weight_files
 from cpmpi.forward import ATTENTION, register
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,7 +46,8 @@ class Checkpoint:
                 f"{self.folder}: weights only as pickle ({pickled[0]}), which can run code when read; "
                 "convert the checkpoint to safetensors"
             )
-        weight_files(self.folder)
+        for file in weight_files(self.folder):
+            check_whole(file)
 
     def _check_architecture(self) -> None:
         from transformers import AutoModelForCausalLM
@@ -75,9 +76,9 @@ class Checkpoint:
                     f"{self.folder}: the model needs code from the checkpoint (auto_map), which is never run"
                 )
             return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, UserError):
-                raise
+        except UserError:
+            raise
+        except Exception as error:  # of any type: each config class has its own checks
             raise UserError(f"{self.folder / 'config.json'}: {one_line(error)}") from error
 
     def text_config_value(self, name: str) -> Any:
@@ -141,9 +142,9 @@ class Checkpoint:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's first line that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    """An error's text in one line, at most 300 characters of it."""
+    text = " ".join(str(error).split())
+    return (text[:300] + "..." if len(text) > 300 else text) or type(error).__name__
 
 
 def _some(names: Iterable[Any], most: int = 4) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from cpmpi.kernels.backend import Backend
 from cpmpi.kernels.mask import Mask
-from cpmpi.kernels.partial import Partial, Rows
+from cpmpi.kernels.partial import Partial
 from cpmpi.layout import Layout, Piece
 from cpmpi.schedule import Item, Program, Transfer, releases
 from cpmpi.transport import Pending, Transport
@@ -219,4 +219,4 @@ class Execution:
                 (self.heads.query_heads, self.heads.value_dim),
             )
             out, lse = torch.split(part_B.view(torch.float32), [tokens * h * e, tokens * h])
-            self._partial(item.owner).add_(Rows(0, tokens), out.view(1, tokens, h, e), lse.view(1, tokens, h))
+            self._partial(item.owner).merge_(out.view(tokens, h, e), lse.view(tokens, h))

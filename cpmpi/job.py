@@ -100,8 +100,8 @@ class Job:
     seconds: dict[int, float] = field(default_factory=dict)
 
 
-def run(options: JobOptions) -> None:
-    """Run the job.
+def run(options: JobOptions) -> dict[int, float]:
+    """Run the job; the seconds that each document took, by its place in the run (none for those finished before).
 
     Raises:
         UserError: something the user can mend; before any work where it can be known then.
@@ -125,7 +125,8 @@ def run(options: JobOptions) -> None:
         if index is not None:
             index.finish()
     if ranks.is_root:
-        report(job, finished)
+        report(job)
+    return job.seconds
 
 
 def prepare(options: JobOptions, ranks: Ranks) -> Job:
@@ -144,6 +145,8 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
         documents=documents, dtype=dtype, heads=heads, spec=spec,
     )  # fmt: skip
     introduce(job)
+    needed = ranks.comm.allreduce(run_spec.bytes_to_write(options.output, spec, ranks.rank))
+    ranks.on_root(run_spec.check_room, options.output, needed)
     return job
 
 
@@ -238,8 +241,6 @@ def open_run_folder(job: Job) -> tuple[RunIndex | None, run_spec.RunSpec, frozen
         opened.append(resume.start_index(options.output, job.spec, overwrite=options.overwrite))
         return opened[0].spec, opened[0].finished
 
-    needed = ranks.comm.allreduce(run_spec.bytes_to_write(options.output, job.spec, ranks.rank))
-    ranks.on_root(run_spec.check_room, options.output, needed)
     spec, finished = ranks.on_root(open_index)
     if finished:
         job.progress.say(f"{len(finished)} of {len(spec.documents)} documents are finished already")
@@ -315,7 +316,7 @@ def _log(job: Job, scores: Scores, writer: ShardWriter | None, name: str) -> Non
     logging.getLogger("cpmpi").info("document %r: %d tokens here; %s", name, len(scores.positions), text)
 
 
-def report(job: Job, finished: frozenset[int]) -> None:
+def report(job: Job) -> None:
     """The results as a table, on standard output."""
     rows = []
     with open_run(job.options.output) as done:

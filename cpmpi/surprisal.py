@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,11 @@ POINTS = 300  # windows along the document: few enough that their means are stea
 def windows(
     bits_T: npt.NDArray[np.float64], n: int = POINTS
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Cut (T,) values into n equal runs: the middle position of each, and (4, n) their mean and quartiles."""
+    """Cut (T,) values into n equal runs: the middle position of each, and (3, n) their mean and quartiles."""
     n = min(n, len(bits_T))
     bounds = np.linspace(0, len(bits_T), n + 1).astype(np.int64)
-    runs = [bits_T[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-    stats = np.array([[run.mean(), *np.quantile(run, (0.25, 0.5, 0.75))] for run in runs]).T
+    runs = [bits_T[a:b] for a, b in pairwise(bounds)]
+    stats = np.array([[run.mean(), *np.quantile(run, (0.25, 0.75))] for run in runs]).T
     return (bounds[:-1] + bounds[1:]) / 2, stats
 
 
@@ -42,7 +43,7 @@ def draw(document: Document, path: Path, title: str) -> None:
     bits_T = -document.logprobs[1:].astype(np.float64) / math.log(2)
     if not len(bits_T):
         raise UserError(f"document {document.id!r} has one token: there is no surprisal to draw")
-    at, (mean, low, middle, high) = windows(bits_T)
+    at, (mean, low, high) = windows(bits_T)
     running = np.cumsum(bits_T) / np.arange(1, len(bits_T) + 1)
     figure, axes = pyplot.subplots(figsize=(10, 4.2), layout="constrained")
     axes.fill_between(at, low, high, color="#c6d9ec", linewidth=0, label="quartiles")

@@ -85,6 +85,7 @@ def main() -> None:
         elif isinstance(problem, UserError):
             ranks.abort(str(problem), alone=first_of_launch())
         else:
-            ranks.abort(f"{type(problem).__name__}: {problem} (--debug shows where)", alone=first_of_launch())
+            text = " ".join(str(problem).split())
+            ranks.abort(f"{type(problem).__name__}: {text} (--debug shows where)", alone=first_of_launch())
         sys.exit(1)
     sys.exit(status)

@@ -23,13 +23,13 @@ SHARED = [
         "--attention", type=click.Choice(["auto", "ring", "tree", "hybrid"]), default="auto", show_default=True,
         help="Schedule of attention across ranks; all are exact.",
     ),
-    click.option("--segments", type=int, default=2, show_default=True, help="Segments a document is cut into."),
+    click.option("--segments", type=click.IntRange(min=1), default=2, show_default=True, help="Segments a document is cut into."),
     click.option(
         "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
         help="Type to compute in; auto: float32 on CPUs, the checkpoint's own on GPUs.",
     ),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-    click.option("--chunk-tokens", type=int, default=1024, show_default=True, help="Tokens per pass through a layer."),
+    click.option("--chunk-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens per pass through a layer."),
     click.option(
         "--special-tokens/--no-special-tokens", default=None,
         help="Whether the tokenizer adds its special tokens.  [default: as the tokenizer does]",

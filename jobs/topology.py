@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command("topology")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Save the description.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw it: FILE.png, FILE.svg or FILE.pdf.")
 @click.option(

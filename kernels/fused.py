@@ -6,13 +6,14 @@ Legend: T query tokens, S key tokens, H query heads, G KV heads, D key head dim,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+from torch.nn.functional import pad
 
 from .backend import Contribution
 from .blocks import Block, blocks
-from .mask import Mask
+from .mask import Mask, Span
 from .partial import Rows
 
 
@@ -26,8 +27,16 @@ class Kernel(Protocol):
         ...
 
 
+class Tile(NamedTuple):
+    """The most that a kernel is given in one call: it bounds the memory of the kernel's result and of copies."""
+
+    queries: int
+    keys: int
+
+
 def contributions(
     kernel: Kernel,
+    tile: Tile,
     q_THD: torch.Tensor,
     k_SGD: torch.Tensor,
     v_SGE: torch.Tensor,
@@ -39,10 +48,30 @@ def contributions(
 ) -> Iterator[Contribution]:
     """One partial for each block of the mask (see backend.Contributions)."""
     q, k = range(q_start, q_start + len(q_THD)), range(k_start, k_start + len(k_SGD))
-    for block in blocks(mask, q, k):
+    for block in tiled_blocks(mask, q, k, tile):
         rows = Rows(block.q.start - q_start, len(block.q), block.repeat, block.step)
         keys = Rows(block.k.start - k_start, len(block.k), block.repeat, block.step)
         yield Contribution(rows, *_attend(kernel, rows.view(q_THD), keys.view(k_SGD), keys.view(v_SGE), block, scale))
+
+
+def tiled_blocks(mask: Mask, q: Span, k: Span, tile: Tile) -> Iterator[Block]:
+    """The blocks of ``mask`` over a grid of tiles."""
+    visible = mask.queries(q, k)
+    for i in visible[:: tile.queries]:
+        queries = range(i, min(i + tile.queries, visible.stop))
+        seen = mask.keys(queries, k)
+        for j in seen[:: tile.keys]:
+            yield from blocks(mask, queries, range(j, min(j + tile.keys, seen.stop)))
+
+
+def pad_head_dims(
+    q_nHTD: torch.Tensor, k_nGSD: torch.Tensor, v_nGSE: torch.Tensor, *, multiple: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Equal head dims, a multiple of ``multiple``, for kernels that need them: zeros change no score and no value."""
+    wanted = max(k_nGSD.shape[3], v_nGSE.shape[3])
+    wanted += -wanted % multiple
+    q, k, v = (x if x.shape[3] == wanted else pad(x, (0, wanted - x.shape[3])) for x in (q_nHTD, k_nGSD, v_nGSE))
+    return q, k, v
 
 
 def _attend(

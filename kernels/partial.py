@@ -49,14 +49,15 @@ def merge_(out_THE: torch.Tensor, lse_TH: torch.Tensor, other_THE: torch.Tensor,
     """
     # -inf - -inf is NaN: neither side has a key, and nothing moves.
     weight_TH = torch.sub(other_lse_TH, lse_TH).sigmoid_().nan_to_num_(nan=0.0)
-    out_THE.lerp_(other_THE, weight_TH[..., None])
+    out_THE.lerp_(other_THE.to(out_THE.dtype), weight_TH[..., None])
     torch.logaddexp(lse_TH, other_lse_TH, out=lse_TH)
 
 
 class Partial:
     """An accumulator of partials for T queries: starts with no key, takes contributions, and is finished once.
 
-    ``out_THE`` and ``lse_TH`` are its state, zeros and -inf at first; float32, or float64 for the reference.
+    ``out_THE`` and ``lse_TH`` are its state, zeros and -inf at first; float32, or float64 for float64 inputs.
+    Read them freely; change them only through these methods, which know which rows are still empty.
     """
 
     def __init__(
@@ -71,12 +72,14 @@ class Partial:
         self.out_THE = torch.zeros(tokens, heads, head_dim, dtype=dtype, device=device)
         self.lse_TH = torch.full((tokens, heads), NEVER, dtype=dtype, device=device)
         self._touched = bytearray(tokens)
+        self._finished = False
 
     def add_(self, rows: Rows, out_nTHE: torch.Tensor, lse_nTH: torch.Tensor) -> None:
         """Add a contribution to ``rows``: (repeat, size, H, E) and (repeat, size, H).
 
         Rows that nothing was added to before are assigned, others are merged.
         """
+        assert not self._finished
         first = self._touched.find(1, rows.start, rows.stop) < 0
         self._touched[rows.start : rows.stop] = b"\x01" * (rows.stop - rows.start)
         ours_nTHE, ours_nTH = rows.view(self.out_THE), rows.view(self.lse_TH)
@@ -86,12 +89,18 @@ class Partial:
         else:
             merge_(ours_nTHE, ours_nTH, out_nTHE, lse_nTH)
 
+    def merge_(self, out_THE: torch.Tensor, lse_TH: torch.Tensor, row: int = 0) -> None:
+        """Add a partial of the rows from ``row`` on, such as one received from another rank."""
+        self.add_(Rows(row, len(out_THE)), out_THE[None], lse_TH[None])
+
     def finish(self, sinks_H: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The result ``(out_THE, lse_TH)``, after all keys of all ranks were added.
 
         ``sinks_H`` are attention sinks, one logit a head that joins the softmax's denominator and has no value
-        (gpt-oss): ``out *= exp(lse) / (exp(lse) + exp(sink))``. They must enter once, so call this once.
+        (gpt-oss): ``out *= exp(lse) / (exp(lse) + exp(sink))``. They enter once, so nothing can be added afterwards.
         """
+        assert not self._finished
+        self._finished = True
         if sinks_H is not None:
             sinks_H = sinks_H.to(self.lse_TH)
             self.out_THE *= torch.sub(self.lse_TH, sinks_H).sigmoid_()[..., None]

@@ -1,4 +1,7 @@
-"""Plain frozen dataclasses to JSON and back, with errors that name the place in the file."""
+"""Plain frozen dataclasses to JSON and back, with errors that name the place in the file.
+
+Tuples of whole numbers, which are lists of cores here, are written as Linux writes them: ``"0-3,8"``.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ def plain(value: Any) -> Any:
             for field in dataclasses.fields(value)
             if getattr(value, field.name) != field.default
         }
+    if isinstance(value, tuple) and value and all(type(item) is int for item in value):
+        return ranges(value)
     if isinstance(value, tuple):
         return [plain(item) for item in value]
     return value
@@ -36,6 +41,8 @@ def build(expected: Any, data: Any, where: str) -> Any:
     origin = typing.get_origin(expected)
     if origin in (types.UnionType, typing.Union):
         return None if data is None else build(typing.get_args(expected)[0], data, where)
+    if origin is tuple and typing.get_args(expected)[0] is int and isinstance(data, str):
+        return _numbers(data, where)
     if origin is tuple:
         if not isinstance(data, list):
             raise ValueError(f"{where}: expected a list, found {_shown(data)}")
@@ -48,6 +55,37 @@ def build(expected: Any, data: Any, where: str) -> Any:
     if not right:
         raise ValueError(f"{where}: expected {expected.__name__}, found {_shown(data)}")
     return data
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Whole numbers in Linux' list format: 0, 1, 2, 3, 8 is ``0-3,8``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The inverse of :func:`ranges`.
+
+    Raises:
+        ValueError: the text is not in that format.
+    """
+    found: list[int] = []
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        found.extend(range(int(first), int(last or first) + 1))
+    return tuple(found)
+
+
+def _numbers(text: str, where: str) -> tuple[int, ...]:
+    try:
+        return numbers(text)
+    except ValueError:
+        raise ValueError(f"{where}: expected numbers such as '0-3,8', found {_shown(text)}") from None
 
 
 def _object(expected: type, data: Any, where: str) -> Any:

@@ -14,9 +14,9 @@ from cpmpi.topology.ring_search import Table, best_ring
 if TYPE_CHECKING:  # rings and trees of a machine are planned where there is no MPI
     from mpi4py import MPI
 
-# Breaks ties between links of one bandwidth: how far apart two GPUs are on PCIe, or two ranks by NUMA domain.
+# Breaks ties between links of one bandwidth: how far apart two GPUs are on PCIe, or the cores of two ranks.
 DISTANCE = {"nvlink": 0.0, "nvswitch": 0.0, "pix": 1.0, "pxb": 2.0, "phb": 3.0, "node": 4.0, "sys": 5.0}
-OTHER_NUMA = 5.0
+OTHER_NUMA, OTHER_SOCKET = 2.0, 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +103,8 @@ def rings(topology: Topology) -> tuple[tuple[int, ...], ...]:
 
     Exact up to 8 ranks, a heuristic beyond (``ring_search.py``). A link is as wide as the one between the ranks' GPUs
     where that is known, else as the measurement or the figure for its kind; an unknown link counts as the narrowest.
-    Ties go to the ring with more bandwidth in all, then to nearer links (PCIe path, NUMA domain). Starts at the lowest
-    rank of the node.
+    Ties go to the ring with more bandwidth in all, then to nearer links (PCIe path, socket, NUMA domain). Starts at the
+    lowest rank of the node.
     """
     found = []
     for node in topology.nodes:
@@ -206,8 +206,13 @@ def _distance(topology: Topology, a: int, b: int) -> float:
     gpus = topology.gpu_link(a, b)
     if gpus is not None:
         return DISTANCE[gpus.kind]
-    one, two = topology.numa_of(a), topology.numa_of(b)
-    return OTHER_NUMA if one is not None and two is not None and one != two else 0.0
+    if _differ(topology.place(a).socket, topology.place(b).socket):
+        return OTHER_SOCKET
+    return OTHER_NUMA if _differ(topology.numa_of(a), topology.numa_of(b)) else 0.0
+
+
+def _differ(one: int | None, two: int | None) -> bool:
+    return one is not None and two is not None and one != two
 
 
 def _leaders_of(topology: Topology, node: Node, count: int) -> list[int]:

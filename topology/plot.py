@@ -7,10 +7,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpmpi.topology.derive import rings, tree
 from cpmpi.topology.describe import Node, Topology
 from cpmpi.topology.layout import BAR, GAP, Box, Drawing, Panel, Point, arrange
-from cpmpi.topology.text import SAID, folded, kinds_used, rate
+from cpmpi.topology.text import SAID, folded, kinds_used, lag, rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +78,14 @@ class _Pen:
 
     def text(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
         style = {"color": INK, "ha": "center", "va": "center", **style}
-        self.axes.text(x, y, text, fontsize=size * self.zoom, zorder=style.pop("zorder", 9), **style)
+        self.axes.text(
+            x,
+            y,
+            text,
+            fontsize=size * max(self.zoom, style.pop("least_zoom", 0.0)),
+            zorder=style.pop("zorder", 9),
+            **style,
+        )
 
     def box(self, x: float, y: float, width: float, height: float, fill: str, edge: str, **style: Any) -> None:
         from matplotlib.patches import FancyBboxPatch
@@ -144,10 +150,10 @@ def _title(pen: _Pen, topology: Topology, x: float, top: float) -> None:
     leaves = len({node.leaf for node in topology.nodes if node.leaf is not None})
     counts = [(topology.world, "rank"), (len(topology.nodes), "node"), (leaves, "leaf switch")]
     words = [f"{n} {word}{'' if n == 1 else 'es' if word.endswith('ch') else 's'}" for n, word in counts if n]
-    pen.text(x, top + 1.7, " · ".join(words), 15, ha="left", weight="bold")
+    pen.text(x, top + 1.7, " · ".join(words), 15, ha="left", weight="bold", least_zoom=0.55)
     measured = f"{len(topology.measured)} links measured" if topology.measured else "not measured"
     origin = (topology.origin or "origin unknown").partition(" (")[0]
-    pen.text(x, top + 0.85, f"{origin} · {measured}", 9, ha="left", color=SOFT)
+    pen.text(x, top + 0.85, f"{origin} · {measured}", 9, ha="left", color=SOFT, least_zoom=0.55)
 
 
 def _panel(pen: _Pen, topology: Topology, drawing: Drawing, panel: Panel) -> None:
@@ -199,8 +205,7 @@ def _facts(node: Node) -> list[str]:
 
 
 def _ring(pen: _Pen, topology: Topology, drawing: Drawing, box: Box) -> None:
-    ring = rings(topology)[box.node]
-    leader = tree(topology).leaders[box.node]
+    ring, leader = drawing.rings[box.node], drawing.tree.leaders[box.node]
     radius = drawing.radius
     zoom = 1.0 if radius > 0.3 else 0.5
     for a, b in zip(ring, (*ring[1:], ring[0])) if len(ring) > 1 else ():
@@ -244,7 +249,7 @@ def _spine(pen: _Pen, topology: Topology, drawing: Drawing) -> None:
 
 
 def _tree(pen: _Pen, topology: Topology, drawing: Drawing) -> None:
-    spanning = tree(topology)
+    spanning = drawing.tree
     where = {box.node: box for panel in drawing.panels for box in panel.boxes}
     few = len(spanning.edges) <= 16
     for child, parent in spanning.edges:
@@ -279,7 +284,7 @@ def _legend_lines(topology: Topology) -> list[tuple[str, float | None, str]]:
             continue
         count = sum(topology.kind(m.a, m.b) == kind for m in topology.measured)
         how = f"median of {count} measured" if count else "given"
-        latency = "" if figure.latency_us is None else f", {figure.latency_us:.3g} µs"
+        latency = "" if figure.latency_us is None else f", {lag(figure.latency_us, 'µs')}"
         colour = RING if kind in ("numa", "node") else TREE
         lines.append((colour, figure.gb_per_s, f"{SAID[kind]}: {rate(figure.gb_per_s)}{latency} ({how})"))
     return lines
@@ -289,7 +294,7 @@ def _legend(pen: _Pen, lines: list[tuple[str, float | None, str]], x: float) -> 
     y = -1.0
     for colour, gb_per_s, words in lines:
         pen.curve([(x, y), (x + 1.4, y)], colour, 0.8 * _weight(gb_per_s), 5)
-        pen.text(x + 1.9, y, words, 8.5, ha="left", color=SOFT)
+        pen.text(x + 1.9, y, words, 8.5, ha="left", color=SOFT, least_zoom=0.55)
         y -= 0.75
     words = "blue: ring in a node · orange: tree, leaders have an orange rim · fill: NUMA domain · width: log bandwidth"
-    pen.text(x, y, words, 8, ha="left", color=SOFT, style="italic")
+    pen.text(x, y, words, 8, ha="left", color=SOFT, style="italic", least_zoom=0.55)

@@ -67,18 +67,16 @@ def _node(machine: Machine, index: int, nodes: int, first: int, ranks: int, leaf
     gpus = tuple(
         Gpu(index=g, name=machine.gpu_name, numa=g * machine.gpu_numas // machine.gpus) for g in range(machine.gpus)
     )
-    per_numa = machine.cores // machine.numa_domains
     places = []
     for local in range(ranks):
-        numa = gpus[local].numa if gpus else local * machine.numa_domains // ranks
-        assert numa is not None
+        cores = _cores(machine, local, ranks)
         places.append(
             RankPlace(
                 rank=first + local,
-                socket=numa * machine.sockets // machine.numa_domains,
-                numa=numa if gpus or ranks >= machine.numa_domains else None,
-                cores=tuple(range(numa * per_numa, (numa + 1) * per_numa)) if ranks <= machine.numa_domains else None,
-                gpu=gpus[local].index if gpus else None,
+                cores=cores,
+                socket=_only({core * machine.sockets // machine.cores for core in cores}),
+                numa=_only({core * machine.numa_domains // machine.cores for core in cores}),
+                gpu=local if gpus else None,
             )
         )
     leaves = -(-nodes // leaf)
@@ -100,6 +98,20 @@ def _node(machine: Machine, index: int, nodes: int, first: int, ranks: int, leaf
             for name, numa in machine.networks
         ),
     )
+
+
+def _cores(machine: Machine, local: int, ranks: int) -> tuple[int, ...]:
+    """An even share of the node's cores; with GPUs, of those in the GPU's NUMA domain."""
+    low, cores = 0, machine.cores
+    if machine.gpus:
+        ranks = machine.gpus // machine.gpu_numas
+        cores //= machine.gpu_numas
+        low, local = local // ranks * cores, local % ranks
+    return tuple(range(low + local * cores // ranks, low + (local + 1) * cores // ranks))
+
+
+def _only(found: set[int]) -> int | None:
+    return found.pop() if len(found) == 1 else None
 
 
 def _gpu_link(machine: Machine, a: int, b: int) -> GpuLink:
@@ -138,6 +150,8 @@ def _ranks(words: dict[str, str], machine: Machine, name: str) -> list[int]:
         raise ValueError(f"{name} has no GPUs; give ranks")
     if machine.gpus and max(counts) > machine.gpus:
         raise ValueError(f"{max(counts)} ranks a node, but {name} has {machine.gpus} GPUs")
+    if max(counts) > machine.cores:
+        raise ValueError(f"{max(counts)} ranks a node, but {name} has {machine.cores} cores")
     return counts
 
 

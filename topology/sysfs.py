@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpmpi.topology.codec import numbers
 from cpmpi.topology.describe import NetworkDevice
 
 ETHERNET, INFINIBAND = "1", "32"  # ARPHRD_ETHER and ARPHRD_INFINIBAND of if_arp.h, as in /sys/class/net/*/type
@@ -24,16 +25,6 @@ class Processors:
     core_of: dict[int, tuple[int, int]]
 
 
-def cpu_list(text: str) -> tuple[int, ...]:
-    """The numbers in Linux' list format: ``0-3,8`` is 0, 1, 2, 3, 8."""
-    numbers: list[int] = []
-    for part in text.strip().split(","):
-        first, _, last = part.partition("-")
-        if first:
-            numbers.extend(range(int(first), int(last or first) + 1))
-    return tuple(numbers)
-
-
 def processors(root: Path = Path("/sys")) -> Processors:
     """Sockets, cores and NUMA domains of this machine."""
     socket_of: dict[int, int] = {}
@@ -47,7 +38,7 @@ def processors(root: Path = Path("/sys")) -> Processors:
                 core_of[cpu] = (socket, core)
     numa_of = {}
     for folder in root.glob("devices/system/node/node[0-9]*"):
-        for cpu in cpu_list(_text(folder / "cpulist") or ""):
+        for cpu in numbers(_text(folder / "cpulist") or ""):
             numa_of[cpu] = int(folder.name[4:])
     return Processors(numa_of=numa_of, socket_of=socket_of, core_of=core_of)
 

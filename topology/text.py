@@ -65,10 +65,17 @@ def kinds_used(topology: Topology) -> set[str]:
 
 
 def rate(gb_per_s: float | None) -> str:
-    """A bandwidth in GB/s or, below a tenth, MB/s."""
+    """A bandwidth in GB/s or, below one, MB/s."""
     if gb_per_s is None:
         return "? GB/s"
-    return f"{gb_per_s * 1000:.3g} MB/s" if gb_per_s < 0.1 else f"{gb_per_s:.3g} GB/s"
+    return f"{gb_per_s * 1000:.3g} MB/s" if gb_per_s < 0.9995 else f"{gb_per_s:.3g} GB/s"
+
+
+def lag(latency_us: float | None, micro: str = "us") -> str:
+    """A latency in microseconds or, from a thousand on, milliseconds."""
+    if latency_us is None:
+        return f"? {micro}"
+    return f"{latency_us / 1000:.3g} ms" if latency_us >= 999.5 else f"{latency_us:.3g} {micro}"
 
 
 def folded(names: Sequence[str]) -> str:
@@ -120,8 +127,7 @@ def _first(items: Sequence[T], what: str, lines: list[str]) -> Iterator[T]:
 
 
 def _figures(figure: LinkClass) -> str:
-    latency = "? us" if figure.latency_us is None else f"{figure.latency_us:.3g} us"
-    return f"{rate(figure.gb_per_s)}, {latency}"
+    return f"{rate(figure.gb_per_s)}, {lag(figure.latency_us)}"
 
 
 def _counted(count: int, one: str, many: str | None = None) -> str:

@@ -22,8 +22,6 @@ from ..conftest import clean_environment
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "cluster"
-FOLDER = Path("/tmp/cpmpi-cluster")
-LOCK = Path("/tmp/cpmpi-cluster.lock")
 NODES = ("n1", "n2", "n3", "n4")
 RANKS_PER_NODE = 2
 NODE_MBIT, UPLINK_MBIT = 1000, 200
@@ -38,7 +36,9 @@ def why_not(slurm: bool = False) -> str | None:
     tools = ["ip", "tc", "nsenter", "unshare", *(["slurmctld", "slurmd", "srun"] if slurm else [])]
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
-        package = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins libpmix-dev" if slurm else "iproute2 util-linux"
+        package = (
+            "slurmctld slurmd slurm-client slurm-wlm-basic-plugins libpmix-dev" if slurm else "iproute2 util-linux"
+        )
         return f"the emulated cluster needs {', '.join(missing)} (Debian: {package})"
     return None
 
@@ -63,12 +63,17 @@ def run(command: list[str], timeout_s: float = 60, **environment: str) -> subpro
 
 
 class Cluster:
-    """The running cluster; made by :func:`running`."""
+    """The running cluster; made by :func:`running`.
 
-    folder = FOLDER
-    leaf_file = FOLDER / "topology.conf"
+    Attributes:
+        folder: its files, removed with it: Slurm's configuration, logs and spool.
+        leaf_file: which node is under which leaf, in the format of Slurm's ``topology.conf``.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.folder = Path(f"/tmp/{name}-cluster")
+        self.leaf_file = self.folder / "topology.conf"
+        self._name = {"CLUSTER_PREFIX": name, "CLUSTER_DIR": str(self.folder)}
         self._slurm = False
 
     def on(self, host: str, *command: str, timeout_s: float = 60, **environment: str) -> str:
@@ -77,7 +82,7 @@ class Cluster:
         Raises:
             RuntimeError: it fails; with what it printed.
         """
-        return self._checked([str(SCRIPT), "on", host, *command], timeout_s, environment)
+        return self.script("on", host, *command, timeout_s=timeout_s, **environment)
 
     def mpirun(self, *command: str, timeout_s: float = 60, **environment: str) -> str:
         """What ``python -m mpi4py COMMAND`` prints on 4 nodes x 2 ranks, started by Open MPI's mpirun on n1."""
@@ -91,20 +96,27 @@ class Cluster:
     def srun(self, *command: str, timeout_s: float = 60, **environment: str) -> str:
         """What ``python -m mpi4py COMMAND`` prints on 4 nodes x 2 ranks, started by Slurm's srun on ``login``."""
         line = ["srun", "-K1", "--mpi=pmix", f"-N{len(NODES)}", f"--ntasks-per-node={RANKS_PER_NODE}"]
-        return self.slurm(*line, sys.executable, "-m", "mpi4py", *command, timeout_s=timeout_s, **self._mpi(environment))
+        return self.slurm(
+            *line, sys.executable, "-m", "mpi4py", *command, timeout_s=timeout_s, **self._mpi(environment)
+        )
 
     def slurm(self, *command: str, timeout_s: float = 60, **environment: str) -> str:
         """What a Slurm command prints on ``login``; the first call starts the daemons."""
         if not self._slurm:
-            self._checked([str(SCRIPT), "slurm"], 60, {})
+            self.script("slurm")
             self._slurm = True
-        return self.on("login", *command, timeout_s=timeout_s, SLURM_CONF=str(FOLDER / "slurm.conf"), **environment)
+        return self.on(
+            "login", *command, timeout_s=timeout_s, SLURM_CONF=str(self.folder / "slurm.conf"), **environment
+        )
 
     def rate_mbit(self, sender: str, receiver: str, megabytes: float = 4) -> float:
         """Payload megabits per second of one TCP connection between two nodes."""
         probe = [sys.executable, str(HERE / "linkrate.py")]
         server = subprocess.Popen(
-            [str(SCRIPT), "on", receiver, *probe, "receive"], stdout=subprocess.PIPE, text=True, env=clean_environment()
+            [str(SCRIPT), "on", receiver, *probe, "receive"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=clean_environment(**self._name),
         )
         try:
             assert server.stdout is not None
@@ -120,24 +132,29 @@ class Cluster:
         """Every node thinks the machine's cores are its own: ranks that wait must not spin."""
         return {"OMPI_MCA_mpi_yield_when_idle": "1", **environment}
 
-    @staticmethod
-    def _checked(command: list[str], timeout_s: float, environment: dict[str, str]) -> str:
-        done = run(command, timeout_s, **environment)
+    def script(self, *arguments: str, timeout_s: float = 60, **environment: str) -> str:
+        """What the script ``cluster`` prints.
+
+        Raises:
+            RuntimeError: it fails; with what it printed.
+        """
+        done = run([str(SCRIPT), *arguments], timeout_s, **self._name, **environment)
         if done.returncode:
-            raise RuntimeError(f"exit status {done.returncode} of {' '.join(command)}:\n{done.stdout}")
+            raise RuntimeError(f"exit status {done.returncode} of {' '.join(arguments)}:\n{done.stdout}")
         return done.stdout
 
 
 @contextmanager
-def running(wait_s: float = 120) -> Iterator[Cluster]:
-    """The cluster, from nothing to nothing, whatever happens between; one at a time on a machine.
+def running(name: str = "cpmpi", wait_s: float = 120) -> Iterator[Cluster]:
+    """The cluster, from nothing to nothing, whatever happens between; one of a name at a time on a machine.
 
     What a killed run has left behind is removed first; its lock went with its process.
 
     Raises:
         TimeoutError: another test run on this machine kept the cluster for ``wait_s`` seconds.
     """
-    with LOCK.open("w") as lock:
+    cluster, lock_file = Cluster(name), Path(f"/tmp/{name}-cluster.lock")
+    with lock_file.open("w") as lock:
         patience = time.monotonic() + wait_s
         while True:
             try:
@@ -145,10 +162,10 @@ def running(wait_s: float = 120) -> Iterator[Cluster]:
                 break
             except BlockingIOError:
                 if time.monotonic() > patience:
-                    raise TimeoutError(f"another test run has held {LOCK} for {wait_s} s") from None
+                    raise TimeoutError(f"another test run has held {lock_file} for {wait_s} s") from None
                 time.sleep(0.2)
         try:
-            Cluster._checked([str(SCRIPT), "up"], 60, {})
-            yield Cluster()
+            cluster.script("up")
+            yield cluster
         finally:
-            run([str(SCRIPT), "down"])
+            cluster.script("down")

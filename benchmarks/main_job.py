@@ -1,0 +1,190 @@
+"""The main job against one transformers process, against the arithmetic, and against itself on one rank.
+
+    python -m benchmarks.main_job [--tokens 8192 16384] [--pairs 3]
+
+A Llama of 55 million parameters with random weights, float32, random tokens. Each figure is the time of one whole
+document, without starting Python and reading weights, after a short warm-up document. The two sides take turns in
+processes of their own, so that a drifting machine hits both alike; ratios are taken pair by pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+VOCABULARY, HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 32_000, 512, 8, 8, 2, 1408
+HEAD_CHUNK = 256
+
+
+def make_inputs(folder: Path, lengths: list[int]) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
+        intermediate_size=INTERMEDIATE, vocab_size=VOCABULARY, max_position_embeddings=1 << 20,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    for n in {512, *lengths}:
+        np.save(folder / f"{n}.npy", np.random.default_rng(n).integers(0, VOCABULARY, n))
+
+
+def flops(tokens: int) -> tuple[float, float]:
+    """Multiplications and additions of one document: in matrix products, and in causal attention."""
+    head_dim = HIDDEN // HEADS
+    per_layer = HIDDEN * (2 * HIDDEN + 2 * KV_HEADS * head_dim + 3 * INTERMEDIATE)
+    return 2 * tokens * (LAYERS * per_layer + HIDDEN * VOCABULARY), LAYERS * 2 * tokens * (tokens + 1) * HIDDEN
+
+
+def transformers_worker(folder: Path, tokens: int) -> None:
+    """One process with sdpa, the decoder in one call as transformers does it, the head in chunks."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(2)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+
+    @torch.inference_mode()
+    def score(name: int) -> float:
+        ids = torch.as_tensor(np.load(folder / f"{name}.npy"))
+        began = time.perf_counter()
+        hidden = model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        for i in range(0, len(ids) - 1, HEAD_CHUNK):
+            target = ids[i + 1 : i + 1 + HEAD_CHUNK]
+            logits = model.lm_head(hidden[i : i + len(target)])
+            torch.nn.functional.cross_entropy(logits, target, reduction="none")
+        return time.perf_counter() - began
+
+    score(512)
+    emit(seconds=score(tokens))
+
+
+def cpmpi_worker(folder: Path, tokens: int) -> None:
+    """The job itself, KV written to disk included."""
+    from cpmpi.job import JobOptions, run
+    from cpmpi.ranks import start
+
+    ranks = start()
+    inputs = tuple(str(folder / f"{n}.npy") for n in (512, tokens))
+    output = folder / f"run-{ranks.size}"
+    seconds = run(JobOptions(model=folder / "model", inputs=inputs, output=output, overwrite=True, quiet=True))
+    peaks = ranks.comm.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if ranks.is_root and peaks is not None:
+        emit(seconds=seconds[1], peak_bytes=max(peaks))
+
+
+def rates_worker() -> None:
+    """FLOP/s of float32 matrix products and of attention on one thread of each rank at once, in shapes of this model.
+
+    Measured on all ranks at the same time: a core alone may be faster than two that share a processor.
+    """
+    import torch
+    from mpi4py import MPI
+
+    torch.set_num_threads(1)
+    x, w = torch.randn(1024, HIDDEN), torch.randn(INTERMEDIATE, HIDDEN)
+    head_dim = HIDDEN // HEADS
+    q = torch.randn(1, HEADS, 2048, head_dim)
+    k = torch.randn(1, KV_HEADS, 8192, head_dim)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    rates: dict[str, list[float]] = {"matmul": [], "attention": []}
+    MPI.COMM_WORLD.Barrier()
+    ends = time.perf_counter() + 6
+    while time.perf_counter() < ends:
+        for name, work, count in (
+            ("matmul", lambda: torch.nn.functional.linear(x, w), 2 * x.numel() * INTERMEDIATE),
+            ("attention", lambda: flash(q, k, k, 0.0, False), 4 * q.numel() * k.shape[2]),
+        ):
+            began = time.perf_counter()
+            work()
+            rates[name].append(count / (time.perf_counter() - began))
+    everyone = MPI.COMM_WORLD.gather({name: statistics.median(values) for name, values in rates.items()})
+    if everyone is not None:
+        emit(**{name: statistics.mean(rank[name] for rank in everyone) for name in rates})
+
+
+def emit(**figures: float) -> None:
+    print("FIGURES " + json.dumps(figures), flush=True)
+
+
+def worker(arguments: list[str], ranks: int = 0, threads: int = 1) -> dict[str, float]:
+    """Start a worker, under mpirun where ranks are given, and read its figures."""
+    command = [sys.executable, "-m", "mpi4py", "-m", "benchmarks.main_job", *arguments]
+    if ranks:
+        beside = Path(sys.executable).with_name("mpirun")
+        mpirun = str(beside) if beside.exists() else "mpirun"
+        command = [mpirun, "--oversubscribe", "--bind-to", "none", "-n", str(ranks), *command]
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environment = {**os.environ, **as_root, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
+    if not lines:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    figures: dict[str, float] = json.loads(lines[0].removeprefix("FIGURES "))
+    return figures
+
+
+def summary(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def compare(folder: Path, tokens: int, pairs: int) -> None:
+    theirs, ours, alone, bounds, peaks = [], [], [], [], {1: [], 2: []}
+    for _ in range(pairs):
+        rates = worker(["rates"], ranks=2)
+        theirs.append(worker(["transformers", str(folder), str(tokens)], threads=2)["seconds"])
+        for n, times in ((2, ours), (1, alone)):
+            figures = worker(["cpmpi", str(folder), str(tokens)], ranks=n)
+            times.append(figures["seconds"])
+            peaks[n].append(figures["peak_bytes"])
+        products, attention = flops(tokens)
+        bounds.append((products / rates["matmul"] + attention / rates["attention"]) / 2)
+        print(f"  rates {rates['matmul'] / 1e9:.0f} and {rates['attention'] / 1e9:.0f} GFLOP/s a thread", flush=True)
+    print(f"{tokens} tokens, {pairs} pairs; median (least to most)")
+    print(f"  transformers, 2 threads            {summary(theirs)} s")
+    print(f"  cpmpi prefill, 2 ranks x 1 thread  {summary(ours)} s")
+    print(f"  cpmpi prefill, 1 rank x 1 thread   {summary(alone)} s")
+    print(f"  times faster than transformers     {summary([a / b for a, b in zip(theirs, ours)])}")
+    print(f"  share of the arithmetic's bound    {summary([a / b for a, b in zip(bounds, ours)])}")
+    print(f"  efficiency from 1 to 2 ranks       {summary([a / (2 * b) for a, b in zip(alone, ours)])}")
+    for n, values in peaks.items():
+        print(f"  peak memory, {n} rank(s)             {statistics.median(values) / 1e6:.0f} MB a rank", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384])
+    parser.add_argument("--pairs", type=int, default=3)
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="cpmpi-bench-"))
+    try:
+        make_inputs(folder, arguments.tokens)
+        for tokens in arguments.tokens:
+            compare(folder, tokens, arguments.pairs)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["rates"]:
+        rates_worker()
+    elif sys.argv[1:2] == ["transformers"]:
+        transformers_worker(Path(sys.argv[2]), int(sys.argv[3]))
+    elif sys.argv[1:2] == ["cpmpi"]:
+        cpmpi_worker(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        main()

@@ -1,0 +1,170 @@
+# mypy: allow-untyped-calls
+"""Discovery and measurement on real ranks of this machine."""
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from cpmpi.topology.describe import Topology
+from cpmpi.topology.synthetic import synthetic
+
+
+@pytest.mark.mpi(5)
+def test_discovery_is_the_same_everywhere_and_measures_all_pairs_of_a_node():
+    from mpi4py import MPI
+
+    from cpmpi.topology.derive import communicators, rank_order
+    from cpmpi.topology.discover import discover, require_match
+    from cpmpi.topology.measure import measure
+
+    comm = MPI.COMM_WORLD
+    discover(comm, measure=False)  # imports and connections
+    comm.Barrier()
+    begin = time.perf_counter()
+    bare = discover(comm, measure=False)
+    assert time.perf_counter() - begin < 1
+    assert (bare.world, len(bare.nodes), bare.measured) == (5, 1, ())
+    assert all(place.cores for place in bare.nodes[0].ranks)
+
+    begin = time.perf_counter()
+    topology = measure(comm, bare)
+    assert time.perf_counter() - begin < 2.5
+    assert len(set(comm.allgather(topology.to_json()))) == 1
+    assert Topology.from_json(topology.to_json()) == topology
+    assert [(m.a, m.b) for m in topology.measured] == [(a, b) for a in range(5) for b in range(a + 1, 5)]
+    assert all((m.gb_per_s or 0) > 0.05 and 0 < (m.latency_us or 0) < 1e5 for m in topology.measured)
+    assert topology.notes == ()
+
+    again = measure(comm, topology)  # on demand: fresh figures in place of the old ones
+    assert len(again.measured) == 10
+    require_match(comm, topology)
+
+    groups = communicators(comm, topology)
+    assert groups.world.rank == rank_order(topology).index(comm.rank) == groups.node.rank
+    assert (groups.world.size, groups.node.size, groups.peers.size, groups.leaf) == (5, 5, 1, None)
+    groups.free()
+
+
+@pytest.mark.mpi(4)
+def test_communicators_of_uneven_nodes_under_two_leaves():
+    """The description decides: here a made-up one, of nodes with 1 and 3 ranks."""
+    from mpi4py import MPI
+
+    from cpmpi.topology.derive import communicators
+    from cpmpi.topology.discover import require_match, shared_groups
+
+    comm = MPI.COMM_WORLD
+    topology = synthetic("ranks=1/3,leaf=1")
+    groups = communicators(comm, topology)
+    assert groups.leaf is not None
+    sizes = (groups.world.size, groups.node.size, groups.peers.size, groups.leaf.size)
+    assert sizes == ((4, 1, 2, 1), (4, 3, 2, 3), (4, 3, 1, 3), (4, 3, 1, 3))[comm.rank]
+    assert shared_groups(comm) == ((0, 1, 2, 3),)
+    with pytest.raises(ValueError, match="describes 2 nodes, but ranks were launched on 1"):
+        require_match(comm, topology)
+    with pytest.raises(ValueError, match="the topology describes 6 ranks, but 4 were launched"):
+        communicators(comm, synthetic("nodes=1,ranks=6"))
+    with pytest.raises(ValueError, match="the topology describes 6 ranks, but 4 were launched"):
+        require_match(comm, synthetic("nodes=1,ranks=6"))
+
+
+@pytest.mark.mpi(4)
+def test_a_node_whose_measurements_fail_stays_unknown_and_hinders_nobody():
+    from mpi4py import MPI
+
+    from cpmpi.topology import measure
+    from cpmpi.topology.discover import discover
+
+    comm = MPI.COMM_WORLD
+    follow = measure.follow
+
+    def broken(talk):
+        if comm.rank == 3:
+            raise RuntimeError("no route to host")
+        follow(talk)
+
+    measure.follow = broken
+    begin = time.perf_counter()
+    topology = discover(comm)
+    assert time.perf_counter() - begin < 4
+    assert [(m.a, m.b) for m in topology.measured] == [(0, 1), (0, 2), (1, 2)]
+    node = topology.nodes[0].name
+    assert len(topology.notes) == 6
+    assert f"{node}: rank 3 could not measure with rank 0 (no route to host)" in topology.notes
+    assert f"{node}: rank 0 could not measure with rank 3 (no answer from rank 3)" in topology.notes
+    assert topology.link(0, 3).gb_per_s == topology.figures[topology.kind(0, 3)].gb_per_s  # what the others got
+
+
+@pytest.mark.mpi(2)
+def test_bad_leaf_files_and_broken_probes():
+    from mpi4py import MPI
+
+    from cpmpi.topology import discover, sysfs
+
+    comm = MPI.COMM_WORLD
+    with pytest.raises(ValueError, match=r"^/nowhere/topology.conf: .*No such file"):
+        discover.discover(comm, leaf_file="/nowhere/topology.conf")
+
+    def broken():
+        raise KeyError("odd hardware")
+
+    for probe in ("processors", "networks", "allowed_cpus"):
+        setattr(sysfs, probe, broken)
+    topology = discover.discover(comm, measure=False)
+    node = topology.nodes[0]
+    assert (node.sockets, node.networks, node.ranks[0].cores) == (None, (), None)
+    assert f"{node.name}: processors unknown (KeyError: 'odd hardware')" in topology.notes
+
+
+def test_the_sample_grows_like_the_nodes_and_rounds_do_not_collide():
+    from cpmpi.topology.measure import sample
+
+    for spec, ranks in (("nodes=2,ranks=8", 16), ("nodes=128,gpus=8,leaf=16", 1024), ("nodes=33,ranks=40", 1320)):
+        topology = synthetic(spec)
+        rounds = sample(topology)
+        pairs = [pair for pairs in rounds for pair in pairs]
+        assert topology.world == ranks
+        assert len(pairs) <= 41 * len(topology.nodes)
+        assert len(rounds) <= 15
+        assert len(set(pairs)) == len(pairs)
+        assert all(a < b for a, b in pairs)
+        for at_once in rounds:
+            busy = [rank for pair in at_once for rank in pair]
+            assert len(set(busy)) == len(busy)
+            crossing = [pair for pair in at_once if topology.kind(*pair) == "spine"]
+            uplinks = [topology.nodes[topology.node_of(rank)].leaf for pair in crossing for rank in pair]
+            assert len(set(uplinks)) == len(uplinks)
+    assert sample(synthetic("nodes=1,ranks=1")) == ()
+
+
+def test_slurm_is_asked_only_in_a_job_and_never_believed_blindly(monkeypatch, tmp_path):
+    from cpmpi.topology import discover, sysfs
+    from cpmpi.topology.decide import NodeProbe, RankProbe
+    from cpmpi.topology.leaves import SlurmPlace
+
+    unknown = sysfs.Processors(numa_of={}, socket_of={}, core_of={})
+    probe = NodeProbe(hostname="n1", ranks=(RankProbe(rank=0),), processors=unknown, slurm=SlurmPlace())
+    other = replace(probe, hostname="n9", ranks=(RankProbe(rank=1),))
+    scontrol = tmp_path / "scontrol"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    def answer(script):
+        scontrol.write_text(f"#!/bin/sh\n{script}\n")
+        scontrol.chmod(0o755)
+
+    answer("echo SwitchName=leaf1 Level=0 LinkSpeed=1 'Nodes=n[1-2]'")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert discover._decide([probe], None).nodes[0].leaf is None
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert discover._decide([probe], None).nodes[0].leaf == "leaf1"
+    partly = discover._decide([probe, other], None)
+    assert [node.leaf for node in partly.nodes] == [None, None]
+    assert "no switch for node n9" in partly.notes[0]
+    answer("echo slurm_load_topology error >&2; exit 1")
+    assert discover._decide([probe], None).notes == ()
+    answer("exec sleep 9")
+    begin = time.perf_counter()
+    slow = discover._decide([probe], None)
+    assert time.perf_counter() - begin < 1
+    assert "timed out after 0.7 seconds" in slow.notes[0]
