@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from cpmpi.links import Links
 from cpmpi.rates import Rates
 from cpmpi.schedule import Item, Program, Schedule, releases
 from cpmpi.shape import AttentionShape
-from cpmpi.simulate import Played, Seconds, Sizes, attend_seconds, play
+from cpmpi.simulate import Played, Sizes, attend_seconds, play
 from cpmpi.timeline import Interval
 from cpmpi.topology.describe import Topology
 
@@ -51,7 +49,7 @@ def price(
     """What ``schedule`` takes on ``topology``, whose ranks are its positions in `topology.derive.rank_order`.
 
     All ranks are played through round by round (`simulate`). Of a ring with more than ``MOST_ROUNDS`` rounds in all,
-    ``FEW_STEPS`` outer steps are, and the others are taken to last as long as the last but one of these: the steps of a
+    ``FEW_STEPS`` outer steps are, and the others are taken to last as long as the inner ones of these: the steps of a
     ring repeat themselves, as long as the layout gives all ranks the same work. Memory is followed on all ranks
     up to ``SAMPLED_RANKS``, else on so many evenly spread ones.
 
@@ -74,7 +72,7 @@ def price(
     rounds = sum(len(node) ** 2 for node in schedule.nodes) * outer
     if schedule.kind == "ring" and rounds > MOST_ROUNDS and outer > FEW_STEPS:
         played = play(schedule, shape, rates, links, seconds, FEW_STEPS)
-        return _extrapolated(schedule, played, seconds, links, resident)
+        return _extrapolated(schedule, played, links, resident)
     played = play(schedule, shape, rates, links, seconds)
     compute_s = max(played.busy_s)
     return Price(
@@ -84,15 +82,13 @@ def price(
     )  # fmt: skip
 
 
-def _extrapolated(schedule: Schedule, played: Played, seconds: Seconds, links: Links, resident: int) -> Price:
+def _extrapolated(schedule: Schedule, played: Played, links: Links, resident: int) -> Price:
     """The price of a ring from its first `FEW_STEPS` steps."""
     sizes = {rank: len(node) for node in schedule.nodes for rank in node}
-    before, after = (
-        max(played.round_ends[r][n * step - 1] for r, n in sizes.items()) for step in (FEW_STEPS - 2, FEW_STEPS - 1)
-    )
+    ends = [max(played.round_ends[r][n * step - 1] for r, n in sizes.items()) for step in range(1, FEW_STEPS)]
     outer = len(schedule.nodes)
-    total_s = played.total_s + (outer - FEW_STEPS) * (after - before)
-    compute_s = float(np.max(seconds.sum(axis=1)))
+    total_s = played.total_s + (outer - FEW_STEPS) * (ends[-1] - ends[0]) / (FEW_STEPS - 2)
+    compute_s = max(played.busy_s) * outer / FEW_STEPS
     link_bytes = {}
     for wire, n_bytes in sorted(played.wire_bytes.items()):
         name = links.names[wire]  # shards go round a node in each step, and on to the next node between steps

@@ -119,7 +119,8 @@ class AttentionShape:
         queries, keys = _pieces((self.query_layout(world),)), _pieces(self.key_layouts(world))
         if len(queries) * len(keys) * world**2 > MOST_BLOCKS:
             total = self.mask.pairs(range(self.stored, self.tokens), range(self.tokens))
-            return np.full((world, world), total // world**2), np.full((world, world), len(queries) * len(keys))
+            mean, blocks = total // world**2, len(queries) * len(keys)
+            return np.full((world, world), mean, np.int64), np.full((world, world), blocks, np.int64)
         pairs_NN, blocks_NN = np.zeros((world, world), np.int64), np.zeros((world, world), np.int64)
         for q in queries:
             for k in keys:
@@ -153,6 +154,5 @@ def _sum_clipped(start: Counts, stop: Counts, low: Counts, high: Counts) -> Coun
     below = np.maximum(0, np.minimum(stop, low) - start)
     above = np.maximum(0, stop - np.maximum(start, high))
     first, last = np.maximum(start, low), np.minimum(stop, high)
-    between: Counts = (first + last - 1) * np.maximum(0, last - first) // 2
-    summed: Counts = below * low + above * high + between
+    summed: Counts = below * low + above * high + (first + last - 1) * np.maximum(0, last - first) // 2
     return summed
