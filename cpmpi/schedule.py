@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -64,23 +65,29 @@ class Round:
 Program = list[Round]
 
 
-def ring_program(nodes: Nodes, rank: int) -> Program:
+def ring_program(nodes: Nodes, rank: int, steps: int | None = None) -> Program:
     """The program of ``rank`` when keys travel.
 
     With M nodes there are M outer steps. In outer step j the ring of node m circulates the shards of node m - j, dealt
     over its ranks where node sizes differ; meanwhile the same shards cross to node m + 1 on the outer channel. A rank
     holds at most the shards it attends to and the ones arriving on each channel.
+
+    Args:
+        nodes: the ranks of each node, in ring order.
+        rank: whose program.
+        steps: outer steps to go before stopping short; None for all. They are alike, so a price needs only a few.
     """
     m, place = _place(nodes, rank)
     ring = nodes[m]
     size = len(ring)
-    program = [Round() for _ in range(len(nodes) * size)]
+    outer = len(nodes) if steps is None else min(steps, len(nodes))
+    program = [Round() for _ in range(outer * size)]
 
     def entry(node: int, step: int, at: int) -> tuple[int, ...]:
         """Shards that the rank at place ``at`` of ``node`` brings into the ring of outer step ``step``."""
         return tuple(nodes[(node - step) % len(nodes)][at % len(nodes[node]) :: len(nodes[node])])
 
-    for step in range(len(nodes)):
+    for step in range(outer):
         first = step * size
         last = first + size - 1
         for i in range(size):
@@ -90,7 +97,7 @@ def ring_program(nodes: Nodes, rank: int) -> Program:
             if i < size - 1:
                 now.sends = _messages([(ring[(place + 1) % size], Item("key", o)) for o in held], INNER, first + i)
                 now.receives = _messages([(ring[place - 1], Item("key", o)) for o in coming], INNER, first + i)
-        if step < len(nodes) - 1:
+        if step < outer - 1:
             origin, succ, pred = nodes[(m - step) % len(nodes)], nodes[(m + 1) % len(nodes)], nodes[m - 1]
             ahead = [(succ[origin.index(o) % len(succ)], Item("key", o)) for o in entry(m, step, place)]
             origin = nodes[(m - step - 1) % len(nodes)]
@@ -117,7 +124,8 @@ def hybrid_program(nodes: Nodes, parents: Parents, askers: Iterable[int], rank: 
     ring, size = nodes[m], len(nodes[m])
     hop = max(1, size // 2)  # rounds that a query may take along one tree edge, hidden behind the node's own queries
     children, parent = [c for c, p in enumerate(parents) if p == m], parents[m]
-    below = {c: _subtree(parents, c) for c in [m, *children]}
+    subtrees = _subtrees(tuple(parents))
+    below = {c: subtrees[c] for c in [m, *children]}
     home = {owner: (node, lane) for node, ranks in enumerate(nodes) for lane, owner in enumerate(ranks)}
     asking = sorted(askers)
     mine = [o for o in asking if home[o][1] % size == place]
@@ -217,11 +225,11 @@ class Schedule:
         """Ranks on all nodes."""
         return sum(map(len, self.nodes))
 
-    def program(self, rank: int) -> Program:
-        """What ``rank`` does, round by round."""
+    def program(self, rank: int, steps: int | None = None) -> Program:
+        """What ``rank`` does, round by round; of a ring the first outer ``steps`` only, where given."""
         askers = range(self.world) if self.askers is None else self.askers
         if self.kind == "ring":
-            return ring_program(self.nodes, rank)
+            return ring_program(self.nodes, rank, steps)
         if self.kind == "tree":
             return hybrid_program([[r] for r in range(self.world)], rank_tree(self.nodes, self.parents), askers, rank)
         return hybrid_program(self.nodes, self.parents, askers, rank)
@@ -248,18 +256,20 @@ def _place(nodes: Nodes, rank: int) -> tuple[int, int]:
     return next((m, list(ring).index(rank)) for m, ring in enumerate(nodes) if rank in ring)
 
 
-def _subtree(parents: Parents, top: int) -> frozenset[int]:
-    """The nodes at and below ``top``."""
-    return frozenset(n for n in range(len(parents)) if top in _path(parents, n))
-
-
-def _path(parents: Parents, node: int) -> list[int]:
-    """From a node up to the root, both included."""
-    path = [node]
-    while (above := parents[path[-1]]) is not None:
-        path.append(above)
-        assert len(path) <= len(parents), f"the tree has a cycle: {parents}"
-    return path
+@lru_cache(maxsize=8)
+def _subtrees(parents: tuple[int | None, ...]) -> list[frozenset[int]]:
+    """For each node, the nodes at and below it."""
+    below: list[set[int]] = [set() for _ in parents]
+    for node in range(len(parents)):
+        path, top = 0, node
+        while True:
+            below[top].add(node)
+            above, path = parents[top], path + 1
+            if above is None:
+                break
+            top = above
+            assert path <= len(parents), f"the tree has a cycle: {parents}"
+    return [frozenset(nodes) for nodes in below]
 
 
 def _messages(pairs: Iterable[tuple[int, Item]], channel: int, due: int) -> list[Transfer]:

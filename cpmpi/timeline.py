@@ -1,0 +1,107 @@
+"""What every rank did when, predicted or measured: plain intervals, and the trace file that browsers show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KINDS = ("compute", "merge", "wait", "transfer", "io")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A stretch of a rank's time.
+
+    Attributes:
+        rank: whose; of a transfer, the receiver's.
+        what: ``compute`` (attention), ``merge`` (of partials), ``wait`` (for a transfer: what was not hidden),
+            ``transfer`` (a message under way), ``io`` (writing keys and values).
+        start_s, stop_s: from the start of the whole.
+        round: of the schedule.
+        layer: of the model.
+        peer: of a transfer, the sender.
+        n_bytes: of a transfer or of io.
+    """
+
+    rank: int
+    what: str
+    start_s: float
+    stop_s: float
+    round: int = 0
+    layer: int = 0
+    peer: int | None = None
+    n_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.what not in KINDS:
+            raise ValueError(f"unknown kind of interval {self.what!r}: choose one of {', '.join(KINDS)}")
+        if self.stop_s < self.start_s:
+            raise ValueError(f"interval ends ({self.stop_s} s) before it starts ({self.start_s} s)")
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return self.stop_s - self.start_s
+
+
+def hidden_fraction(intervals: Iterable[Interval]) -> float:
+    """The part of the transfers' time during which their receiver did not wait; 1 where nothing travelled.
+
+    A rank's transfers that overlap count once: the time that matters is that in which anything is under way to it.
+    """
+    under_way: dict[int, list[Interval]] = {}
+    waited = 0.0
+    for interval in intervals:
+        if interval.what == "transfer":
+            under_way.setdefault(interval.rank, []).append(interval)
+        elif interval.what == "wait":
+            waited += interval.seconds
+    travelled = sum(map(_covered, under_way.values()))
+    return max(0.0, 1 - waited / travelled) if travelled else 1.0
+
+
+def _covered(intervals: list[Interval]) -> float:
+    """Seconds in which at least one of the intervals runs."""
+    covered, until = 0.0, float("-inf")
+    for interval in sorted(intervals, key=lambda i: i.start_s):
+        covered += max(0.0, interval.stop_s - max(until, interval.start_s))
+        until = max(until, interval.stop_s)
+    return covered
+
+
+def chrome_trace(intervals: Iterable[Interval]) -> str:
+    """The intervals in the Trace Event Format, which chrome://tracing and ui.perfetto.dev show.
+
+    A process is a rank; its threads are what it computes, what arrives and what is written.
+    """
+    tracks = {"compute": 0, "merge": 0, "wait": 0, "transfer": 1, "io": 2}
+    names = ("compute", "arriving", "writing")
+    events: list[dict[str, Any]] = []
+    seen: set[tuple[int, int]] = set()
+    for interval in sorted(intervals, key=lambda i: (i.rank, i.start_s)):
+        track = tracks[interval.what]
+        if (interval.rank, track) not in seen:
+            seen.add((interval.rank, track))
+            where = {"ph": "M", "pid": interval.rank, "tid": track}
+            events.append({**where, "name": "process_name", "args": {"name": f"rank {interval.rank}"}})
+            events.append({**where, "name": "thread_name", "args": {"name": names[track]}})
+        arguments: dict[str, Any] = {"layer": interval.layer, "round": interval.round}
+        if interval.peer is not None:
+            arguments["from"] = interval.peer
+        if interval.n_bytes:
+            arguments["bytes"] = interval.n_bytes
+        events.append(
+            {
+                "ph": "X", "pid": interval.rank, "tid": track, "name": interval.what, "args": arguments,
+                "ts": round(interval.start_s * 1e6, 3), "dur": round(interval.seconds * 1e6, 3),
+            }
+        )  # fmt: skip
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+
+
+def save_trace(intervals: Iterable[Interval], path: str | Path) -> None:
+    """Write `chrome_trace` to a file."""
+    Path(path).write_text(chrome_trace(intervals), encoding="utf-8")
