@@ -14,9 +14,11 @@ import torch
 
 from cpmpi.attention_call import ATTENTION
 from cpmpi.errors import UserError
-from cpmpi.fingerprint import weight_files
+from cpmpi.fingerprint import check_whole, weight_files
 from cpmpi.forward import register
 
+# Layer types of configs that mix tokens by other means than attention; `cpmpi.probe` finds those with other names.
+UNSUPPORTED_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm", "rwkv", "short_conv")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,7 +47,8 @@ class Checkpoint:
                 f"{self.folder}: weights only as pickle ({pickled[0]}), which can run code when read; "
                 "convert the checkpoint to safetensors"
             )
-        weight_files(self.folder)
+        for file in weight_files(self.folder):
+            check_whole(file)
 
     def _check_architecture(self) -> None:
         from transformers import AutoModelForCausalLM
@@ -56,6 +59,9 @@ class Checkpoint:
             raise UserError(f"{name} is an encoder-decoder; cpmpi runs decoder-only models")
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise UserError(f"{name} is not a causal language model of transformers")
+        odd = [t for t in dict.fromkeys(self.text_config_value("layer_types") or ()) if t in UNSUPPORTED_LAYERS]
+        if odd:
+            raise UserError(f"{name} has layers of type {', '.join(odd)}; cpmpi runs layers with attention only")
         if self.text_config_value("is_causal") is False:
             raise UserError(f"{name} is not causal (is_causal is false in its config)")
 
@@ -71,9 +77,9 @@ class Checkpoint:
                     f"{self.folder}: the model needs code from the checkpoint (auto_map), which is never run"
                 )
             return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, UserError):
-                raise
+        except UserError:
+            raise
+        except Exception as error:  # of any type: each config class has its own checks
             raise UserError(f"{self.folder / 'config.json'}: {one_line(error)}") from error
 
     def text_config_value(self, name: str) -> Any:
@@ -83,7 +89,8 @@ class Checkpoint:
     @property
     def max_positions(self) -> int | None:
         """The longest document for which the checkpoint was made, in tokens; None where it does not say."""
-        return self.text_config_value("max_position_embeddings")
+        limit: int | None = self.text_config_value("max_position_embeddings")
+        return limit
 
     @property
     def vocab_size(self) -> int:
@@ -137,9 +144,9 @@ class Checkpoint:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's first line that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    """An error's text in one line, at most 300 characters of it."""
+    text = " ".join(str(error).split())
+    return (text[:300] + "..." if len(text) > 300 else text) or type(error).__name__
 
 
 def _some(names: Iterable[Any], most: int = 4) -> str:

@@ -14,10 +14,11 @@ import numpy.typing as npt
 import torch
 
 from cpmpi.attention_call import Call, rule_of
-from cpmpi.execute import Execution, Heads, Keys, Queries
+from cpmpi.execute import Execution, Keys, Queries
 from cpmpi.forward import Head, chunks, decoder_of, layer_major
 from cpmpi.kernels.backend import Backend
 from cpmpi.layout import Layout, Piece
+from cpmpi.probe import Layer
 from cpmpi.progress import Progress
 from cpmpi.schedule import Schedule
 from cpmpi.transport import Transport
@@ -45,7 +46,7 @@ class Engine:
 
     rank: int
     causal_lm: torch.nn.Module
-    layers: tuple[Heads, ...]
+    layers: tuple[Layer, ...]
     schedule: Schedule
     transport: Transport
     backends: tuple[Backend, ...]
@@ -75,7 +76,7 @@ class Engine:
         def attend(layer: int, calls: list[Call]) -> Sequence[torch.Tensor]:
             nonlocal attending
             begun = time.perf_counter()
-            heads, rule = self.layers[layer], rule_of(calls[0], layout.n_tokens)
+            heads, rule = self.layers[layer].heads, rule_of(calls[0], layout.n_tokens)
             keys = Keys.empty(layout.pieces(self.rank), heads, self.device)
             if parts:
                 torch.cat([c.k_1GCD[0].transpose(0, 1) for c in calls], out=keys.k_SGD)
@@ -93,7 +94,7 @@ class Engine:
             attending += time.perf_counter() - begun
             if not parts:  # a rank without tokens walks along with the first token, whose result nobody takes
                 return [out_THE.new_zeros(1, heads.query_heads, heads.value_dim)]
-            return out_THE.split([part.size for part in parts])
+            return torch.split(out_THE, [part.size for part in parts])
 
         states = layer_major(decoder_of(self.causal_lm), ids_T, parts or [Piece(0, 1)], attend)
         decoded = time.perf_counter()

@@ -76,7 +76,7 @@ class Queries(NamedTuple):
         """Queries of ``pieces``, a run each, as views of ``flat_B``."""
         tokens = sum(p.size for p in pieces)
         (q_THD,) = unpack(flat_B, ((tokens, heads.query_heads, heads.key_dim),), heads.dtype)
-        parts = q_THD.split([p.size for p in pieces]) if pieces else ()
+        parts = torch.split(q_THD, [p.size for p in pieces]) if pieces else ()
         return Queries(tuple((p.start, q) for p, q in zip(pieces, parts, strict=True)))
 
     def pack(self) -> torch.Tensor:
@@ -94,7 +94,7 @@ def unpack(flat_B: torch.Tensor, shapes: Sequence[tuple[int, ...]], dtype: torch
     """Views of ``flat_B`` as tensors of these shapes, one after the other."""
     sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
     assert sum(sizes) == flat_B.numel()
-    return [part.view(dtype).view(shape) for part, shape in zip(flat_B.split(sizes), shapes, strict=True)]
+    return [part.view(dtype).view(shape) for part, shape in zip(torch.split(flat_B, sizes), shapes, strict=True)]
 
 
 @dataclass(kw_only=True)
@@ -147,7 +147,9 @@ class Execution:
             for t, pending, incoming in due[i]:
                 payload_B = pending.wait()
                 if incoming:
-                    for item, part_B in zip(t.items, payload_B.split([*map(self._n_bytes, t.items)]), strict=True):
+                    for item, part_B in zip(
+                        t.items, torch.split(payload_B, [*map(self._n_bytes, t.items)]), strict=True
+                    ):
                         if len(part_B):
                             self._take(item, part_B)
             for item in released[i]:
@@ -216,5 +218,5 @@ class Execution:
                 self._tokens(item.owner, (self.query_layout,)),
                 (self.heads.query_heads, self.heads.value_dim),
             )
-            out, lse = part_B.view(torch.float32).split([tokens * h * e, tokens * h])
+            out, lse = torch.split(part_B.view(torch.float32), [tokens * h * e, tokens * h])
             self._partial(item.owner).add_(Rows(0, tokens), out.view(1, tokens, h, e), lse.view(1, tokens, h))

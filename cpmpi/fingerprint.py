@@ -74,6 +74,28 @@ def weight_files(checkpoint: Path) -> list[Path]:
     return files
 
 
+def check_whole(file: Path) -> None:
+    """Check that a safetensors file is as long as its header says; reads the header alone.
+
+    Raises:
+        UserError: the file was cut short or is not a safetensors file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(header_bytes) if 8 + header_bytes <= size else b"")
+            content = max(
+                (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{file}: not a safetensors file, or cut short: no readable header in {size} bytes"
+            ) from error
+    if 8 + header_bytes + content != size:
+        raise UserError(f"{file}: has {size} bytes where its header asks for {8 + header_bytes + content}: cut short?")
+
+
 def _sample(file: Path) -> list[bytes]:
     """The file's size, its header, and the sampled blocks of what follows."""
     size = file.stat().st_size

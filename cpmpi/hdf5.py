@@ -66,15 +66,22 @@ STORED_FLOATS = {
 
 @contextmanager
 def created_file(path: Path) -> Iterator[Any]:
-    """Yield a new h5py file for laying out; it appears at ``path``, durable, when the block ends well."""
-    with (
-        published(path) as temporary,
-        h5py.File(
-            temporary, "w", libver=LIBVER, locking="best-effort",
-            alignment_threshold=ALIGNMENT_BYTES, alignment_interval=ALIGNMENT_BYTES,
-        ) as file,
-    ):  # fmt: skip
-        yield file
+    """Yield a new h5py file for laying out; it appears at ``path``, durable, when the block ends well.
+
+    Raises:
+        UserError: it cannot be written: no space, no permission, or larger than the file system allows.
+    """
+    try:
+        with (
+            published(path) as temporary,
+            h5py.File(
+                temporary, "w", libver=LIBVER, locking="best-effort",
+                alignment_threshold=ALIGNMENT_BYTES, alignment_interval=ALIGNMENT_BYTES,
+            ) as file,
+        ):  # fmt: skip
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be laid out ({error})") from error
 
 
 def open_file(path: Path) -> Any:
@@ -126,15 +133,20 @@ class VirtualBlock:
     start: int
     count: int
     file: str
-    dataset: str
     source_rows: int
     source_start: int
 
 
 def create_virtual(
-    group: Any, name: str, shape: Sequence[int], h5type: Any, blocks: Sequence[VirtualBlock], labels: Sequence[str]
+    group: Any,
+    name: str,
+    shape: Sequence[int],
+    h5type: Any,
+    blocks: Sequence[VirtualBlock],
+    source_name: str,
+    labels: Sequence[str],
 ) -> Any:
-    """Create a virtual dataset out of blocks of axis 1 (tokens) of datasets in other files.
+    """Create a virtual dataset out of blocks of axis 1 (tokens) of the datasets ``source_name`` in other files.
 
     File names are relative to the folder of this file. What no readable source covers reads as NaN.
     """
@@ -148,7 +160,7 @@ def create_virtual(
         source = h5s.create_simple((first, block.source_rows, *rest))
         source.select_hyperslab((0, block.source_start, *origin), extent)
         space.select_hyperslab((0, block.start, *origin), extent)
-        plist.set_virtual(space, block.file.encode(), block.dataset.encode(), source)
+        plist.set_virtual(space, block.file.encode(), source_name.encode(), source)
     space.select_all()
     dataset = h5py.Dataset(h5d.create(group.id, name.encode(), h5type, space, plist))
     label_dimensions(dataset, labels)

@@ -32,7 +32,7 @@ from cpmpi.hdf5 import (
     pwrite_all,
     set_attribute,
 )
-from cpmpi.publish import publish_text, sync_path
+from cpmpi.publish import make_folder, publish_text, sync_path
 from cpmpi.run_paths import RunPaths, document_name, shard_name
 from cpmpi.run_spec import DocumentSpec, RunSpec, token_digest
 from cpmpi.shard import LABELS
@@ -45,7 +45,7 @@ SUMMARY_COLUMNS = ("index", "id", "source", "n_tokens", "nll", "perplexity")
 
 def create_index(folder: Path, spec: RunSpec) -> RunIndex:
     """Lay out ``run.h5`` for all documents of a run, in a folder that may not exist yet."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with created_file(RunPaths(folder).index) as file:
         _lay_out_run(file, spec)
         for index, document in enumerate(spec.documents):
@@ -94,14 +94,14 @@ def _lay_out_document(group: Any, index: int, document: DocumentSpec, spec: RunS
     if spec.kv is None:
         return
     kv = group.create_group("kv")
+    blocks = _virtual_blocks(document, spec.world_size)
     for name, dim in (("key", spec.kv.key_dim), ("value", spec.kv.value_dim)):
         shape = (spec.kv.layers, tokens, spec.kv.heads, dim)
-        blocks = _virtual_blocks(document, spec.world_size, f"{document_name(index)}/{name}")
-        create_virtual(kv, name, shape, spec.kv.stored.h5type(), blocks, LABELS)
+        create_virtual(kv, name, shape, spec.kv.stored.h5type(), blocks, f"{document_name(index)}/{name}", LABELS)
     create_contiguous(kv, "shard_digest", (spec.world_size,), h5t.STD_U64LE, fill=np.uint64(0), labels=("rank",))
 
 
-def _virtual_blocks(document: DocumentSpec, world_size: int, dataset: str) -> list[VirtualBlock]:
+def _virtual_blocks(document: DocumentSpec, world_size: int) -> list[VirtualBlock]:
     """Every piece of every rank: where it is in the document, and where in its rank's shard."""
     blocks = []
     for rank in range(world_size):
@@ -110,7 +110,7 @@ def _virtual_blocks(document: DocumentSpec, world_size: int, dataset: str) -> li
         first = 0
         for piece in pieces:
             block = VirtualBlock(
-                start=piece.start, count=piece.size, file=shard_name(rank), dataset=dataset,
+                start=piece.start, count=piece.size, file=shard_name(rank),
                 source_rows=held, source_start=first,
             )  # fmt: skip
             blocks.append(block)

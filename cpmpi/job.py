@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cpmpi import __version__, resume, run_spec
@@ -23,13 +25,15 @@ from cpmpi.index import RunIndex
 from cpmpi.layout import Layout
 from cpmpi.log import rank_log
 from cpmpi.machine import choose_device, set_threads
-from cpmpi.probe import Layer, backend_of, probe
+from cpmpi.probe import Layer, backends_of, probe
 from cpmpi.progress import Progress, duration
 from cpmpi.publish import publish_text
 from cpmpi.ranks import Ranks, start
+from cpmpi.run import open_run
 from cpmpi.run_paths import RunPaths
 from cpmpi.schedule import Schedule
 from cpmpi.shard import prepare_shard
+from cpmpi.table import table
 from cpmpi.transport import MPITransport
 from cpmpi.writer import ShardWriter
 
@@ -141,6 +145,8 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
         documents=documents, dtype=dtype, layers=layers, spec=spec,
     )  # fmt: skip
     introduce(job)
+    needed = ranks.comm.allreduce(run_spec.bytes_to_write(options.output, spec, ranks.rank))
+    ranks.on_root(run_spec.check_room, options.output, needed)
     return job
 
 
@@ -229,19 +235,16 @@ def introduce(job: Job) -> None:
 def open_run_folder(job: Job) -> tuple[RunIndex | None, run_spec.RunSpec, frozenset[int]]:
     """The run's index (rank 0 only), its spec with the run id that holds, and the documents that are finished."""
     options, ranks = job.options, job.ranks
+    opened: list[RunIndex] = []
 
     def open_index() -> tuple[run_spec.RunSpec, frozenset[int]]:
-        nonlocal index
-        index = resume.start_index(options.output, job.spec, overwrite=options.overwrite)
-        return index.spec, index.finished
+        opened.append(resume.start_index(options.output, job.spec, overwrite=options.overwrite))
+        return opened[0].spec, opened[0].finished
 
-    needed = ranks.comm.allreduce(run_spec.bytes_to_write(options.output, job.spec, ranks.rank))
-    ranks.on_root(run_spec.check_room, options.output, needed)
-    index: RunIndex | None = None
     spec, finished = ranks.on_root(open_index)
     if finished:
         job.progress.say(f"{len(finished)} of {len(spec.documents)} documents are finished already")
-    return index, spec, finished
+    return next(iter(opened), None), spec, finished
 
 
 def open_writer(job: Job, index: RunIndex | None, spec: run_spec.RunSpec, finished: frozenset[int]) -> ShardWriter:
@@ -258,7 +261,7 @@ def load_engine(job: Job) -> Engine:
     options, ranks = job.options, job.ranks
     began = time.perf_counter()
     causal_lm = ranks.together(job.checkpoint.load, job.dtype, job.device)
-    backends = tuple(backend_of(layer, job.device) for layer in job.layers)
+    backends = backends_of(job.layers, job.device)
     kind = "ring" if options.attention == "auto" else options.attention
     schedule = Schedule(kind=kind, nodes=[list(range(ranks.size))], parents=[None])
     job.progress.say(f"weights read in {duration(time.perf_counter() - began)}")
@@ -268,9 +271,8 @@ def load_engine(job: Job) -> Engine:
         summary = {"kind": kind, "nodes": schedule.nodes, "parents": schedule.parents, "segments": options.segments}
         publish_text(RunPaths(options.output).schedule, json.dumps(summary, indent=1) + "\n")
         publish_text(RunPaths(options.output).topology, job.spec.topology + "\n")
-    heads = tuple(layer.heads for layer in job.layers)
     return Engine(
-        rank=ranks.rank, causal_lm=causal_lm, layers=heads, schedule=schedule, transport=MPITransport(ranks.comm),
+        rank=ranks.rank, causal_lm=causal_lm, layers=job.layers, schedule=schedule, transport=MPITransport(ranks.comm),
         backends=backends, device=job.device, progress=job.progress, chunk_tokens=options.chunk_tokens,
     )  # fmt: skip
 
@@ -299,7 +301,7 @@ def score_document(job: Job, engine: Engine, index: RunIndex | None, writer: Sha
     _log(job, scores, writer, document.id)
 
 
-def assemble(everyone: list[Any], n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def assemble(everyone: list[Any], n_tokens: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """A document's log-probabilities (T,), the first of them NaN, and last hidden state from what all ranks found."""
     logprobs = np.full(n_tokens, np.nan, np.float32)
     for positions, values, *_ in everyone:
@@ -309,8 +311,6 @@ def assemble(everyone: list[Any], n_tokens: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _log(job: Job, scores: Scores, writer: ShardWriter | None, name: str) -> None:
-    import logging
-
     parts = {**scores.seconds, **({"writer blocked": writer.stats.blocked_s} if writer is not None else {})}
     text = ", ".join(f"{what} {seconds:.3f} s" for what, seconds in parts.items())
     logging.getLogger("cpmpi").info("document %r: %d tokens here; %s", name, len(scores.positions), text)
@@ -318,9 +318,6 @@ def _log(job: Job, scores: Scores, writer: ShardWriter | None, name: str) -> Non
 
 def report(job: Job, finished: frozenset[int]) -> None:
     """The results as a table, on standard output."""
-    from cpmpi.run import open_run
-    from cpmpi.table import table
-
     rows = []
     with open_run(job.options.output) as done:
         for i, d in enumerate(done.documents):

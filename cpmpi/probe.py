@@ -8,8 +8,7 @@ weights are real, and everything else is imagined: a number that is read from an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,20 +29,21 @@ SCALARS = (torch.ops.aten.item, torch.ops.aten._local_scalar_dense, torch.ops.at
 DOCUMENT_TOKENS = 1 << 16  # length for which masks are looked at: most windows fit in
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """A layer's attention: its shapes, and how its scores become weights."""
 
     heads: Heads
     rule: Rule
 
 
-def backend_of(layer: Layer, device: torch.device) -> Backend:
-    """The attention kernel for a layer."""
-    heads, rule = layer.heads, layer.rule
-    return select(
-        device, heads.dtype, head_dim=heads.key_dim, value_head_dim=heads.value_dim, softcap=rule.softcap,
-        window=rule.mask.window,
+def backends_of(layers: Sequence[Layer], device: torch.device) -> tuple[Backend, ...]:
+    """The attention kernel of each layer."""
+    return tuple(
+        select(
+            device, heads.dtype, head_dim=heads.key_dim, value_head_dim=heads.value_dim, softcap=rule.softcap,
+            window=rule.mask.window,
+        )
+        for heads, rule in layers
     )  # fmt: skip
 
 

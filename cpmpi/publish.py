@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from cpmpi.errors import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -32,6 +34,20 @@ def publish_text(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8) to ``path`` at once, and durably."""
     with published(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are missing, and make the new name durable where that is allowed.
+
+    Raises:
+        UserError: that is not possible.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot make this folder ({error.strerror})") from error
+    with suppress(PermissionError):
+        sync_path(path.parent)
 
 
 def sync_path(path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from cpmpi.errors import UserError
 from cpmpi.hdf5 import open_file
 from cpmpi.index import FORMAT, FORMAT_VERSION, RunIndex, create_index, kv_dtype
+from cpmpi.publish import make_folder
 from cpmpi.run_paths import RunPaths, document_name
 from cpmpi.run_spec import RunSpec
 
@@ -78,12 +79,13 @@ def check_folder(folder: Path) -> None:
 
 
 def delete_run(folder: Path) -> None:
-    """Delete the files of a run, ``run.h5`` first, so that what is left of a killed deletion is not taken for a run."""
+    """Delete the files of a run but its logs; ``run.h5`` first, so that no half-deleted run is taken for a run."""
     paths = RunPaths(folder)
     for path in (paths.index, paths.summary, paths.topology, paths.schedule):
         path.unlink(missing_ok=True)
-    if paths.shards.exists():
-        shutil.rmtree(paths.shards)
+    for folder_of_run in (paths.shards, paths.checkpoints):
+        if folder_of_run.exists():
+            shutil.rmtree(folder_of_run)
 
 
 @contextmanager
@@ -95,7 +97,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

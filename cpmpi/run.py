@@ -193,7 +193,7 @@ class Document:
         """(hidden,) of the last token, after the final norm."""
         return self._output("last_hidden").astype(np.float32, copy=False)
 
-    @property
+    @cached_property
     def spec(self) -> DocumentSpec:
         """How its tokens lie on the ranks that made the run."""
         attributes, n_tokens = self.group.attrs, self.n_tokens
@@ -206,7 +206,7 @@ class Document:
             token_ids_sha256=str(attributes["token_ids_sha256"]),
         )
 
-    @property
+    @cached_property
     def kv_shape(self) -> tuple[int, int, int, int, int] | None:
         """(layers, T, KV heads, key dim, value dim); None when the run keeps no KV."""
         if self.run.kv_dtype is None:

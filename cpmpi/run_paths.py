@@ -48,10 +48,21 @@ class RunPaths:
         """The folder of the ranks' logs."""
         return self.folder / "log"
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of hidden states from which an unfinished document goes on; empty when the run is complete."""
+        return self.folder / "checkpoints"
+
     def foreign(self) -> list[str]:
         """Names in the folder, sorted, that no run puts there (what a killed run left behind is not foreign)."""
         files = [path.name for path in (self.index, self.topology, self.schedule, self.summary)]
-        ours = {self.shards.name, self.log.name, *files, *(name + TEMPORARY_SUFFIX for name in files)}
+        ours = {
+            self.shards.name,
+            self.log.name,
+            self.checkpoints.name,
+            *files,
+            *(name + TEMPORARY_SUFFIX for name in files),
+        }
         return sorted(path.name for path in self.folder.iterdir() if path.name not in ours)
 
 

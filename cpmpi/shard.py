@@ -26,7 +26,7 @@ from h5py import h5t
 from cpmpi.errors import UserError
 from cpmpi.hdf5 import RawArray, create_contiguous, created_file, dataset_offset, open_file, pread_all
 from cpmpi.layout import Piece
-from cpmpi.publish import sync_path
+from cpmpi.publish import make_folder
 from cpmpi.run_paths import RunPaths, document_name
 from cpmpi.run_spec import DocumentSpec, KVSpec, RunSpec
 
@@ -43,8 +43,7 @@ def create_shard(folder: Path, spec: RunSpec, rank: int) -> Path:
     """
     assert spec.kv is not None
     paths = RunPaths(folder)
-    paths.shards.mkdir(parents=True, exist_ok=True)
-    sync_path(folder)
+    make_folder(paths.shards)
     with created_file(paths.shard(rank)) as file:
         file.attrs["format"] = FORMAT
         file.attrs["format_version"] = FORMAT_VERSION

@@ -41,8 +41,11 @@ class Transport(Protocol):
     def receive(self, n_bytes: int, peer: int, channel: int, device: torch.device) -> Pending:
         """Start to receive ``n_bytes``."""
 
+    def close(self) -> None:
+        """Give back what the transport holds. Collective."""
 
-@dataclass
+
+@dataclass(eq=False)
 class Message:
     """One message over MPI: the host buffer, the requests for its parts, and when it was posted and complete."""
 

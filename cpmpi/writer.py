@@ -27,7 +27,8 @@ from cpmpi.hdf5 import RawArray, pwrite_all
 from cpmpi.run_spec import RunSpec, human_bytes
 from cpmpi.shard import ShardFile
 
-CHUNK_BYTES = 4 << 20
+# What fits a core's own cache, so that bytes are read from memory once to be summed and written.
+CHUNK_BYTES = 1 << 20
 # torch copies fewer elements than this in the calling thread; more would wake the threads that compute the model.
 SERIAL_ELEMENTS = 32767
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -103,7 +104,7 @@ class ShardWriter:
             value_TGE: the values, likewise.
 
         Raises:
-            ValueError: shapes differ from those in the file.
+            ValueError: shapes differ from those in the file, or a tensor is not on the CPU.
             UserError: an earlier layer could not be written.
         """
         place = self._shard.document(document_index)
@@ -112,6 +113,9 @@ class ShardWriter:
         found = (tuple(item.key_TGD.shape), tuple(item.value_TGE.shape))
         if found != expected:
             raise ValueError(f"{self._path}: key and value {found} of document {document_index}, expected {expected}")
+        devices = {item.key_TGD.device.type, item.value_TGE.device.type}
+        if devices != {"cpu"}:
+            raise ValueError(f"{self._path}: key and value are on {', '.join(sorted(devices))}, expected cpu")
         if not 0 <= layer < place.layers:
             raise ValueError(f"{self._path}: layer {layer} of {place.layers}")
         with self._changed:
@@ -126,11 +130,18 @@ class ShardWriter:
         return self._shard.layers_done(document_index)
 
     def sync(self) -> None:
-        """Return when everything handed over so far is on disk (fsync)."""
+        """Return when everything handed over so far is on disk (fsync).
+
+        Raises:
+            UserError: something could not be written; a network file system may say so only now.
+        """
         with self._changed:
             self._wait(-1)
         began = time.perf_counter()
-        os.fsync(self._descriptor)
+        try:
+            os.fsync(self._descriptor)
+        except OSError as problem:
+            raise self._explain(problem) from problem
         self.stats.blocked_s += time.perf_counter() - began
 
     def finish(self, document_index: int) -> int:
@@ -211,6 +222,7 @@ class ShardWriter:
                 self._waiting_bytes -= item.nbytes
                 self._error = error
                 self._changed.notify_all()
+            del item  # its tensors are free now, not when the next layer comes
             if error is not None:
                 return
 
@@ -247,7 +259,8 @@ class ShardWriter:
             if self._buffer.numel() < rows_TGD.numel():
                 self._buffer = torch.empty(rows_TGD.numel(), dtype=self._dtype)
             stored = self._buffer[: rows_TGD.numel()].view(rows_TGD.shape)
-            step = max(1, SERIAL_ELEMENTS // rows_TGD[0].numel())
+            serial = torch.get_num_threads() == 1
+            step = len(rows_TGD) if serial else max(1, SERIAL_ELEMENTS // rows_TGD[0].numel())
             for start in range(0, len(rows_TGD), step):
                 stored[start : start + step].copy_(rows_TGD[start : start + step])
             if self._dtype == torch.float16 and not bool(stored.isfinite().all()):

@@ -18,8 +18,11 @@ from cpmpi.errors import UserError
 COMMANDS: dict[str, tuple[str, str]] = {
     "prefill": ("cpmpi.jobs.prefill", "Log-probabilities and KV cache of whole documents."),
     "score": ("cpmpi.jobs.score", "Log-probabilities of whole documents."),
+    "demo": ("cpmpi.jobs.demo", "Run the main job on a small checkpoint and a long text."),
     "inspect": ("cpmpi.jobs.inspect", "What is in a run folder."),
     "verify": ("cpmpi.jobs.verify", "Check the files of a run folder against their checksums."),
+    "report": ("cpmpi.jobs.report", "Pictures of the documents of a run folder."),
+    "topology": ("cpmpi.jobs.topology", "What the machine is: discover, measure, save, draw."),
 }
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
@@ -82,6 +85,7 @@ def main() -> None:
         elif isinstance(problem, UserError):
             ranks.abort(str(problem), alone=first_of_launch())
         else:
-            ranks.abort(f"{type(problem).__name__}: {problem} (--debug shows where)", alone=first_of_launch())
+            text = " ".join(str(problem).split())
+            ranks.abort(f"{type(problem).__name__}: {text} (--debug shows where)", alone=first_of_launch())
         sys.exit(1)
     sys.exit(status)

@@ -28,14 +28,16 @@ def clean_environment(**more: str) -> dict[str, str]:
     return {**kept, **as_root, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
 
 
-def mpirun(n: int, *command: str, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+def mpirun(
+    n: int, *command: str, timeout_s: float = 300, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run ``python -m mpi4py COMMAND`` on n ranks in a process group that is killed at the timeout."""
     launcher = Path(sys.executable).with_name("mpirun")
     mpirun_path = str(launcher) if launcher.exists() else "mpirun"
     line = [mpirun_path, "--oversubscribe", "--bind-to", "none", "-n", str(n), sys.executable, "-m", "mpi4py", *command]
     process = subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        env=clean_environment(**environment), start_new_session=True,
+        env=clean_environment(**(environment or {})), start_new_session=True,
     )  # fmt: skip
     try:
         out, _ = process.communicate(timeout=timeout_s)
@@ -56,7 +58,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     n = ranks_of(pyfuncitem)
     if not n or INNER in os.environ:
         return None
-    done = mpirun(n, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", pyfuncitem.nodeid, **{INNER: "1"})
+    done = mpirun(
+        n, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", pyfuncitem.nodeid, environment={INNER: "1"}
+    )
     if done.returncode:
         pytest.fail(f"on {n} ranks:\n{done.stdout}", pytrace=False)
     return True

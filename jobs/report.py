@@ -1,0 +1,29 @@
+"""``cpmpi report``: a picture of every document of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(name="report")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--to", "folder", type=click.Path(path_type=Path), help="Folder for the pictures.  [default: RUN/report]")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def command(run: Path, folder: Path | None, debug: bool) -> None:
+    """Draw the surprisal along each finished document of RUN, one PNG each, and print their paths."""
+    from cpmpi.run import open_run
+    from cpmpi.surprisal import draw
+
+    folder = folder or run / "report"
+    with open_run(run) as opened:
+        for i, document in enumerate(opened.documents):
+            if not document.complete:
+                click.echo(f"document {document.id!r} is not finished", err=True)
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"surprisal-{i:06d}.png"
+            title = f"{document.id}: {document.n_tokens:,} tokens, perplexity {document.perplexity:.3f}"
+            draw(document, path, title)
+            click.echo(f"{path}")

@@ -1,0 +1,144 @@
+"""The main job on 1, 2, 3, 4 and 7 ranks equals one transformers process: log-probabilities and KV.
+
+Tolerances: both sides compute in float32 and differ in the order of summation alone. Log-probabilities of a random
+model are about 6 in size, float32 has 7 digits, and errors add up over a few layers: 1e-4 at the worst and 1e-5 on
+average.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+LENGTHS = (1, 2, 5, 17, 1000, 4099)
+KV_HEADS = (8, 2, 1)  # of 8 query heads: 1:1, 4:1, 8:1
+VOCABULARY = 300
+
+
+def save_llama(folder, kv_heads, layers=2):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(kv_heads)
+    config = LlamaConfig(
+        hidden_size=64, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=kv_heads,
+        intermediate_size=96, vocab_size=VOCABULARY, max_position_embeddings=8192, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def save_documents(folder, lengths=LENGTHS):
+    folder.mkdir()
+    for length in lengths:
+        np.save(folder / f"{length:05d}.npy", np.random.default_rng(length).integers(0, VOCABULARY, length))
+
+
+def truth(checkpoint, token_ids):
+    """Log-probabilities (T,) and per layer (key_TGD, value_TGE) of one transformers process in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
+    ids = torch.as_tensor(token_ids, dtype=torch.int64)
+    with torch.inference_mode():
+        out = model(input_ids=ids[None], use_cache=True)
+    logprobs = torch.log_softmax(out.logits[0, :-1].float(), -1).gather(1, ids[1:, None])[:, 0]
+    kv = [
+        tuple(x[0].transpose(0, 1).numpy() for x in (layer.keys, layer.values)) for layer in out.past_key_values.layers
+    ]
+    return np.concatenate([[np.nan], logprobs.numpy()]), kv
+
+
+def shared_folder(tmp_path):
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.bcast(tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.mpi(n)) for n in (1, 2, 3, 4, 7)])
+def test_job_equals_one_transformers_process(ranks, tmp_path):
+    from mpi4py import MPI
+
+    import cpmpi
+    from cpmpi.job import JobOptions, run
+
+    comm = MPI.COMM_WORLD
+    folder = shared_folder(tmp_path)
+    assert comm.size == ranks
+    for kv_heads in KV_HEADS:
+        checkpoint, documents = folder / f"model-{kv_heads}", folder / f"documents-{kv_heads}"
+        if comm.rank == 0:
+            save_llama(checkpoint, kv_heads)
+            save_documents(documents)
+        comm.Barrier()
+        for segments in (1, 2, 5):
+            run(
+                JobOptions(
+                    model=checkpoint, inputs=(str(documents),), output=folder / f"run-{kv_heads}-{segments}",
+                    segments=segments, kv_dtype="float32", chunk_tokens=300, quiet=True,
+                )
+            )  # fmt: skip
+        comm.Barrier()
+        if comm.rank == 0:
+            expected = {n: truth(checkpoint, np.load(documents / f"{n:05d}.npy")) for n in LENGTHS}
+            for segments in (1, 2, 5):
+                with cpmpi.open_run(folder / f"run-{kv_heads}-{segments}") as done:
+                    for document, n in zip(done.documents, LENGTHS, strict=True):
+                        compare(document, *expected[n])
+
+
+def compare(document, logprobs, kv):
+    """Assert that a stored document equals the truth within the tolerances at the top of this file."""
+    assert document.n_tokens == len(logprobs)
+    assert np.isnan(document.logprobs[0])
+    if len(logprobs) > 1:
+        error = np.abs(document.logprobs[1:] - logprobs[1:])
+        assert error.max() <= 1e-4, (document.id, error.max())
+        assert error.mean() <= 1e-5, (document.id, error.mean())
+        assert document.nll == pytest.approx(-np.sum(logprobs[1:], dtype=np.float64), rel=1e-6)
+        assert document.perplexity == pytest.approx(np.exp(document.nll / (len(logprobs) - 1)), rel=1e-12)
+    for layer, expected in enumerate(kv):
+        for got, want in zip(document.kv(layer), expected, strict=True):
+            assert got.shape == want.shape
+            assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max(), (document.id, layer)
+
+
+@pytest.mark.mpi(6)
+def test_every_schedule_gives_the_same_result(tmp_path):
+    """Ring over two levels, tree and hybrid on nodes of 1, 3 and 2 ranks, against transformers."""
+    import torch
+    from mpi4py import MPI
+
+    from cpmpi.checkpoint import Checkpoint
+    from cpmpi.engine import Engine
+    from cpmpi.job import assemble
+    from cpmpi.layout import Layout
+    from cpmpi.probe import backends_of, probe
+    from cpmpi.progress import Progress
+    from cpmpi.schedule import Schedule
+    from cpmpi.transport import MPITransport
+
+    comm = MPI.COMM_WORLD
+    folder = shared_folder(tmp_path)
+    if comm.rank == 0:
+        save_llama(folder / "model", 2)
+    comm.Barrier()
+    device = torch.device("cpu")
+    model = Checkpoint(folder / "model").load(torch.float32, device)
+    layers = probe(model)
+    transport = MPITransport(comm)
+    for n_tokens in (3, 1000):
+        token_ids = np.random.default_rng(n_tokens).integers(0, VOCABULARY, n_tokens)
+        expected = truth(folder / "model", token_ids)[0] if comm.rank == 0 else None
+        for kind in ("ring", "tree", "hybrid"):
+            engine = Engine(
+                rank=comm.rank, causal_lm=model, layers=layers, transport=transport, device=device,
+                schedule=Schedule(kind=kind, nodes=[[0], [1, 2, 3], [4, 5]], parents=[1, None, 1]),
+                backends=backends_of(layers, device), progress=Progress(enabled=False), chunk_tokens=100,
+            )  # fmt: skip
+            scores = engine.score(token_ids, Layout(n_tokens=n_tokens, world=comm.size), "document")
+            everyone = comm.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, 0))
+            if comm.rank == 0:
+                error = np.abs(assemble(everyone, n_tokens)[0] - expected)[1:]
+                assert error.max() <= 1e-4, (kind, n_tokens, error.max())
+    transport.close()

@@ -1,0 +1,244 @@
+"""Rings, trees, rank order and communicators that follow from a description. Deterministic: the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from cpmpi.topology import spanning
+from cpmpi.topology.describe import Node, Topology
+from cpmpi.topology.ring_search import Table, best_ring
+
+if TYPE_CHECKING:  # rings and trees of a machine are planned where there is no MPI
+    from mpi4py import MPI
+
+# Breaks ties between links of one bandwidth: how far apart two GPUs are on PCIe, or two ranks by NUMA domain.
+DISTANCE = {"nvlink": 0.0, "nvswitch": 0.0, "pix": 1.0, "pxb": 2.0, "phb": 3.0, "node": 4.0, "sys": 5.0}
+OTHER_NUMA = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tree:
+    """A spanning tree over the nodes of a description.
+
+    Attributes:
+        parent: of each node, by index into ``Topology.nodes``; None for the root.
+        leaders: the rank of each node that sends and receives for it.
+    """
+
+    parent: tuple[int | None, ...]
+    leaders: tuple[int, ...]
+
+    @property
+    def root(self) -> int:
+        """The node everything is reduced to."""
+        return self.parent.index(None)
+
+    @property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """(child, parent) of every node but the root, by child."""
+        return tuple((child, up) for child, up in enumerate(self.parent) if up is not None)
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """The nodes below each node, in index order."""
+        below: list[list[int]] = [[] for _ in self.parent]
+        for child, up in self.edges:
+            below[up].append(child)
+        return tuple(map(tuple, below))
+
+    @cached_property
+    def depth(self) -> int:
+        """Edges on the longest way up to the root."""
+        level, depth = [self.root], 0
+        while level := [child for node in level for child in self.children[node]]:
+            depth += 1
+        return depth
+
+    def rounds(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """The (child, parent) edges of a reduction by round: a node receives one message a round, and sends its own
+        once all its children have sent theirs; read backwards and turned round, a broadcast."""
+        missing = [len(below) for below in self.children]
+        waiting, rounds = list(self.edges), []
+        while waiting:
+            by_receiver: dict[int, tuple[int, int]] = {}
+            for child, up in waiting:
+                if missing[child] == 0:
+                    by_receiver.setdefault(up, (child, up))
+            for up in by_receiver:
+                missing[up] -= 1
+            rounds.append(tuple(by_receiver.values()))
+            done = set(rounds[-1])
+            waiting = [edge for edge in waiting if edge not in done]
+        return tuple(rounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Communicators:
+    """The groups that algorithms talk in, each with ranks in an order that follows the machine.
+
+    Attributes:
+        world: all ranks; ``world.rank`` is the place in :func:`rank_order`.
+        node: the ranks of one node; ``node.rank`` is the position in its ring.
+        peers: the ranks at the same ring position of all nodes that have one, in node order.
+        leaf: the ranks under one leaf switch, None where that is unknown.
+    """
+
+    world: MPI.Comm
+    node: MPI.Comm
+    peers: MPI.Comm
+    leaf: MPI.Comm | None
+
+    def free(self) -> None:
+        """Free all of them; collective."""
+        for comm in (self.leaf, self.peers, self.node, self.world):
+            if comm is not None:
+                comm.Free()
+
+
+def rings(topology: Topology) -> tuple[tuple[int, ...], ...]:
+    """The ranks of each node in ring order: the ring with the widest narrowest link.
+
+    Exact up to 8 ranks, a heuristic beyond (``ring_search.py``). A link is as wide as the one between the ranks' GPUs
+    where that is known, else as the measurement or the figure for its kind; an unknown link counts as the narrowest.
+    Ties go to the ring with more bandwidth in all, then to nearer links (PCIe path, NUMA domain). Starts at the lowest
+    rank of the node.
+    """
+    found = []
+    for node in topology.nodes:
+        ranks = sorted(place.rank for place in node.ranks)
+        order = best_ring(_table(topology, ranks, _width), _table(topology, ranks, _distance))
+        found.append(tuple(ranks[i] for i in order))
+    return tuple(found)
+
+
+def rank_order(topology: Topology) -> tuple[int, ...]:
+    """All ranks, leaf by leaf, node by node, in ring order inside a node."""
+    by_node = rings(topology)
+    return tuple(rank for node in node_order(topology) for rank in by_node[node])
+
+
+def node_order(topology: Topology) -> tuple[int, ...]:
+    """Node indices with the nodes under one switch next to each other, switches and nodes by first appearance."""
+    first: dict[tuple[str, ...], int] = {}
+    keys = []
+    for i, path in enumerate(_paths(topology)):
+        keys.append([first.setdefault(path[:depth], i) for depth in range(1, len(path) + 1)] or [i])
+    return tuple(sorted(range(len(keys)), key=lambda i: (keys[i], i)))
+
+
+def tree(topology: Topology) -> Tree:
+    """The tree for small messages: the least number of rounds, one edge out of each leaf switch.
+
+    Binomial among the nodes of a leaf, and again among the leaves, so its depth is at most
+    ``log2(nodes under a leaf) + log2(leaves)``, each rounded up. Nodes whose leaf is unknown stand alone.
+    """
+    parents = spanning.span(_paths(topology), spanning.binomial)
+    return Tree(parent=tuple(parents), leaders=leaders(topology))
+
+
+def double_tree(topology: Topology) -> tuple[Tree, Tree] | None:
+    """Two trees that carry half of the bytes each, for large messages; None where they pay nothing (one node).
+
+    Binary trees whose inner nodes are, nearly all, outer nodes of the other (Sanders, Speck and Träff 2009), built
+    like :func:`tree` inside leaves and between them. They pay where their busiest node or uplink needs less time for a
+    byte than that of :func:`tree`. The second tree has leaders of its own where a node has several ranks.
+    """
+    paths = _paths(topology)
+    single = spanning.span(paths, spanning.binomial)
+    pair = [spanning.span(paths, shape) for shape in (spanning.binary, spanning.binary_twin)]
+    if _seconds_per_gb(topology, pair) >= _seconds_per_gb(topology, [single]):
+        return None
+    one, two = (Tree(parent=tuple(p), leaders=leaders(topology, nth=i)) for i, p in enumerate(pair))
+    return one, two
+
+
+def leaders(topology: Topology, nth: int = 0) -> tuple[int, ...]:
+    """The rank of each node that stands next to its fastest network device: in that device's NUMA domain, the lowest.
+
+    Args:
+        nth: 0 for the first leader, 1 for another rank (where there is one) next to another device, and so on.
+    """
+    return tuple(_leaders_of(topology, node, nth + 1)[-1] for node in topology.nodes)
+
+
+def communicators(comm: MPI.Comm, topology: Topology) -> Communicators:
+    """Communicators for world, node, peers across nodes, and leaf; collective over ``comm``.
+
+    Raises:
+        ValueError: ``comm`` does not have as many ranks as the description.
+    """
+    from mpi4py import MPI
+
+    topology.require(comm.size)
+    order, by_node = rank_order(topology), rings(topology)
+    mine = topology.node_of(comm.rank)
+    here, position = order.index(comm.rank), by_node[mine].index(comm.rank)
+    switches = [node.switches for node in topology.nodes]
+    colour = switches.index(switches[mine]) if switches[mine] else MPI.UNDEFINED
+    leaf = comm.Split(colour, key=here)
+    return Communicators(
+        world=comm.Split(0, key=here),
+        node=comm.Split(mine, key=position),
+        peers=comm.Split(position, key=here),
+        leaf=None if leaf == MPI.COMM_NULL else leaf,
+    )
+
+
+def _paths(topology: Topology) -> list[spanning.Path]:
+    """What stands over each node, top first: its switches and, below them, an NVLink domain that spans nodes."""
+    return [(*node.switches, f"fabric {node.fabric}") if node.fabric else node.switches for node in topology.nodes]
+
+
+def _table(topology: Topology, ranks: Sequence[int], entry: Callable[[Topology, int, int], float]) -> Table:
+    return tuple(tuple(entry(topology, a, b) if a != b else 0.0 for b in ranks) for a in ranks)
+
+
+def _width(topology: Topology, a: int, b: int) -> float:
+    gpus = topology.gpu_link(a, b)
+    known = gpus.gb_per_s if gpus is not None else None
+    return known or topology.link(a, b).gb_per_s or 0.0
+
+
+def _distance(topology: Topology, a: int, b: int) -> float:
+    gpus = topology.gpu_link(a, b)
+    if gpus is not None:
+        return DISTANCE[gpus.kind]
+    one, two = topology.numa_of(a), topology.numa_of(b)
+    return OTHER_NUMA if one is not None and two is not None and one != two else 0.0
+
+
+def _leaders_of(topology: Topology, node: Node, count: int) -> list[int]:
+    """Up to ``count`` ranks, each next to one of the fastest devices, in NUMA domains of their own while they last."""
+    top = max((device.gb_per_s or 0.0 for device in node.networks), default=0.0)
+    beside = [d.numa for d in sorted(node.networks, key=lambda d: d.name) if (d.gb_per_s or 0.0) == top]
+    ranks = sorted(place.rank for place in node.ranks)
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(ranks)):
+        numa = next((n for n in beside if n is not None), None)
+        free = [rank for rank in ranks if rank not in chosen]
+        near = [rank for rank in free if numa is not None and topology.numa_of(rank) == numa]
+        chosen.append((near or free)[0])
+        beside = [n for n in beside if n != numa] or beside
+    return chosen
+
+
+def _seconds_per_gb(topology: Topology, trees: Sequence[spanning.Parents]) -> float:
+    """What the busiest direction of the busiest node or uplink takes to reduce 1 GB cut evenly over ``trees``."""
+    paths = _paths(topology)
+    figures = topology.figures
+    inside = figures["leaf"].gb_per_s or figures["network"].gb_per_s
+    across = figures["spine"].gb_per_s
+    if inside is None or across is None:
+        inside = across = 1.0  # unknown: count bytes
+    totals: dict[object, list[float]] = {}
+    for parents in trees:
+        nodes, uplinks = spanning.loads(paths, parents)
+        for bandwidth, counts in ((inside, nodes), (across, uplinks)):
+            for place, (out, entering) in counts.items():
+                sums = totals.setdefault(place, [0.0, 0.0])
+                sums[0] += out / bandwidth / len(trees)
+                sums[1] += entering / bandwidth / len(trees)
+    return max((max(sums) for sums in totals.values()), default=0.0)

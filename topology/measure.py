@@ -1,0 +1,211 @@
+"""Measure point-to-point latency and bandwidth of a sample of links, in bounded time at any scale.
+
+The sample grows like the number of nodes: the pairs inside each node (all of them up to 8 ranks, the links of the ring
+beyond) and one pair per edge of the tree. Pairs are dealt into rounds in which no rank occurs twice and no leaf uplink
+carries two pairs; all pairs of a round run at once. There are about ``7 + log2(nodes)`` rounds, and they share the time
+limit, so the limit holds on ten thousand nodes as on two: where time is short, messages stay smaller.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from mpi4py import MPI
+
+from cpmpi.topology.derive import rings, tree
+from cpmpi.topology.describe import Measurement, Topology
+from cpmpi.topology.ring_search import EXACT
+
+LIMIT_S = 2.0
+GRACE_S = 0.25  # what a round may overrun before a silent peer is given up
+SMALL = 8
+SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
+LATENCY_TRIPS, BANDWIDTH_TRIPS = 20, 5
+MAX_NOTES = 8
+
+Pair = tuple[int, int]
+
+
+def sample(topology: Topology) -> tuple[tuple[Pair, ...], ...]:
+    """The pairs to measure, in rounds of disjoint pairs (a, b) with a < b."""
+    rounds: dict[int, list[Pair]] = {}
+    for ring in rings(topology):
+        for i, pairs in enumerate(_tournament(ring) if len(ring) <= EXACT else _ring_links(ring)):
+            rounds.setdefault(i, []).extend(pairs)
+    spanning = tree(topology)
+    between = [[(spanning.leaders[a], spanning.leaders[b]) for a, b in edges] for edges in spanning.rounds()]
+    return tuple(tuple((min(p), max(p)) for p in pairs) for pairs in [*rounds.values(), *between] if pairs)
+
+
+def measure(comm: MPI.Comm, topology: Topology, *, limit_s: float = LIMIT_S) -> Topology:
+    """The description with fresh measurements in place of those it had; collective, the same on all ranks.
+
+    A pair that fails (a peer that does not answer, an MPI error) stays unknown and leaves a note; the others go on.
+
+    Args:
+        limit_s: seconds for everything.
+
+    Raises:
+        ValueError: ``comm`` does not have as many ranks as the description.
+    """
+    topology.require(comm.size)
+    rounds = sample(topology)
+    own = comm.Dup()
+    begin = time.perf_counter()
+    buffers = (np.ones(SIZES[-1], np.uint8), np.ones(SIZES[-1], np.uint8)) if rounds else None
+    measured: list[Measurement] = []
+    failures: list[str] = []
+    for i, pairs in enumerate(rounds):
+        left_s = limit_s - GRACE_S - _agree_on_elapsed(own, begin)
+        budget_s = left_s / (len(rounds) - i)
+        mine = next((pair for pair in pairs if own.rank in pair), None)
+        if budget_s <= 0 or mine is None or buffers is None:
+            continue
+        peer = mine[0] if own.rank == mine[1] else mine[1]
+        talk = _Talk(own, peer, tag=i, deadline=time.perf_counter() + budget_s + GRACE_S, buffers=buffers)
+        try:
+            if own.rank == mine[0]:
+                gb_per_s, latency_us = lead(talk, budget_s)
+                measured.append(
+                    Measurement(a=mine[0], b=mine[1], gb_per_s=_rounded(gb_per_s), latency_us=_rounded(latency_us))
+                )
+            else:
+                follow(talk)
+        except Exception as error:
+            name = topology.nodes[topology.node_of(own.rank)].name
+            failures.append(
+                f"{name}: rank {own.rank} could not measure with rank {peer} ({error or type(error).__name__})"
+            )
+    gathered = comm.gather((measured, failures))
+    results: Topology | None = None
+    if gathered is not None:
+        pairs_found = sorted((m for found, _ in gathered for m in found), key=lambda m: (m.a, m.b))
+        results = replace(
+            topology,
+            measured=tuple(pairs_found),
+            notes=(*topology.notes, *_shortened([line for _, lines in gathered for line in lines])),
+        )
+    results = comm.bcast(results)
+    assert results is not None
+    if not any("could not measure" in note for note in results.notes):
+        own.Free()  # after a failure messages may still be under way on it
+    return results
+
+
+def lead(talk: _Talk, budget_s: float) -> tuple[float, float]:
+    """Ping-pong with a peer that follows: (GB/s, latency in us), medians, within about ``budget_s`` seconds.
+
+    Messages grow until the next size would not fit into the time that is left."""
+    end = time.perf_counter() + budget_s
+    connect_s = talk.trips(SMALL, 1)[0]
+    trips = max(1, min(LATENCY_TRIPS, int(0.2 * budget_s / connect_s)))
+    latency_s = statistics.median(talk.trips(SMALL, trips)) / 2
+    for size, bigger in zip(SIZES, (*SIZES[1:], None)):
+        trip_s = talk.trips(size, 1)[0]
+        left_s = end - time.perf_counter()
+        if bigger is None or trip_s * bigger / size > left_s:
+            break
+    trips = min(BANDWIDTH_TRIPS, int(left_s / trip_s))
+    if trips > 0:
+        trip_s = statistics.median(talk.trips(size, trips))
+    talk.finish()
+    return size / (trip_s / 2) / 1e9, latency_s * 1e6
+
+
+def follow(talk: _Talk) -> None:
+    """Answer a peer that leads until it has finished."""
+    while talk.answer():
+        pass
+
+
+@dataclass(frozen=True)
+class _Talk:
+    """A conversation between two ranks that gives up at ``deadline`` instead of hanging."""
+
+    comm: MPI.Comm
+    peer: int
+    tag: int
+    deadline: float
+    buffers: tuple[np.ndarray, np.ndarray]
+
+    def trips(self, size: int, count: int) -> list[float]:
+        """Seconds of each of ``count`` round trips of ``size`` bytes."""
+        self._send(np.array([size, count], np.int64))
+        seconds = []
+        for _ in range(count):
+            begin = time.perf_counter()
+            self._send(self.buffers[0][:size])
+            self._receive(self.buffers[1][:size])
+            seconds.append(time.perf_counter() - begin)
+        return seconds
+
+    def finish(self) -> None:
+        """Tell the peer that there is no more."""
+        self._send(np.zeros(2, np.int64))
+
+    def answer(self) -> bool:
+        """Answer one call of :meth:`trips`; False once the peer has finished."""
+        order = np.zeros(2, np.int64)
+        self._receive(order)
+        size, count = int(order[0]), int(order[1])
+        for _ in range(count):
+            self._receive(self.buffers[1][:size])
+            self._send(self.buffers[0][:size])
+        return count > 0
+
+    def _send(self, data: np.ndarray) -> None:
+        self._wait(self.comm.Isend(data, self.peer, self.tag))
+
+    def _receive(self, data: np.ndarray) -> None:
+        self._wait(self.comm.Irecv(data, self.peer, self.tag))
+
+    def _wait(self, request: MPI.Request) -> None:
+        while not request.Test():
+            if time.perf_counter() > self.deadline:
+                raise TimeoutError(f"no answer from rank {self.peer}")
+            os.sched_yield()
+
+
+def _agree_on_elapsed(comm: MPI.Comm, begin: float) -> float:
+    """Seconds since ``begin`` on the slowest rank; also the barrier between rounds.
+
+    Those who wait sleep: where ranks share cores, their polling would slow down the pairs that still measure."""
+    mine, slowest = np.array([time.perf_counter() - begin]), np.zeros(1)
+    request = comm.Iallreduce(mine, slowest, MPI.MAX)
+    while not request.Test():
+        time.sleep(0.0002)
+    return float(slowest[0])
+
+
+def _tournament(ranks: Sequence[int]) -> list[list[Pair]]:
+    """All pairs in rounds of disjoint pairs, everyone against everyone (the circle method)."""
+    table: list[int | None] = [*ranks] if len(ranks) % 2 == 0 else [*ranks, None]
+    rounds = []
+    for _ in range(len(table) - 1):
+        rounds.append(
+            [(a, b) for a, b in zip(table, reversed(table[len(table) // 2 :])) if a is not None and b is not None]
+        )
+        table = [table[0], table[-1], *table[1:-1]]
+    return rounds
+
+
+def _ring_links(ring: Sequence[int]) -> list[list[Pair]]:
+    """The links of a ring in two rounds, three where it is odd."""
+    links = list(zip(ring, (*ring[1:], ring[0])))
+    last = [links.pop()] if len(links) % 2 else []
+    return [links[0::2], links[1::2], last]
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    more = len(lines) - MAX_NOTES
+    return lines if more <= 0 else [*lines[:MAX_NOTES], f"{more} more measurements failed"]
+
+
+def _rounded(value: float) -> float:
+    """Four digits, more than any measurement of this kind is worth."""
+    return float(f"{value:.4g}")

@@ -1,0 +1,128 @@
+"""A description in a few lines, for logs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TypeVar
+
+from cpmpi.topology.derive import double_tree, node_order, rings, tree
+from cpmpi.topology.describe import LinkClass, Node, Topology
+
+T = TypeVar("T")
+MOST = 8  # lines about one thing
+SAID = {
+    "numa": "in a NUMA domain",
+    "node": "in a node",
+    "fabric": "in an NVLink domain",
+    "leaf": "under a leaf",
+    "spine": "across leaves",
+    "network": "between nodes",
+}
+
+
+def summary(topology: Topology) -> str:
+    """A few lines however many nodes: what there is, what was measured, the ring and the tree that follow."""
+    nodes = [topology.nodes[i] for i in node_order(topology)]
+    leaves = {node.leaf for node in nodes if node.leaf is not None}
+    head = [_counted(topology.world, "rank"), _counted(len(nodes), "node")]
+    if leaves:
+        head.append(_counted(len(leaves), "leaf switch", "leaf switches"))
+    lines = [f"topology: {', '.join(head)} ({(topology.origin or 'of unknown origin').partition(' (')[0]})"]
+    order = {node.name: ring for node, ring in zip(topology.nodes, rings(topology))}
+    alike: dict[str, list[Node]] = {}
+    for node in nodes:
+        alike.setdefault(_contents(node), []).append(node)
+    for contents, members in _first(list(alike.items()), "kinds of node", lines):
+        shown = list(dict.fromkeys(_ring(order[node.name]) for node in members))
+        ring = f", ring {shown[0]}" if shown[0] else ""
+        others = f" ({_counted(len(shown) - 1, 'other order')} elsewhere)" if len(shown) > 1 else ""
+        lines.append(f"  {folded([node.name for node in members])}: {contents}{ring}{others}")
+    for leaf, under in _first(_by_leaf(nodes) if leaves else [], "leaves", lines):
+        lines.append(f"  {leaf or 'leaf unknown'}: {folded(under)}")
+    used = kinds_used(topology)
+    for kind, figure in topology.figures.items():
+        if kind in used and (figure.gb_per_s is not None or figure.latency_us is not None):
+            count = sum(topology.kind(m.a, m.b) == kind for m in topology.measured)
+            how = f"median of {_counted(count, 'measured pair')}" if count else "given"
+            lines.append(f"  {SAID[kind]}: {_figures(figure)} ({how})")
+    spanning, pair = tree(topology), double_tree(topology)
+    if len(nodes) > 1:
+        shape = f"root {topology.nodes[spanning.root].name}, {_counted(len(spanning.rounds()), 'round')}"
+        twin = "a second tree for half of the bytes pays" if pair else "a second tree would not pay"
+        lines.append(f"  tree: {shape}; {twin}")
+    return "\n".join([*lines, *(f"  note: {note}" for note in topology.notes)])
+
+
+def kinds_used(topology: Topology) -> set[str]:
+    """The kinds of link that the rings and the tree go over."""
+    spanning = tree(topology)
+    pairs = [(spanning.leaders[a], spanning.leaders[b]) for a, b in spanning.edges]
+    for ring in rings(topology):
+        pairs += zip(ring, (*ring[1:], ring[0]))
+    return {topology.kind(a, b) for a, b in pairs}
+
+
+def rate(gb_per_s: float | None) -> str:
+    """A bandwidth in GB/s or, below a tenth, MB/s."""
+    if gb_per_s is None:
+        return "? GB/s"
+    return f"{gb_per_s * 1000:.3g} MB/s" if gb_per_s < 0.1 else f"{gb_per_s:.3g} GB/s"
+
+
+def folded(names: Sequence[str]) -> str:
+    """Names with their runs of numbers folded: n1, n2, n3, x is ``n[1-3], x``."""
+    runs: list[tuple[str, str, str]] = []  # stem, first number, last number
+    for name in names:
+        found = re.fullmatch(r"(.*?)(\d+)", name)
+        stem, number = (found[1], found[2]) if found else (name, "")
+        last = runs[-1] if runs else ("", "", "")
+        follows = number and last[2] and int(number) == int(last[2]) + 1 and len(number) >= len(last[2])
+        if last[0] == stem and follows and (len(number) == len(last[2]) or not number.startswith("0")):
+            runs[-1] = (stem, last[1], number)
+        else:
+            runs.append((stem, number, number))
+    return ", ".join(f"{s}{a}" if a == b else f"{s}[{a}-{b}]" for s, a, b in runs)
+
+
+def _contents(node: Node) -> str:
+    parts = [_counted(len(node.ranks), "rank")]
+    if node.gpus:
+        parts.append(f"{_counted(len(node.gpus), 'GPU')} {node.gpus[0].name or ''}".rstrip())
+    if node.sockets:
+        parts.append(_counted(node.sockets, "socket"))
+    if node.numa_domains:
+        parts.append(_counted(node.numa_domains, "NUMA domain"))
+    if node.cores:
+        parts.append(_counted(node.cores, "core"))
+    if node.networks:
+        parts.append(f"network {folded([device.name for device in node.networks])}")
+    return ", ".join(parts)
+
+
+def _ring(ring: Sequence[int]) -> str:
+    """The order of a ring in local ranks, so that like nodes read alike; nothing where there is no choice."""
+    local = {rank: str(i) for i, rank in enumerate(sorted(ring))}
+    shown = [local[rank] for rank in ring]
+    return "" if len(ring) <= 2 else " ".join(shown if len(shown) <= 16 else [*shown[:15], "..."])
+
+
+def _by_leaf(nodes: Sequence[Node]) -> list[tuple[str | None, list[str]]]:
+    return [(leaf, [node.name for node in under]) for leaf, under in groupby(nodes, key=lambda node: node.leaf)]
+
+
+def _first(items: Sequence[T], what: str, lines: list[str]) -> Iterator[T]:
+    """The first items, and a line that counts the rest."""
+    yield from items[:MOST]
+    if len(items) > MOST:
+        lines.append(f"  ... and {len(items) - MOST} more {what}")
+
+
+def _figures(figure: LinkClass) -> str:
+    latency = "? us" if figure.latency_us is None else f"{figure.latency_us:.3g} us"
+    return f"{rate(figure.gb_per_s)}, {latency}"
+
+
+def _counted(count: int, one: str, many: str | None = None) -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
