@@ -67,9 +67,10 @@ class Visible:
         known = [Mask()]
         if size is not None:
             known += [Mask(window=size), Mask(documents=tuple(range(size, n_tokens + size, size)))]
-        edges = {0, n_tokens // 2, n_tokens - 1, *(k * size + start for k in (1, 2, 3) for start in (0, n_tokens // 2)
-                 if size is not None)}  # fmt: skip
-        at = torch.tensor(sorted({max(0, edge + d) for edge in edges for d in (-2, -1, 0, 1, 2)}))
+        starts = (0, n_tokens // 2, n_tokens)
+        edges = {start + k * (size or 0) for start in starts for k in range(4)}
+        near = {edge + d for edge in edges for d in (-2, -1, 0, 1, 2)}
+        at = torch.tensor(sorted(i for i in near if 0 <= i <= n_tokens))
         try:
             zero = torch.zeros((), dtype=torch.int64)
             seen = self.sees(zero, zero, at[:, None], at[None, :])

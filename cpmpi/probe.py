@@ -64,7 +64,7 @@ def probe(causal_lm: torch.nn.Module) -> tuple[Layer, ...]:
         return [call.v_1GCE.new_zeros(TOKENS, heads.query_heads, heads.value_dim)]
 
     name = type(causal_lm).__name__
-    values = ImaginedValues()
+    values = ImaginedValues()  # type: ignore[no-untyped-call]
     try:
         with values:
             ids_T = torch.zeros(TOKENS, dtype=torch.int64)
