@@ -17,15 +17,15 @@ import torch
 from cpmpi import __version__, resume, run_spec
 from cpmpi.checkpoint import Checkpoint
 from cpmpi.documents import Document, read_documents
-from cpmpi.engine import Engine, Scores, probe
+from cpmpi.engine import Engine, Scores
 from cpmpi.errors import UserError
 from cpmpi.execute import Heads
 from cpmpi.fingerprint import model_sha256, tokenizer_sha256
 from cpmpi.index import RunIndex
-from cpmpi.kernels.select import select
 from cpmpi.layout import Layout
 from cpmpi.log import rank_log
 from cpmpi.machine import choose_device, set_threads
+from cpmpi.probe import Layer, backends_of, probe
 from cpmpi.progress import Progress, duration
 from cpmpi.publish import publish_text
 from cpmpi.ranks import Ranks, start
@@ -95,7 +95,7 @@ class Job:
     checkpoint: Checkpoint
     documents: list[Document]
     dtype: torch.dtype
-    heads: tuple[Heads, ...]
+    layers: tuple[Layer, ...]
     spec: run_spec.RunSpec
     seconds: dict[int, float] = field(default_factory=dict)
 
@@ -138,11 +138,12 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
     checkpoint = ranks.together(Checkpoint, options.model)
     documents = ranks.on_root(_read_documents, options, checkpoint, progress)
     dtype = checkpoint.compute_dtype(options.dtype, device)
-    heads = ranks.together(lambda: probe(checkpoint.skeleton(dtype)))
+    layers = ranks.together(lambda: probe(checkpoint.skeleton(dtype)))
+    heads = tuple(layer.heads for layer in layers)
     spec = ranks.on_root(make_spec, options, ranks, checkpoint, documents, dtype, heads)
     job = Job(
         options=options, ranks=ranks, device=device, threads=threads, progress=progress, checkpoint=checkpoint,
-        documents=documents, dtype=dtype, heads=heads, spec=spec,
+        documents=documents, dtype=dtype, layers=layers, spec=spec,
     )  # fmt: skip
     introduce(job)
     needed = ranks.comm.allreduce(run_spec.bytes_to_write(options.output, spec, ranks.rank))
@@ -226,7 +227,7 @@ def introduce(job: Job) -> None:
     where = f"{job.threads} thread{'s' * (job.threads > 1)} each" if job.device.type == "cpu" else "one device each"
     job.progress.say(f"cpmpi {__version__}: {ranks.size} rank{'s' * (ranks.size > 1)} on {job.device.type}, {where}")
     job.progress.say(
-        f"model {options.model}: {job.checkpoint.config.model_type}, {len(job.heads)} layers, "
+        f"model {options.model}: {job.checkpoint.config.model_type}, {len(job.layers)} layers, "
         f"stored as {own}, computed in {spec.dtype}; {kv}"
     )
     job.progress.say(f"{len(spec.documents)} document{'s' * (len(spec.documents) > 1)}, {tokens:,} tokens")
@@ -261,19 +262,19 @@ def load_engine(job: Job) -> Engine:
     options, ranks = job.options, job.ranks
     began = time.perf_counter()
     causal_lm = ranks.together(job.checkpoint.load, job.dtype, job.device)
-    first = job.heads[0]
-    backend = select(job.device, job.dtype, head_dim=first.key_dim, value_head_dim=first.value_dim)
+    backends = backends_of(job.layers, job.device)
     kind = "ring" if options.attention == "auto" else options.attention
     schedule = Schedule(kind=kind, nodes=[list(range(ranks.size))], parents=[None])
     job.progress.say(f"weights read in {duration(time.perf_counter() - began)}")
-    job.progress.say(f"attention: {kind}, kernel {backend.name} ({backend.reason})")
+    for backend in {b.name: b for b in backends}.values():
+        job.progress.say(f"attention: {kind}, kernel {backend.name} ({backend.reason})")
     if ranks.is_root:
         summary = {"kind": kind, "nodes": schedule.nodes, "parents": schedule.parents, "segments": options.segments}
         publish_text(RunPaths(options.output).schedule, json.dumps(summary, indent=1) + "\n")
         publish_text(RunPaths(options.output).topology, job.spec.topology + "\n")
     return Engine(
-        rank=ranks.rank, causal_lm=causal_lm, layers=job.heads, schedule=schedule, transport=MPITransport(ranks.comm),
-        backend=backend, device=job.device, progress=job.progress, chunk_tokens=options.chunk_tokens,
+        rank=ranks.rank, causal_lm=causal_lm, layers=job.layers, schedule=schedule, transport=MPITransport(ranks.comm),
+        backends=backends, device=job.device, progress=job.progress, chunk_tokens=options.chunk_tokens,
     )  # fmt: skip
 
 
