@@ -37,14 +37,15 @@ class Layer(NamedTuple):
 
 
 def backends_of(layers: Sequence[Layer], device: torch.device) -> tuple[Backend, ...]:
-    """The attention kernel of each layer."""
-    return tuple(
-        select(
-            device, heads.dtype, head_dim=heads.key_dim, value_head_dim=heads.value_dim, softcap=rule.softcap,
-            window=rule.mask.window,
+    """The attention kernel of each layer; layers of the same shape share one."""
+    shapes = [(heads.dtype, heads.key_dim, heads.value_dim, rule.softcap) for heads, rule in layers]
+    chosen = {
+        (dtype, key_dim, value_dim, softcap): select(
+            device, dtype, head_dim=key_dim, value_head_dim=value_dim, softcap=softcap
         )
-        for heads, rule in layers
-    )  # fmt: skip
+        for dtype, key_dim, value_dim, softcap in dict.fromkeys(shapes)
+    }
+    return tuple(chosen[shape] for shape in shapes)
 
 
 @torch.inference_mode()

@@ -42,7 +42,6 @@ SHARED = [
     click.option("--allow-longer", is_flag=True, help="Allow documents beyond the checkpoint's position limit."),
     click.option("--overwrite", is_flag=True, help="Delete a run that is in the output folder first."),
     click.option("--quiet", is_flag=True, help="No progress, results only."),
-    click.option("--debug", is_flag=True, help="Show tracebacks."),
 ]  # fmt: skip
 
 
@@ -53,9 +52,8 @@ def document_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def run_documents(more_inputs: tuple[str, ...], inputs: tuple[str, ...], debug: bool, **options: Any) -> None:
+def run_documents(more_inputs: tuple[str, ...], inputs: tuple[str, ...], **options: Any) -> None:
     """Run the main job with the options of the command line."""
     from cpmpi.job import JobOptions, run
 
-    del debug  # read by the entry point
     run(JobOptions(inputs=(*inputs, *more_inputs), command=shlex.join(["cpmpi", *sys.argv[1:]]), **options))
