@@ -21,6 +21,7 @@ import torch
 from cpmpi.attention_call import ATTENTION, Call, Visible, make_mask
 from cpmpi.errors import UserError
 from cpmpi.layout import Piece
+from cpmpi.logprobs import token_logprobs
 from cpmpi.rotary import document_length
 
 
@@ -135,8 +136,8 @@ class Head:
         for i in range(0, len(targets_T), self.chunk_tokens):
             given.hidden_1TC = hidden_TC[None, i : i + self.chunk_tokens]
             target_T = targets_T[i : i + self.chunk_tokens]
-            logits_TV = self.model(input_ids=target_T[None], use_cache=False).logits[0].float()
-            yield -torch.nn.functional.cross_entropy(logits_TV, target_T, reduction="none")
+            logits_TV = self.model(input_ids=target_T[None], use_cache=False).logits[0]
+            yield token_logprobs(logits_TV, target_T)
 
 
 class _Given(torch.nn.Module):
