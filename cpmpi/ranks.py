@@ -94,13 +94,16 @@ def start() -> Ranks:
     """Start MPI and return the world.
 
     Raises:
-        UserError: a launcher started several ranks, but MPI sees a world of one (each rank would do all the work).
+        UserError: a launcher started several ranks, but MPI sees a world of one (each rank would do all the work), or
+            the MPI library takes no calls from several threads.
     """
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
     problem = singleton_problem(comm.size, dict(os.environ), MPI.Get_library_version())
+    if not problem and MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        problem = "this MPI library gives no MPI_THREAD_MULTIPLE, without which messages do not move during computation"
     if problem:
         raise UserError(problem)
     return Ranks(comm)
