@@ -16,13 +16,13 @@ import torch
 from cpmpi.execute import Execution, Heads, Keys, Queries, Rule
 from cpmpi.kernels.backend import Backend, Contribution
 from cpmpi.layout import Piece
-from cpmpi.rates import Rates, measure, typical
+from cpmpi.rates import Rates, measure_together
 from cpmpi.schedule import Schedule
 from cpmpi.shape import AttentionShape
 from cpmpi.timeline import Interval, Recorder
 from cpmpi.topology.derive import rank_order
 from cpmpi.topology.describe import Topology
-from cpmpi.transport import MPITransport, Transport
+from cpmpi.transport import MPITransport, Pending, Transport
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -43,11 +43,11 @@ class Done:
 class NoTransport:
     """A network that takes no time and carries nothing, to measure computing alone."""
 
-    def send(self, payload_B: torch.Tensor, peer: int, channel: int) -> Done:
+    def send(self, payload_B: torch.Tensor, peer: int, channel: int) -> Pending:
         """Drop it."""
         return Done(0, payload_B.device)
 
-    def receive(self, n_bytes: int, peer: int, channel: int, device: torch.device) -> Done:
+    def receive(self, n_bytes: int, peer: int, channel: int, device: torch.device) -> Pending:
         """Zeros."""
         return Done(n_bytes, device)
 
@@ -131,7 +131,7 @@ class AttentionBench:
 
     def rates(self, heads: Heads) -> Rates:
         """The rates of a typical rank while all compute. Collective."""
-        return typical(self.comm.allgather(measure(self.backend, heads, self.device, self.comm.Barrier)))
+        return measure_together(self.comm, self.backend, heads, self.device)
 
     def run(
         self, schedule: Schedule, shape: AttentionShape, dtype: torch.dtype, repeat: int = 3, alone: bool = True
@@ -150,9 +150,12 @@ class AttentionBench:
             query_heads=shape.query_heads, kv_heads=shape.kv_heads, key_dim=shape.key_dim, value_dim=shape.value_dim,
             dtype=dtype,
         )  # fmt: skip
-        silent = Backend(name="none", reason="transfers alone", contributions=no_contributions)
+        silent, no_network = (
+            Backend(name="none", reason="transfers alone", contributions=no_contributions),
+            NoTransport(),
+        )
         ways: list[tuple[Transport, Backend]] = [
-            (self.transport, self.backend), (NoTransport(), self.backend), (self.transport, silent),
+            (self.transport, self.backend), (no_network, self.backend), (self.transport, silent),
         ][: 3 if alone else 1]  # fmt: skip
         seconds: list[list[float]] = [[], [], []]
         pieces = shape.query_layout(world).pieces(rank)

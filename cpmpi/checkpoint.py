@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +12,14 @@ from typing import Any
 
 import torch
 
+from cpmpi.attention_call import ATTENTION
 from cpmpi.errors import UserError
 from cpmpi.fingerprint import check_whole, weight_files
-from cpmpi.forward import ATTENTION, register
+from cpmpi.forward import register
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Layer types of configs whose mixing of tokens is not attention through transformers' attention interface.
+# Layer types of configs that mix tokens by other means than attention; `cpmpi.probe` finds those with other names.
 UNSUPPORTED_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm", "rwkv", "short_conv")
-KNOWN_LAYERS = ("full_attention", "sliding_attention", "attention", "dense", "sparse")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Checkpoint:
             raise UserError(f"{name} is an encoder-decoder; cpmpi runs decoder-only models")
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise UserError(f"{name} is not a causal language model of transformers")
-        odd = [t for t in dict.fromkeys(self.text_config_value("layer_types") or ()) if t not in KNOWN_LAYERS]
+        odd = [t for t in dict.fromkeys(self.text_config_value("layer_types") or ()) if t in UNSUPPORTED_LAYERS]
         if odd:
-            raise UserError(f"{name} has layers of type {', '.join(odd)}; supported: {', '.join(KNOWN_LAYERS[:3])}")
+            raise UserError(f"{name} has layers of type {', '.join(odd)}; cpmpi runs layers with attention only")
         if self.text_config_value("is_causal") is False:
             raise UserError(f"{name} is not causal (is_causal is false in its config)")
 
@@ -110,8 +111,9 @@ class Checkpoint:
         register()
         with torch.device("meta"):
             model: torch.nn.Module = AutoModelForCausalLM.from_config(
-                self.config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
-            )
+                deepcopy(self.config), dtype=dtype, attn_implementation=ATTENTION, experts_implementation="eager",
+                trust_remote_code=False,
+            )  # fmt: skip
         return model.eval()
 
     def load(self, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:

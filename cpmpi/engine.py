@@ -13,72 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpmpi.errors import UserError
-from cpmpi.execute import Execution, Heads, Keys, Queries, Rule
-from cpmpi.forward import Call, Head, chunks, layer_major
+from cpmpi.attention_call import Call, rule_of
+from cpmpi.execute import Execution, Keys, Queries
+from cpmpi.forward import Head, chunks, decoder_of, layer_major
 from cpmpi.kernels.backend import Backend
-from cpmpi.kernels.mask import Mask
 from cpmpi.layout import Layout, Piece
+from cpmpi.probe import Layer
 from cpmpi.progress import Progress
 from cpmpi.schedule import Schedule
 from cpmpi.transport import Transport
 
-# Arguments of transformers' attention interface that say nothing about the scores here.
-NEUTRAL = frozenset({"position_ids", "position_embeddings", "use_cache", "output_attentions", "cache_position"})
 KeepKeys = Callable[[int, torch.Tensor, torch.Tensor], None]
-
-
-def rule_of(call: Call) -> Rule:
-    """How this layer's scores become weights, from the arguments that the model passes to its attention function.
-
-    Raises:
-        UserError: an argument that could change the result and is not known.
-    """
-    given = {k: v for k, v in call.arguments.items() if v is not None and k not in NEUTRAL}
-    head_dim = call.q_1HCD.shape[-1]
-    scale = given.pop("scaling", head_dim**-0.5)
-    window, softcap, sinks_H = (given.pop(k, None) for k in ("sliding_window", "softcap", "s_aux"))
-    if given.pop("is_causal", getattr(call.module, "is_causal", True)) is False:
-        raise UserError(f"{type(call.module).__name__} asks for attention that is not causal")
-    if given.pop("dropout", 0.0):
-        raise UserError(f"{type(call.module).__name__} asks for dropout")
-    if given:
-        name = type(call.module).__name__
-        raise UserError(f"{name} passes arguments that cpmpi's attention does not know: {', '.join(sorted(given))}")
-    return Rule(mask=Mask(window=window), scale=scale, softcap=softcap, sinks_H=sinks_H)
-
-
-@torch.inference_mode()
-def probe(causal_lm: torch.nn.Module) -> tuple[Heads, ...]:
-    """The shapes of each layer's attention, from one token's forward; works on the meta device, without weights.
-
-    Raises:
-        UserError: a layer passes arguments that are not known, or the model never calls the attention interface.
-    """
-    layers: list[Heads] = []
-
-    def note(_: int, calls: Sequence[Call]) -> list[torch.Tensor]:
-        rule_of(calls[0])
-        layers.append(heads_of(calls[0]))
-        return [calls[0].v_1GCE.new_zeros(1, layers[-1].query_heads, layers[-1].value_dim)]
-
-    device = next(causal_lm.parameters()).device
-    layer_major(decoder_of(causal_lm), torch.zeros(1, dtype=torch.int64, device=device), [Piece(0, 1)], note)
-    if not layers:
-        raise UserError(f"{type(causal_lm).__name__} does not use transformers' attention interface")
-    return tuple(layers)
-
-
-def decoder_of(causal_lm: torch.nn.Module) -> torch.nn.Module:
-    """The model without its head."""
-    decoder: torch.nn.Module = getattr(causal_lm, str(causal_lm.base_model_prefix))
-    return decoder
-
-
-def heads_of(call: Call) -> Heads:
-    """Shapes and type of a call's queries, keys and values."""
-    (_, h, _, d), (_, g, _, _), e = call.q_1HCD.shape, call.k_1GCD.shape, call.v_1GCE.shape[-1]
-    return Heads(query_heads=h, kv_heads=g, key_dim=d, value_dim=e, dtype=call.k_1GCD.dtype)
 
 
 @dataclass(kw_only=True)
@@ -101,10 +46,10 @@ class Engine:
 
     rank: int
     causal_lm: torch.nn.Module
-    layers: tuple[Heads, ...]
+    layers: tuple[Layer, ...]
     schedule: Schedule
     transport: Transport
-    backend: Backend
+    backends: tuple[Backend, ...]
     device: torch.device
     progress: Progress
     chunk_tokens: int = 1024
@@ -131,7 +76,7 @@ class Engine:
         def attend(layer: int, calls: list[Call]) -> Sequence[torch.Tensor]:
             nonlocal attending
             begun = time.perf_counter()
-            heads, rule = self.layers[layer], rule_of(calls[0])
+            heads, rule = self.layers[layer].heads, rule_of(calls[0], layout.n_tokens)
             keys = Keys.empty(layout.pieces(self.rank), heads, self.device)
             if parts:
                 torch.cat([c.k_1GCD[0].transpose(0, 1) for c in calls], out=keys.k_SGD)
@@ -140,8 +85,8 @@ class Engine:
                 keep(layer, keys.k_SGD, keys.v_SGE)
             runs = [(part.start, call.q_1HCD[0].transpose(0, 1)) for part, call in zip(parts, calls, strict=False)]
             execution = Execution(
-                rank=self.rank, program=program, transport=self.transport, backend=self.backend, heads=heads, rule=rule,
-                query_layout=layout, key_layouts=(layout,), device=self.device,
+                rank=self.rank, program=program, transport=self.transport, backend=self.backends[layer], heads=heads,
+                rule=rule, query_layout=layout, key_layouts=(layout,), device=self.device,
                 tick=lambda done: self.progress.update(layer + done),
             )  # fmt: skip
             out_THE = execution.run(Queries(tuple(runs)), keys)

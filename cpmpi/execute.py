@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -146,9 +146,9 @@ class Execution:
                     due[t.due].append((t, self.transport.send(flat(parts), t.peer, t.channel), False))
             begun = time.perf_counter()
             for query, key in now.attends:
-                self._attend(query, key)
+                for part in self._attend(query, key):
+                    self.tick((done + part) / calls)
                 done += 1
-                self.tick(done / calls)
             self._note("compute", i, begun)
             for t, pending, incoming in due[i]:
                 begun = time.perf_counter()
@@ -174,13 +174,13 @@ class Execution:
         if self.recorder is not None:
             self.recorder.note(what, i, begun, time.perf_counter())
 
-    def _attend(self, query: int, key: int) -> None:
-        """The queries of one rank attend to the keys of one rank, run by run and piece by piece."""
+    def _attend(self, query: int, key: int) -> Iterator[float]:
+        """The queries of one rank attend to the keys of one rank, run by run and piece by piece; yields how far."""
         if not (self._tokens(query, (self.query_layout,)) and self._tokens(key, self.key_layouts)):
             return
         partial, keys = self._partial(query), self.keys[key]
-        row = 0
-        for q_start, q_THD in self.queries[query].runs:
+        row, runs = 0, self.queries[query].runs
+        for i, (q_start, q_THD) in enumerate(runs, start=1):
             first = 0
             for piece in keys.pieces:
                 part = slice(first, first + piece.size)
@@ -190,6 +190,7 @@ class Execution:
                 )  # fmt: skip
                 first += piece.size
             row += len(q_THD)
+            yield i / len(runs)
 
     def _partial(self, owner: int) -> Partial:
         """The accumulator for the queries of ``owner``, made at its first use."""

@@ -13,27 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import greenlet
 import torch
 
+from cpmpi.attention_call import ATTENTION, Call, Visible, make_mask
+from cpmpi.errors import UserError
 from cpmpi.layout import Piece
-
-ATTENTION = "cpmpi"
-
-
-class Call(NamedTuple):
-    """A model's call of its attention function for one chunk (C tokens): what the layer hands over.
-
-    ``arguments`` are the keyword arguments of transformers' attention interface.
-    """
-
-    module: torch.nn.Module
-    q_1HCD: torch.Tensor
-    k_1GCD: torch.Tensor
-    v_1GCE: torch.Tensor
-    arguments: dict[str, Any]
+from cpmpi.rotary import document_length
 
 
 def chunks(pieces: Sequence[Piece], chunk_tokens: int) -> list[Piece]:
@@ -61,15 +49,16 @@ def layer_major(
         attend: given a layer's number (0, 1, ...) and the chunks' calls, the attention output of each, (C, H, E).
     """
     walkers = [greenlet.greenlet(_walk) for _ in parts]
-    states: list[Any] = [w.switch(model, token_ids_T, part) for w, part in zip(walkers, parts, strict=True)]
-    layer = 0
-    while isinstance(states[0], Call):
-        assert all(isinstance(call, Call) and call.module is states[0].module for call in states)
-        outputs = attend(layer, states)
-        for i, walker in enumerate(walkers):
-            states[i] = None  # the chunk's queries, keys and values go as soon as its layer has gone on
-            states[i] = walker.switch(outputs[i])
-        layer += 1
+    with document_length(model, len(token_ids_T)):
+        states: list[Any] = [w.switch(model, token_ids_T, part) for w, part in zip(walkers, parts, strict=True)]
+        layer = 0
+        while isinstance(states[0], Call):
+            assert all(isinstance(call, Call) and call.module is states[0].module for call in states)
+            outputs = attend(layer, states)
+            for i, walker in enumerate(walkers):
+                states[i] = None  # the chunk's queries, keys and values go as soon as its layer has gone on
+                states[i] = walker.switch(outputs[i])
+            layer += 1
     return states
 
 
@@ -86,22 +75,38 @@ def _meet(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Visible | None,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that the model calls; see transformers' attention interface."""
-    assert attention_mask is None, "transformers made a mask for an attention that it does not know"
+    if not isinstance(attention_mask, Visible | None):
+        raise UserError(f"{type(module).__name__} makes its own attention mask")
     parent = greenlet.getcurrent().parent
     assert parent is not None, "a model with cpmpi's attention runs inside layer_major only"
-    out_CHE: torch.Tensor = parent.switch(Call(module, query, key, value, arguments))
+    out_CHE: torch.Tensor = parent.switch(Call(module, query, key, value, attention_mask, arguments))
     return out_CHE[None].to(query.dtype), None
 
 
 def register() -> None:
     """Make ``attn_implementation=ATTENTION`` known to transformers."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION, _meet)
+    AttentionMaskInterface.register(ATTENTION, make_mask)
+
+
+def decoder_of(causal_lm: torch.nn.Module) -> torch.nn.Module:
+    """The model without its head."""
+    return causal_lm.get_submodule(_decoder_name(causal_lm))
+
+
+def _decoder_name(causal_lm: torch.nn.Module) -> str:
+    """The attribute that holds the decoder: some classes have another one than they say (Llama 4)."""
+    from transformers import PreTrainedModel
+
+    children = dict(causal_lm.named_children())
+    prefix = str(causal_lm.base_model_prefix)
+    return prefix if prefix in children else next(k for k, m in children.items() if isinstance(m, PreTrainedModel))
 
 
 class Head:
@@ -117,14 +122,13 @@ class Head:
 
     def logprobs(self, hidden_TC: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
         """Log-probability of each target token, (T,) float32 on the CPU."""
-        prefix: str = self.model.base_model_prefix  # type: ignore[assignment]
-        decoder = getattr(self.model, prefix)
-        given = _Given()
-        setattr(self.model, prefix, given)
+        name, decoder = _decoder_name(self.model), decoder_of(self.model)
+        given = _Given(decoder)
+        setattr(self.model, name, given)
         try:
             parts = list(self._parts(given, hidden_TC, targets_T))
         finally:
-            setattr(self.model, prefix, decoder)
+            setattr(self.model, name, decoder)
         return torch.cat(parts).cpu() if parts else torch.empty(0)
 
     def _parts(self, given: _Given, hidden_TC: torch.Tensor, targets_T: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -136,11 +140,34 @@ class Head:
 
 
 class _Given(torch.nn.Module):
-    """A decoder that returns the hidden states it was given."""
+    """A stand-in for a decoder that returns the hidden states it was given, and has the decoder's other attributes."""
 
     hidden_1TC: torch.Tensor
 
-    def forward(self, **_: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+    def __init__(self, decoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.__dict__["decoder_"] = decoder  # no child: it must not be moved or listed
 
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden_1TC)  # type: ignore[arg-type]
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return _Output(self.hidden_1TC)
+
+    def __getattr__(self, name: str) -> Any:
+        from transformers import PreTrainedModel
+
+        value = getattr(self.__dict__["decoder_"], name)
+        return self if isinstance(value, PreTrainedModel) else value  # some heads call a decoder inside their decoder
+
+
+class _Output(tuple[torch.Tensor]):
+    """A decoder's output with hidden states alone: whatever else a head may look for in it is None."""
+
+    def __new__(cls, hidden_1TC: torch.Tensor) -> _Output:
+        return super().__new__(cls, (hidden_1TC,))
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        """The hidden states after the final norm."""
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,25 @@ import torch
 from cpmpi import __version__, resume, run_spec
 from cpmpi.checkpoint import Checkpoint
 from cpmpi.documents import Document, read_documents
-from cpmpi.engine import Engine, Scores, probe
+from cpmpi.engine import Engine, Scores
 from cpmpi.errors import UserError
 from cpmpi.execute import Heads
 from cpmpi.fingerprint import model_sha256, tokenizer_sha256
 from cpmpi.index import RunIndex
-from cpmpi.kernels.select import select
 from cpmpi.layout import Layout
 from cpmpi.log import rank_log
 from cpmpi.machine import choose_device, set_threads
+from cpmpi.placement import choose_schedule, place
+from cpmpi.probe import Layer, backends_of, probe
 from cpmpi.progress import Progress, duration
 from cpmpi.publish import publish_text
 from cpmpi.ranks import Ranks, start
 from cpmpi.run import open_run
 from cpmpi.run_paths import RunPaths
-from cpmpi.schedule import Schedule
 from cpmpi.shard import prepare_shard
 from cpmpi.table import table
+from cpmpi.topology.describe import Topology
+from cpmpi.topology.text import summary as topology_summary
 from cpmpi.transport import MPITransport
 from cpmpi.writer import ShardWriter
 
@@ -89,13 +91,14 @@ class Job:
 
     options: JobOptions
     ranks: Ranks
+    topology: Topology
     device: torch.device
     threads: int
     progress: Progress
     checkpoint: Checkpoint
     documents: list[Document]
     dtype: torch.dtype
-    heads: tuple[Heads, ...]
+    layers: tuple[Layer, ...]
     spec: run_spec.RunSpec
     seconds: dict[int, float] = field(default_factory=dict)
 
@@ -138,11 +141,14 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
     checkpoint = ranks.together(Checkpoint, options.model)
     documents = ranks.on_root(_read_documents, options, checkpoint, progress)
     dtype = checkpoint.compute_dtype(options.dtype, device)
-    heads = ranks.together(lambda: probe(checkpoint.skeleton(dtype)))
-    spec = ranks.on_root(make_spec, options, ranks, checkpoint, documents, dtype, heads)
+    layers = ranks.together(lambda: probe(checkpoint.skeleton(dtype)))
+    ranks, topology = place(ranks, measure=options.attention == "auto")
+    progress = Progress(enabled=ranks.is_root and not options.quiet)
+    heads = tuple(layer.heads for layer in layers)
+    spec = ranks.on_root(make_spec, options, topology, checkpoint, documents, dtype, heads)
     job = Job(
-        options=options, ranks=ranks, device=device, threads=threads, progress=progress, checkpoint=checkpoint,
-        documents=documents, dtype=dtype, heads=heads, spec=spec,
+        options=options, ranks=ranks, topology=topology, device=device, threads=threads, progress=progress,
+        checkpoint=checkpoint, documents=documents, dtype=dtype, layers=layers, spec=spec,
     )  # fmt: skip
     introduce(job)
     needed = ranks.comm.allreduce(run_spec.bytes_to_write(options.output, spec, ranks.rank))
@@ -171,7 +177,7 @@ def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progr
 
 def make_spec(
     options: JobOptions,
-    ranks: Ranks,
+    topology: Topology,
     checkpoint: Checkpoint,
     documents: list[Document],
     dtype: torch.dtype,
@@ -196,9 +202,10 @@ def make_spec(
         tokenizer_sha256=tokenizer_sha256(checkpoint.folder),
         dtype=str(dtype).removeprefix("torch."),
         kv=kv,
-        world_size=ranks.size,
+        world_size=topology.world,
+        topology=topology.to_json(),
         hidden_size=checkpoint.text_config_value("hidden_size"),
-        documents=tuple(_document_spec(d, ranks.size, options.segments) for d in documents),
+        documents=tuple(_document_spec(d, topology.world, options.segments) for d in documents),
         command=options.command,
     )
 
@@ -225,8 +232,9 @@ def introduce(job: Job) -> None:
         kv = f"KV kept as {spec.kv.dtype}, {size}"
     where = f"{job.threads} thread{'s' * (job.threads > 1)} each" if job.device.type == "cpu" else "one device each"
     job.progress.say(f"cpmpi {__version__}: {ranks.size} rank{'s' * (ranks.size > 1)} on {job.device.type}, {where}")
+    job.progress.say(topology_summary(job.topology))
     job.progress.say(
-        f"model {options.model}: {job.checkpoint.config.model_type}, {len(job.heads)} layers, "
+        f"model {options.model}: {job.checkpoint.config.model_type}, {len(job.layers)} layers, "
         f"stored as {own}, computed in {spec.dtype}; {kv}"
     )
     job.progress.say(f"{len(spec.documents)} document{'s' * (len(spec.documents) > 1)}, {tokens:,} tokens")
@@ -261,19 +269,23 @@ def load_engine(job: Job) -> Engine:
     options, ranks = job.options, job.ranks
     began = time.perf_counter()
     causal_lm = ranks.together(job.checkpoint.load, job.dtype, job.device)
-    first = job.heads[0]
-    backend = select(job.device, job.dtype, head_dim=first.key_dim, value_head_dim=first.value_dim)
-    kind = "ring" if options.attention == "auto" else options.attention
-    schedule = Schedule(kind=kind, nodes=[list(range(ranks.size))], parents=[None])
+    backends = backends_of(job.layers, job.device)
+    longest = max(d.n_tokens for d in job.spec.documents)
+    schedule, reason = choose_schedule(
+        ranks, job.topology, options.attention, job.layers, backends, tokens=longest, segments=options.segments,
+        device=job.device,
+    )  # fmt: skip
     job.progress.say(f"weights read in {duration(time.perf_counter() - began)}")
-    job.progress.say(f"attention: {kind}, kernel {backend.name} ({backend.reason})")
+    job.progress.say(f"attention: {reason}")
+    for backend in {b.name: b for b in backends}.values():
+        job.progress.say(f"kernel {backend.name}: {backend.reason}")
     if ranks.is_root:
-        summary = {"kind": kind, "nodes": schedule.nodes, "parents": schedule.parents, "segments": options.segments}
+        summary = {**asdict(schedule), "askers": "all", "segments": options.segments, "reason": reason}
         publish_text(RunPaths(options.output).schedule, json.dumps(summary, indent=1) + "\n")
         publish_text(RunPaths(options.output).topology, job.spec.topology + "\n")
     return Engine(
-        rank=ranks.rank, causal_lm=causal_lm, layers=job.heads, schedule=schedule, transport=MPITransport(ranks.comm),
-        backend=backend, device=job.device, progress=job.progress, chunk_tokens=options.chunk_tokens,
+        rank=ranks.rank, causal_lm=causal_lm, layers=job.layers, schedule=schedule, transport=MPITransport(ranks.comm),
+        backends=backends, device=job.device, progress=job.progress, chunk_tokens=options.chunk_tokens,
     )  # fmt: skip
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 
 from cpmpi.execute import Heads
 from cpmpi.kernels.backend import Backend
 from cpmpi.kernels.mask import Mask
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 MEASURED_FLOPS = 5e8  # of the large call by which a kernel is measured
 MEASURED_BYTES = 4 << 20  # of the keys that few queries read
@@ -49,8 +53,9 @@ class Rates:
                 raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
 
 
-def typical(everyone: Sequence[Rates]) -> Rates:
-    """The median of each rate over ranks that measured together."""
+def measure_together(comm: MPI.Intracomm, backend: Backend, heads: Heads, device: torch.device) -> Rates:
+    """The median of each rate over ranks that all compute at once. Collective."""
+    everyone: list[Rates] = comm.allgather(measure(backend, heads, device, comm.Barrier))
     return Rates(**{f.name: statistics.median(getattr(r, f.name) for r in everyone) for f in fields(Rates)})
 
 

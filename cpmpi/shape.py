@@ -15,7 +15,7 @@ from cpmpi.kernels.mask import Mask
 from cpmpi.layout import Layout, Piece
 
 PARTIAL_ITEMSIZE = 4  # partials travel in float32
-MOST_BLOCKS = 1 << 24  # pairs of pieces that are counted one by one
+MOST_BLOCKS, MOST_DOCUMENT_BLOCKS = 1 << 24, 1 << 14  # pairs of pieces that are counted one by one
 
 Counts = npt.NDArray[np.int64]
 
@@ -119,7 +119,8 @@ class AttentionShape:
         ranks get the mean, which a layout of so many segments is close to.
         """
         queries, keys = _pieces((self.query_layout(world),)), _pieces(self.key_layouts(world))
-        if len(queries) * len(keys) * world**2 > MOST_BLOCKS:
+        blocks = len(queries) * len(keys) * world**2
+        if blocks > (MOST_DOCUMENT_BLOCKS if self.mask.documents else MOST_BLOCKS):
             total = self.mask.pairs(range(self.stored, self.tokens), range(self.tokens))
             means = total // world**2, len(queries) * len(keys), len(queries) * (self.tokens // world)
             return tuple(np.full((world, world), mean, np.int64) for mean in means)  # type: ignore[return-value]

@@ -39,6 +39,9 @@ class LazyGroup(click.Group):
         if name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(COMMANDS[name][0]).command
+        if "--debug" not in {name for option in command.params for name in option.opts}:
+            # Read by the entry point, for every command alike.
+            command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks."))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -13,7 +13,7 @@ import click
 
 from cpmpi.errors import UserError
 
-DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
+DEMO = Path(os.path.relpath(Path(__file__).resolve().parent.parent / "examples" / "demo"))
 
 
 @click.command(name="demo")
@@ -22,8 +22,7 @@ DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
     "--to", "folder", type=click.Path(path_type=Path), default=Path(".demo"), show_default=True,
     help="Folder for the document and the run.",
 )  # fmt: skip
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def command(ranks: int, folder: Path, debug: bool) -> None:
+def command(ranks: int, folder: Path) -> None:
     """Prefill a document of 68,000 tokens on two ranks of this machine: results, files and a picture.
 
     Needs a checkout of the repository. A run that is in the folder already is done again.

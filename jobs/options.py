@@ -23,13 +23,18 @@ SHARED = [
         "--attention", type=click.Choice(["auto", "ring", "tree", "hybrid"]), default="auto", show_default=True,
         help="Schedule of attention across ranks; all are exact.",
     ),
-    click.option("--segments", type=click.IntRange(min=1), default=2, show_default=True, help="Segments a document is cut into."),
+    click.option(
+        "--segments", type=click.IntRange(min=1), default=2, show_default=True, help="Segments a document is cut into."
+    ),
     click.option(
         "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
         help="Type to compute in; auto: float32 on CPUs, the checkpoint's own on GPUs.",
     ),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-    click.option("--chunk-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens per pass through a layer."),
+    click.option(
+        "--chunk-tokens", type=click.IntRange(min=1), default=1024, show_default=True,
+        help="Tokens per pass through a layer.",
+    ),
     click.option(
         "--special-tokens/--no-special-tokens", default=None,
         help="Whether the tokenizer adds its special tokens.  [default: as the tokenizer does]",
@@ -37,7 +42,6 @@ SHARED = [
     click.option("--allow-longer", is_flag=True, help="Allow documents beyond the checkpoint's position limit."),
     click.option("--overwrite", is_flag=True, help="Delete a run that is in the output folder first."),
     click.option("--quiet", is_flag=True, help="No progress, results only."),
-    click.option("--debug", is_flag=True, help="Show tracebacks."),
 ]  # fmt: skip
 
 
@@ -48,9 +52,8 @@ def document_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def run_documents(more_inputs: tuple[str, ...], inputs: tuple[str, ...], debug: bool, **options: Any) -> None:
+def run_documents(more_inputs: tuple[str, ...], inputs: tuple[str, ...], **options: Any) -> None:
     """Run the main job with the options of the command line."""
     from cpmpi.job import JobOptions, run
 
-    del debug  # read by the entry point
     run(JobOptions(inputs=(*inputs, *more_inputs), command=shlex.join(["cpmpi", *sys.argv[1:]]), **options))

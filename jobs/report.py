@@ -10,8 +10,7 @@ import click
 @click.command(name="report")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--to", "folder", type=click.Path(path_type=Path), help="Folder for the pictures.  [default: RUN/report]")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def command(run: Path, folder: Path | None, debug: bool) -> None:
+def command(run: Path, folder: Path | None) -> None:
     """Draw the surprisal along each finished document of RUN, one PNG each, and print their paths."""
     from cpmpi.run import open_run
     from cpmpi.surprisal import draw

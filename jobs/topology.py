@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from cpmpi.errors import UserError
+
+if TYPE_CHECKING:
+    from cpmpi.topology.describe import Topology
 
 
 @click.command("topology")
@@ -32,36 +39,61 @@ def command(
     Run it under mpirun or srun to see all nodes of the job. With --read, a description is checked against the ranks it
     is launched on, unless that is one: reading and drawing need no launcher.
     """
-    first = True
-    try:
-        if read_file is not None and synthetic is not None:
-            raise ValueError("give --read or --synthetic, not both")
-        if plot_file is not None:
-            from cpmpi.topology.plot import require_matplotlib
+    if read_file is not None and synthetic is not None:
+        raise UserError("give --read or --synthetic, not both")
+    if plot_file is not None:
+        from cpmpi.topology.plot import require_matplotlib
 
+        with told_to_the_user():
             require_matplotlib(plot_file)
-        if synthetic is not None:
-            from cpmpi.topology.synthetic import synthetic as generate
+    if synthetic is not None:
+        from cpmpi.jobs.cli import first_of_launch
+        from cpmpi.topology.synthetic import synthetic as generate
 
+        with told_to_the_user():
             topology = generate(synthetic)
+        if first_of_launch():
+            show(topology, json_file, plot_file, quiet)
+        return
+
+    from cpmpi.ranks import AgreedError, start
+    from cpmpi.topology.discover import discover, require_match
+
+    ranks = start()
+    try:
+        if read_file is None:
+            topology = discover(ranks.comm, measure=measure, leaf_file=leaf_file)
         else:
-            from mpi4py import MPI
+            topology = ranks.on_root(load, read_file)
+            if ranks.size > 1:
+                require_match(ranks.comm, topology)
+    except ValueError as error:
+        raise AgreedError(str(error)) from error
+    ranks.on_root(show, topology, json_file, plot_file, quiet)
 
-            from cpmpi.topology.describe import Topology
-            from cpmpi.topology.discover import discover, require_match
 
-            first = MPI.COMM_WORLD.rank == 0
-            if read_file is not None:
-                topology = Topology.load(read_file)
-                if MPI.COMM_WORLD.size > 1:
-                    require_match(MPI.COMM_WORLD, topology)
-            else:
-                topology = discover(MPI.COMM_WORLD, measure=measure, leaf_file=leaf_file)
-        if not first:
-            return
+def load(path: Path) -> Topology:
+    """The description in a file.
+
+    Raises:
+        UserError: it cannot be read or is none.
+    """
+    from cpmpi.topology.describe import Topology
+
+    with told_to_the_user():
+        return Topology.load(path)
+
+
+def show(topology: Topology, json_file: Path | None, plot_file: Path | None, quiet: bool) -> None:
+    """Print a description, save it and draw it, as asked for.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    from cpmpi.topology.text import summary
+
+    with told_to_the_user():
         if not quiet:
-            from cpmpi.topology.text import summary
-
             click.echo(summary(topology))
         if json_file is not None:
             topology.save(json_file)
@@ -69,7 +101,12 @@ def command(
             from cpmpi.topology.plot import draw
 
             draw(topology, plot_file)
+
+
+@contextmanager
+def told_to_the_user() -> Iterator[None]:
+    """``cpmpi.topology`` stands on nothing of ours: its ValueErrors become errors of the command line here."""
+    try:
+        yield
     except (ValueError, OSError) as error:
-        if first:
-            click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        raise UserError(str(error)) from error

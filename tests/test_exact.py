@@ -110,10 +110,10 @@ def test_every_schedule_gives_the_same_result(tmp_path):
     from mpi4py import MPI
 
     from cpmpi.checkpoint import Checkpoint
-    from cpmpi.engine import Engine, probe
+    from cpmpi.engine import Engine
     from cpmpi.job import assemble
-    from cpmpi.kernels.select import select
     from cpmpi.layout import Layout
+    from cpmpi.probe import backends_of, probe
     from cpmpi.progress import Progress
     from cpmpi.schedule import Schedule
     from cpmpi.transport import MPITransport
@@ -125,15 +125,16 @@ def test_every_schedule_gives_the_same_result(tmp_path):
     comm.Barrier()
     device = torch.device("cpu")
     model = Checkpoint(folder / "model").load(torch.float32, device)
+    layers = probe(model)
     transport = MPITransport(comm)
     for n_tokens in (3, 1000):
         token_ids = np.random.default_rng(n_tokens).integers(0, VOCABULARY, n_tokens)
         expected = truth(folder / "model", token_ids)[0] if comm.rank == 0 else None
         for kind in ("ring", "tree", "hybrid"):
             engine = Engine(
-                rank=comm.rank, causal_lm=model, layers=probe(model), transport=transport, device=device,
+                rank=comm.rank, causal_lm=model, layers=layers, transport=transport, device=device,
                 schedule=Schedule(kind=kind, nodes=[[0], [1, 2, 3], [4, 5]], parents=[1, None, 1]),
-                backend=select(device, torch.float32, head_dim=8), progress=Progress(enabled=False), chunk_tokens=100,
+                backends=backends_of(layers, device), progress=Progress(enabled=False), chunk_tokens=100,
             )  # fmt: skip
             scores = engine.score(token_ids, Layout(n_tokens=n_tokens, world=comm.size), "document")
             everyone = comm.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, 0))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from cpmpi.topology.describe import Gpu, GpuLink, NetworkDevice, Node, RankPlace, Topology
+from cpmpi.topology.describe import Topology
 from cpmpi.topology.leaves import SlurmPlace, short
+from cpmpi.topology.node import Gpu, GpuLink, NetworkDevice, Node, RankPlace
 from cpmpi.topology.nvml import GpuProbe
 from cpmpi.topology.sysfs import Processors
 

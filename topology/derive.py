@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from cpmpi.topology import spanning
-from cpmpi.topology.describe import Node, Topology
+from cpmpi.topology.describe import Measurement, Topology
+from cpmpi.topology.node import GpuLink, Node, RankPlace
 from cpmpi.topology.ring_search import Table, best_ring
 
 if TYPE_CHECKING:  # rings and trees of a machine are planned where there is no MPI
@@ -106,11 +107,15 @@ def rings(topology: Topology) -> tuple[tuple[int, ...], ...]:
     Ties go to the ring with more bandwidth in all, then to nearer links (PCIe path, socket, NUMA domain). Starts at the
     lowest rank of the node.
     """
+    inside: dict[int, list[Measurement]] = {}
+    for m in topology.measured:
+        if topology.node_of(m.a) == topology.node_of(m.b):
+            inside.setdefault(topology.node_of(m.a), []).append(m)
     found = []
-    for node in topology.nodes:
-        ranks = sorted(place.rank for place in node.ranks)
-        order = best_ring(_table(topology, ranks, _width), _table(topology, ranks, _distance))
-        found.append(tuple(ranks[i] for i in order))
+    for index, node in enumerate(topology.nodes):
+        places = sorted(node.ranks, key=lambda place: place.rank)
+        order = best_ring(_widths(topology, node, places, inside.get(index, [])), _distances(topology, node, places))
+        found.append(tuple(places[i].rank for i in order))
     return tuple(found)
 
 
@@ -192,23 +197,41 @@ def _paths(topology: Topology) -> list[spanning.Path]:
     return [(*node.switches, f"fabric {node.fabric}") if node.fabric else node.switches for node in topology.nodes]
 
 
-def _table(topology: Topology, ranks: Sequence[int], entry: Callable[[Topology, int, int], float]) -> Table:
-    return tuple(tuple(entry(topology, a, b) if a != b else 0.0 for b in ranks) for a in ranks)
+def _widths(topology: Topology, node: Node, places: Sequence[RankPlace], measured: Sequence[Measurement]) -> Table:
+    """GB/s between the ranks of a node: of their GPUs' link, else as measured, else typical, else 0.
+
+    By table rather than by ``Topology.link``: a node may have 128 ranks, a machine thousands of nodes."""
+    figures = topology.figures
+    near, far = (figures[kind].gb_per_s or 0.0 for kind in ("numa", "node"))
+    numas = [topology.numa_of(place.rank) for place in places]
+    table = [[near if one is not None and one == two else far for two in numas] for one in numas]
+    at = {place.rank: i for i, place in enumerate(places)}
+    for m in measured:
+        if m.gb_per_s is not None:
+            table[at[m.a]][at[m.b]] = table[at[m.b]][at[m.a]] = m.gb_per_s
+    for i, j, link in _gpu_links(node, places):
+        if link.gb_per_s is not None:
+            table[i][j] = link.gb_per_s
+    for i in range(len(places)):
+        table[i][i] = 0.0
+    return tuple(map(tuple, table))
 
 
-def _width(topology: Topology, a: int, b: int) -> float:
-    gpus = topology.gpu_link(a, b)
-    known = gpus.gb_per_s if gpus is not None else None
-    return known or topology.link(a, b).gb_per_s or 0.0
+def _distances(topology: Topology, node: Node, places: Sequence[RankPlace]) -> Table:
+    numas = [topology.numa_of(place.rank) for place in places]
+    sides = [(place.socket, numa) for place, numa in zip(places, numas)]
+    table = [
+        [OTHER_SOCKET if _differ(s, t) else OTHER_NUMA if _differ(m, n) else 0.0 for t, n in sides] for s, m in sides
+    ]
+    for i, j, link in _gpu_links(node, places):
+        table[i][j] = DISTANCE[link.kind]
+    return tuple(map(tuple, table))
 
 
-def _distance(topology: Topology, a: int, b: int) -> float:
-    gpus = topology.gpu_link(a, b)
-    if gpus is not None:
-        return DISTANCE[gpus.kind]
-    if _differ(topology.place(a).socket, topology.place(b).socket):
-        return OTHER_SOCKET
-    return OTHER_NUMA if _differ(topology.numa_of(a), topology.numa_of(b)) else 0.0
+def _gpu_links(node: Node, places: Sequence[RankPlace]) -> list[tuple[int, int, GpuLink]]:
+    """The known GPU link of each ordered pair of ranks, by index into ``places``."""
+    users = [(i, place.gpu) for i, place in enumerate(places) if place.gpu is not None]
+    return [(i, j, node.gpu_link_of[a, b]) for i, a in users for j, b in users if (a, b) in node.gpu_link_of]
 
 
 def _differ(one: int | None, two: int | None) -> bool:

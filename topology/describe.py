@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from cpmpi.topology import codec
+from cpmpi.topology.node import GpuLink, RankPlace, choice, positive
+from cpmpi.topology.node import Node as Node
 
 FORMAT = "cpmpi-topology"
 VERSION = 1
@@ -26,123 +28,6 @@ VERSION = 1
 # What lies between two ranks, nearest first: the same rank; the same NUMA domain; the same node; one NVLink domain
 # over several nodes; one leaf switch; different leaf switches; a network of which at least one leaf is unknown.
 KINDS = ("self", "numa", "node", "fabric", "leaf", "spine", "network")
-GPU_LINK_KINDS = ("nvlink", "nvswitch", "pix", "pxb", "phb", "node", "sys")
-
-
-def _positive(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name} ({value}) must be positive, or null where unknown")
-
-
-def _choice(name: str, value: str, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} {value!r} is unknown; the choices are {', '.join(choices)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankPlace:
-    """Where a rank runs. ``cores``: the logical CPUs it may use; ``gpu``: the ``index`` of its GPU in the node."""
-
-    rank: int
-    cores: tuple[int, ...] | None = None
-    socket: int | None = None
-    numa: int | None = None
-    gpu: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"rank ({self.rank}) must not be negative")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """A GPU of a node. ``pci`` is its bus id, ``numa`` the NUMA domain it hangs on."""
-
-    index: int
-    name: str | None = None
-    pci: str | None = None
-    numa: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class GpuLink:
-    """The link between two GPUs of a node: NVLink (direct or through a switch), or the PCIe path as NVML names it."""
-
-    a: int
-    b: int
-    kind: str
-    gb_per_s: float | None = None
-
-    def __post_init__(self) -> None:
-        _choice("GPU link kind", self.kind, GPU_LINK_KINDS)
-        _positive(gb_per_s=self.gb_per_s)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkDevice:
-    """A network interface or InfiniBand device that is up. ``kind``: infiniband, roce or ethernet."""
-
-    name: str
-    kind: str | None = None
-    gb_per_s: float | None = None
-    numa: int | None = None
-
-    def __post_init__(self) -> None:
-        _positive(gb_per_s=self.gb_per_s)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """The ranks that share memory, and what their machine holds.
-
-    Attributes:
-        name: unique in the description.
-        ranks: the ranks on the node.
-        leaf: the network switch the node hangs on; ``above``: the switches above that one, top first.
-        fabric: the NVLink domain that spans nodes, and ``fabric_gb_per_s`` of one GPU into it.
-        sockets, numa_domains, cores: processor sockets, NUMA domains that have cores, physical cores.
-    """
-
-    name: str
-    ranks: tuple[RankPlace, ...]
-    leaf: str | None = None
-    above: tuple[str, ...] = ()
-    fabric: str | None = None
-    fabric_gb_per_s: float | None = None
-    sockets: int | None = None
-    numa_domains: int | None = None
-    cores: int | None = None
-    gpus: tuple[Gpu, ...] = ()
-    gpu_links: tuple[GpuLink, ...] = ()
-    networks: tuple[NetworkDevice, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.ranks:
-            raise ValueError(f"node {self.name} has no rank")
-        _positive(fabric_gb_per_s=self.fabric_gb_per_s)
-        if self.above and self.leaf is None:
-            raise ValueError(f"node {self.name} names switches above ({', '.join(self.above)}) but no leaf")
-        indices = [gpu.index for gpu in self.gpus]
-        for twice, count in Counter(indices).items():
-            if count > 1:
-                raise ValueError(f"node {self.name} lists GPU {twice} {count} times")
-        used = [(f"rank {r.rank}", r.gpu) for r in self.ranks if r.gpu is not None]
-        used += [("a GPU link", end) for link in self.gpu_links for end in (link.a, link.b)]
-        for who, gpu in used:
-            if gpu not in indices:
-                raise ValueError(f"{who} on node {self.name} names GPU {gpu}; the node has GPUs {indices}")
-
-    @cached_property
-    def gpu_link_of(self) -> dict[tuple[int, int], GpuLink]:
-        """GPU links by their two ends, in both orders."""
-        ends = {(link.a, link.b): link for link in self.gpu_links}
-        return ends | {(b, a): link for (a, b), link in ends.items()}
-
-    @property
-    def switches(self) -> tuple[str, ...]:
-        """The known switches over the node, top first: ``above``, then ``leaf``."""
-        return (*self.above, self.leaf) if self.leaf is not None else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +39,8 @@ class LinkClass:
     latency_us: float | None = None
 
     def __post_init__(self) -> None:
-        _choice("link class", self.kind, KINDS[1:])
-        _positive(gb_per_s=self.gb_per_s, latency_us=self.latency_us)
+        choice("link class", self.kind, KINDS[1:])
+        positive(gb_per_s=self.gb_per_s, latency_us=self.latency_us)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +53,7 @@ class Measurement:
     latency_us: float | None = None
 
     def __post_init__(self) -> None:
-        _positive(gb_per_s=self.gb_per_s, latency_us=self.latency_us)
+        positive(gb_per_s=self.gb_per_s, latency_us=self.latency_us)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,37 +157,53 @@ class Topology:
         return "leaf" if one.leaf == two.leaf else "spine"
 
     @cached_property
-    def figures(self) -> dict[str, LinkClass]:
-        """Bandwidth and latency by kind of pair: the median of what was measured, else what ``classes`` says."""
+    def _medians(self) -> dict[str, LinkClass]:
         samples: dict[str, list[Measurement]] = defaultdict(list)
         for m in self.measured:
             samples[self.kind(m.a, m.b)].append(m)
-        given = {entry.kind: entry for entry in self.classes}
+        return {
+            kind: LinkClass(
+                kind=kind,
+                gb_per_s=_median(m.gb_per_s for m in found),
+                latency_us=_median(m.latency_us for m in found),
+            )
+            for kind, found in samples.items()
+        }
+
+    @cached_property
+    def _given(self) -> dict[str, LinkClass]:
+        return {entry.kind: entry for entry in self.classes}
+
+    @cached_property
+    def figures(self) -> dict[str, LinkClass]:
+        """Bandwidth and latency by kind of pair: the median of what was measured, else what ``classes`` says.
+
+        Where nothing is known of pairs in one NUMA domain, they get the figures of pairs in a node."""
         figures = {}
         for kind in KINDS[1:]:
-            declared = given.get(kind, LinkClass(kind=kind))
+            near = (kind, "node") if kind == "numa" else (kind,)
+            sources = [table[k] for table in (self._medians, self._given) for k in near if k in table]
             figures[kind] = LinkClass(
                 kind=kind,
-                gb_per_s=_median((m.gb_per_s for m in samples[kind]), declared.gb_per_s),
-                latency_us=_median((m.latency_us for m in samples[kind]), declared.latency_us),
+                gb_per_s=_first(source.gb_per_s for source in sources),
+                latency_us=_first(source.latency_us for source in sources),
             )
         return figures
 
     def link(self, a: int, b: int) -> Link:
-        """The link between two ranks as MPI sees it, in constant time: the pair's measurement, else the figure of its
-        kind, else the GPUs' link; a figure that nobody knows is None."""
+        """The link between two ranks as messages see it, in constant time: what was measured of the pair, else the
+        median of what was measured of its kind, else the link between their GPUs, else what ``classes`` says.
+
+        A figure that nobody knows is None."""
         kind = self.kind(a, b)
         if kind == "self":
             return Link(kind=kind)
-        mine = self._measured.get((min(a, b), max(a, b)))
-        by_kind = self.figures["node" if kind == "numa" and not _known(self.figures["numa"]) else kind]
-        gpus = self.gpu_link(a, b)
-        candidates = [mine.gb_per_s if mine else None, by_kind.gb_per_s, gpus.gb_per_s if gpus else None]
-        latencies = [mine.latency_us if mine else None, by_kind.latency_us]
+        mine, figure = self._measured.get((min(a, b), max(a, b))), self.figures[kind]
+        gpus = None if kind in self._medians else self.gpu_link(a, b)
         return Link(
             kind=kind,
-            gb_per_s=next((x for x in candidates if x is not None), None),
-            latency_us=next((x for x in latencies if x is not None), None),
+            gb_per_s=_first((mine.gb_per_s if mine else None, gpus.gb_per_s if gpus else None, figure.gb_per_s)),
+            latency_us=_first((mine.latency_us if mine else None, figure.latency_us)),
             measured=mine is not None and mine.gb_per_s is not None,
         )
 
@@ -383,10 +284,10 @@ class Topology:
         os.replace(partial, target)
 
 
-def _known(figure: LinkClass) -> bool:
-    return figure.gb_per_s is not None or figure.latency_us is not None
-
-
-def _median(values: Iterable[float | None], otherwise: float | None) -> float | None:
+def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return statistics.median(known) if known else otherwise
+    return statistics.median(known) if known else None
+
+
+def _first(values: Iterable[float | None]) -> float | None:
+    return next((value for value in values if value is not None), None)

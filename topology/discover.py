@@ -14,8 +14,9 @@ from mpi4py import MPI
 
 from cpmpi.topology import leaves, nvml, sysfs
 from cpmpi.topology.decide import NodeProbe, RankProbe, assemble
-from cpmpi.topology.describe import NetworkDevice, Topology
+from cpmpi.topology.describe import Topology
 from cpmpi.topology.measure import measure as measure_links
+from cpmpi.topology.node import NetworkDevice
 
 SCONTROL_LIMIT_S = 0.7
 T = TypeVar("T")
@@ -147,10 +148,11 @@ def _ask_slurm(hosts: list[str], notes: list[str]) -> tuple[tuple[str, ...], ...
         return None
     command = ["scontrol", "show", "topology"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=SCONTROL_LIMIT_S, check=False).stdout
+        done = subprocess.run(command, capture_output=True, timeout=SCONTROL_LIMIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         notes.append(f"leaf switches unknown ({' '.join(command)}: {error})")
         return None
+    answer = done.stdout.decode(errors="replace")
     if "SwitchName=" not in answer:
         return None
     try:

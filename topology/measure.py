@@ -27,8 +27,12 @@ SMALL = 8
 SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
 LATENCY_TRIPS, BANDWIDTH_TRIPS = 20, 5
 MAX_NOTES = 8
+FAILED = "could not measure"
 
 Pair = tuple[int, int]
+
+# Requests that were given up. MPI may yet use their buffers, which live as long as they do.
+_UNFINISHED: list[MPI.Request] = []
 
 
 def sample(topology: Topology) -> tuple[tuple[Pair, ...], ...]:
@@ -78,21 +82,17 @@ def measure(comm: MPI.Comm, topology: Topology, *, limit_s: float = LIMIT_S) -> 
                 follow(talk)
         except Exception as error:
             name = topology.nodes[topology.node_of(own.rank)].name
-            failures.append(
-                f"{name}: rank {own.rank} could not measure with rank {peer} ({error or type(error).__name__})"
-            )
+            failures.append(f"{name}: rank {own.rank} {FAILED} with rank {peer} ({error or type(error).__name__})")
     gathered = comm.gather((measured, failures))
     results: Topology | None = None
     if gathered is not None:
         pairs_found = sorted((m for found, _ in gathered for m in found), key=lambda m: (m.a, m.b))
-        results = replace(
-            topology,
-            measured=tuple(pairs_found),
-            notes=(*topology.notes, *_shortened([line for _, lines in gathered for line in lines])),
-        )
+        kept = [note for note in topology.notes if FAILED not in note]  # those of the last measurement go with it
+        new = _shortened([line for _, lines in gathered for line in lines])
+        results = replace(topology, measured=tuple(pairs_found), notes=(*kept, *new))
     results = comm.bcast(results)
     assert results is not None
-    if not any("could not measure" in note for note in results.notes):
+    if not any(FAILED in note for note in results.notes):
         own.Free()  # after a failure messages may still be under way on it
     return results
 
@@ -167,6 +167,7 @@ class _Talk:
     def _wait(self, request: MPI.Request) -> None:
         while not request.Test():
             if time.perf_counter() > self.deadline:
+                _UNFINISHED.append(request)
                 raise TimeoutError(f"no answer from rank {self.peer}")
             os.sched_yield()
 
@@ -203,7 +204,7 @@ def _ring_links(ring: Sequence[int]) -> list[list[Pair]]:
 
 def _shortened(lines: list[str]) -> list[str]:
     more = len(lines) - MAX_NOTES
-    return lines if more <= 0 else [*lines[:MAX_NOTES], f"{more} more measurements failed"]
+    return lines if more <= 0 else [*lines[:MAX_NOTES], f"{more} more ranks {FAILED} with another"]
 
 
 def _rounded(value: float) -> float:

@@ -7,9 +7,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpmpi.topology.describe import Node, Topology
+from cpmpi.topology.describe import Topology
 from cpmpi.topology.layout import BAR, GAP, Box, Drawing, Panel, Point, arrange
-from cpmpi.topology.text import SAID, folded, kinds_used, lag, rate
+from cpmpi.topology.node import Node
+from cpmpi.topology.text import SAID, folded, kinds_shown, lag, rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -164,6 +165,9 @@ def _panel(pen: _Pen, topology: Topology, drawing: Drawing, panel: Panel) -> Non
     style = "-" if known else "--"
     pen.box(panel.x, bar, panel.width, BAR, fill, edge, zorder=4, corner=0.3, linestyle=style)
     label = panel.leaf or "leaf switch unknown"
+    fabrics = {topology.nodes[box.node].fabric for box in panel.boxes}
+    if len(fabrics) == 1 and None not in fabrics:
+        label += f" · NVLink domain {fabrics.pop()}"
     pen.text(panel.x + panel.width / 2, bar + BAR / 2, label, 8.5, color=ink, weight="bold")
     for box in panel.boxes:
         _node(pen, topology, drawing, box, bar)
@@ -278,9 +282,9 @@ def _tree(pen: _Pen, topology: Topology, drawing: Drawing) -> None:
 def _legend_lines(topology: Topology) -> list[tuple[str, float | None, str]]:
     """(colour, GB/s, words) of each kind of link that is known."""
     lines: list[tuple[str, float | None, str]] = []
-    used = kinds_used(topology)
+    shown = kinds_shown(topology)
     for kind, figure in topology.figures.items():
-        if figure.gb_per_s is None or kind not in used:
+        if figure.gb_per_s is None or kind not in shown:
             continue
         count = sum(topology.kind(m.a, m.b) == kind for m in topology.measured)
         how = f"median of {count} measured" if count else "given"

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from cpmpi.topology.describe import (
-    KINDS,
-    Gpu,
-    GpuLink,
-    LinkClass,
-    NetworkDevice,
-    Node,
-    RankPlace,
-    Topology,
-)
+from cpmpi.topology.describe import KINDS, LinkClass, Topology
 from cpmpi.topology.machines import MACHINES, Machine
+from cpmpi.topology.node import Gpu, GpuLink, NetworkDevice, Node, RankPlace
 
 KEYS = {
     "machine": f"one of {', '.join(MACHINES)}; dgx-h100 with gpus, cpu-2s without",

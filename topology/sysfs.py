@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpmpi.topology.codec import numbers
-from cpmpi.topology.describe import NetworkDevice
+from cpmpi.topology.node import NetworkDevice
 
 ETHERNET, INFINIBAND = "1", "32"  # ARPHRD_ETHER and ARPHRD_INFINIBAND of if_arp.h, as in /sys/class/net/*/type
 

@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import TypeVar
 
 from cpmpi.topology.derive import double_tree, node_order, rings, tree
-from cpmpi.topology.describe import LinkClass, Node, Topology
+from cpmpi.topology.describe import LinkClass, Topology
+from cpmpi.topology.node import Node
 
 T = TypeVar("T")
 MOST = 8  # lines about one thing
@@ -41,9 +42,9 @@ def summary(topology: Topology) -> str:
         lines.append(f"  {folded([node.name for node in members])}: {contents}{ring}{others}")
     for leaf, under in _first(_by_leaf(nodes) if leaves else [], "leaves", lines):
         lines.append(f"  {leaf or 'leaf unknown'}: {folded(under)}")
-    used = kinds_used(topology)
+    kinds = kinds_shown(topology)
     for kind, figure in topology.figures.items():
-        if kind in used and (figure.gb_per_s is not None or figure.latency_us is not None):
+        if kind in kinds and (figure.gb_per_s is not None or figure.latency_us is not None):
             count = sum(topology.kind(m.a, m.b) == kind for m in topology.measured)
             how = f"median of {_counted(count, 'measured pair')}" if count else "given"
             lines.append(f"  {SAID[kind]}: {_figures(figure)} ({how})")
@@ -55,13 +56,16 @@ def summary(topology: Topology) -> str:
     return "\n".join([*lines, *(f"  note: {note}" for note in topology.notes)])
 
 
-def kinds_used(topology: Topology) -> set[str]:
-    """The kinds of link that the rings and the tree go over."""
+def kinds_shown(topology: Topology) -> set[str]:
+    """The kinds of link that the rings and the tree go over; one of two that say the same."""
     spanning = tree(topology)
     pairs = [(spanning.leaders[a], spanning.leaders[b]) for a, b in spanning.edges]
     for ring in rings(topology):
         pairs += zip(ring, (*ring[1:], ring[0]))
-    return {topology.kind(a, b) for a, b in pairs}
+    used = {topology.kind(a, b) for a, b in pairs}
+    near, far = (topology.figures[kind] for kind in ("numa", "node"))
+    same = (near.gb_per_s, near.latency_us) == (far.gb_per_s, far.latency_us)
+    return used - {"numa"} if same and "node" in used else used
 
 
 def rate(gb_per_s: float | None) -> str:

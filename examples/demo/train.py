@@ -1,4 +1,6 @@
-"""Train the demo's checkpoint: a Llama of a million parameters for 128k tokens of Python code, on a CPU, in half an hour.
+"""Train the demo's checkpoint: a Llama of a million parameters for 128k tokens of Python code, on a CPU.
+
+Half an hour on two cores:
 
     python examples/demo/train.py --output examples/demo/checkpoint
 
@@ -29,9 +31,9 @@ PEAK_LEARNING_RATE = 4e-3
 WARMUP_SHARE = 0.05
 PHASES = (
     Phase(window_tokens=512, batch=16, steps=1200, gap_share=0.5),
-    Phase(window_tokens=2048, batch=4, steps=300, gap_share=0.5),
-    Phase(window_tokens=16384, batch=1, steps=90, gap_share=0.3),
-    Phase(window_tokens=65536, batch=1, steps=4, gap_share=0.0),
+    Phase(window_tokens=2048, batch=4, steps=100, gap_share=0.5),
+    Phase(window_tokens=16384, batch=1, steps=24, gap_share=0.3),
+    Phase(window_tokens=32768, batch=1, steps=6, gap_share=0.0),
 )
 
 
@@ -85,7 +87,7 @@ def optimizer_for(model: torch.nn.Module) -> torch.optim.AdamW:
 
 
 def learning_rate(progress: float) -> float:
-    """Linear up to the peak, then linear down to zero; ``progress`` is the share of all tokens seen."""
+    """Linear up to the peak, then linear down to zero; ``progress`` is the share of the training done."""
     return PEAK_LEARNING_RATE * min((progress + 1e-3) / WARMUP_SHARE, (1 - progress) / (1 - WARMUP_SHARE))
 
 
@@ -102,7 +104,7 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, phases: list[Phase], st
     """All phases; with ``state_file``, saved there now and then and taken up from there."""
     optimizer = optimizer_for(model)
     schedule = [phase for phase in phases for _ in range(phase.steps)]
-    seen = list(accumulate((phase.window_tokens * phase.batch for phase in schedule), initial=0))
+    done = list(accumulate((phase.step_weight for phase in schedule), initial=0.0))
     first = 0
     if state_file and state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -114,17 +116,16 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, phases: list[Phase], st
         # A generator per step: a resumed training sees what an uninterrupted one would have seen.
         ids, positions = sample(tokens, phase, torch.Generator().manual_seed(step))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(seen[step] / seen[-1])
+            group["lr"] = learning_rate(done[step] / done[-1])
         loss = train_step(model, ids, positions)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        last_of_phase = step + 1 == len(schedule) or schedule[step + 1] is not phase
-        if step % 20 == 0 or phase.window_tokens > 4096 or last_of_phase:
+        if step % 20 == 0 or phase.window_tokens > 4096 or step + 1 == len(schedule):
             seconds = time.monotonic() - began
             print(f"step {step} window {phase.window_tokens} loss {loss:.4f} at {seconds:.0f} s", flush=True)
-        if state_file and (step % 100 == 99 or last_of_phase):
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, state_file)
+            if state_file:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                torch.save(state, state_file)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

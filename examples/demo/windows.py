@@ -29,6 +29,11 @@ class Phase:
     gap_share: float
     """Share of the windows whose positions have gaps."""
 
+    @property
+    def step_weight(self) -> float:
+        """How far a step takes the training: by its tokens, and more for long windows, which are few and cost most."""
+        return self.window_tokens * self.batch * (1 + self.window_tokens / 4096)
+
 
 def sample(tokens: torch.Tensor, phase: Phase, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows at random places of ``tokens``, as (batch, window + 1) ids, and their (batch, window) positions."""

@@ -261,6 +261,15 @@ def test_deriving_for_a_thousand_nodes_takes_seconds():
     assert time.perf_counter() - begin < 10
 
 
+def test_deriving_for_nodes_with_many_ranks_takes_seconds():
+    plain = synthetic("nodes=128,ranks=128")
+    ring = tuple(Measurement(a=r, b=r + 1, gb_per_s=4.0 + r % 7 / 10) for r in range(plain.world - 1) if r % 128 != 127)
+    for topology in (plain, replace(plain, measured=ring)):
+        begin = time.perf_counter()
+        assert sorted(rank_order(topology)) == list(range(16384))
+        assert time.perf_counter() - begin < 20
+
+
 def test_rings_of_noisy_measurements_are_found_quickly():
     pick = random.Random(1)
     plain = synthetic("nodes=64,ranks=8")

