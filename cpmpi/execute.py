@@ -8,6 +8,7 @@ B bytes. Everything that travels is a flat byte tensor: keys and values of a sha
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from cpmpi.kernels.mask import Mask
 from cpmpi.kernels.partial import Partial
 from cpmpi.layout import Layout, Piece
 from cpmpi.schedule import Item, Program, Transfer, releases
+from cpmpi.timeline import Recorder
 from cpmpi.transport import Pending, Transport
 
 
@@ -110,6 +112,7 @@ class Execution:
         query_layout: which rank holds which queries.
         key_layouts: which rank holds which keys: stored ones first, then new ones; a shard is their concatenation.
         tick: called after every kernel call with the part of the work that is done, 0 to 1.
+        recorder: notes what happens when, where a timeline is wanted.
     """
 
     rank: int
@@ -122,6 +125,7 @@ class Execution:
     key_layouts: tuple[Layout, ...]
     device: torch.device
     tick: Callable[[float], None] = lambda _: None
+    recorder: Recorder | None = None
     partials: dict[int, Partial] = field(default_factory=dict)
     keys: dict[int, Keys] = field(default_factory=dict)
     queries: dict[int, Queries] = field(default_factory=dict)
@@ -140,13 +144,21 @@ class Execution:
             for t in now.sends:
                 if parts := [self._bytes(item) for item in t.items if self._n_bytes(item)]:
                     due[t.due].append((t, self.transport.send(flat(parts), t.peer, t.channel), False))
+            begun = time.perf_counter()
             for query, key in now.attends:
                 for part in self._attend(query, key):
                     self.tick((done + part) / calls)
                 done += 1
+            self._note("compute", i, begun)
             for t, pending, incoming in due[i]:
+                begun = time.perf_counter()
                 payload_B = pending.wait()
+                self._note("wait", i, begun)
                 if incoming:
+                    if self.recorder is not None:
+                        self.recorder.note(
+                            "transfer", i, pending.posted_s, pending.complete_s, t.peer, payload_B.numel()
+                        )
                     for item, part_B in zip(
                         t.items, torch.split(payload_B, [*map(self._n_bytes, t.items)]), strict=True
                     ):
@@ -157,6 +169,10 @@ class Execution:
                     (self.keys if item.kind == "key" else self.queries).pop(item.owner, None)
         out_THE, _ = self._partial(self.rank).finish(self.rule.sinks_H)
         return out_THE
+
+    def _note(self, what: str, i: int, begun: float) -> None:
+        if self.recorder is not None:
+            self.recorder.note(what, i, begun, time.perf_counter())
 
     def _attend(self, query: int, key: int) -> Iterator[float]:
         """The queries of one rank attend to the keys of one rank, run by run and piece by piece; yields how far."""

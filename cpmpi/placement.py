@@ -59,8 +59,7 @@ def choose_schedule(
         new=tokens, query_heads=heads.query_heads, kv_heads=heads.kv_heads, key_dim=heads.key_dim,
         value_dim=heads.value_dim, itemsize=heads.dtype.itemsize, segments=segments, mask=rule.mask,
     )  # fmt: skip
-    ranks.comm.Barrier()
-    measured = rates.measure(backends[0], heads, device)
+    measured = rates.measure_together(ranks.comm, backends[0], heads, device)
 
     def decide() -> tuple[str, str]:
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,9 +14,13 @@ from cpmpi.execute import Heads
 from cpmpi.kernels.backend import Backend
 from cpmpi.kernels.mask import Mask
 
-MEASURED_FLOPS = 2e9  # of the large call by which a kernel is measured
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+MEASURED_FLOPS = 5e8  # of the large call by which a kernel is measured
 MEASURED_BYTES = 4 << 20  # of the keys that few queries read
-REPEATS = 3
+MESSAGE_S = 2e-4  # posting, noticing and unpacking a message, with the progress thread's pauses
+MEASURED_S = 0.06  # for each of the three calls: several time slices, so that ranks that share a core show it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,45 +53,48 @@ class Rates:
                 raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
 
 
-def measure(backend: Backend, heads: Heads, device: torch.device) -> Rates:
-    """The rates of this rank's kernel for a layer of these shapes, in some tens of milliseconds.
+def measure_together(comm: MPI.Intracomm, backend: Backend, heads: Heads, device: torch.device) -> Rates:
+    """The median of each rate over ranks that all compute at once. Collective."""
+    everyone: list[Rates] = comm.allgather(measure(backend, heads, device, comm.Barrier))
+    return Rates(**{f.name: statistics.median(getattr(r, f.name) for r in everyone) for f in fields(Rates)})
 
-    Ranks that share cores should measure at the same time, behind a barrier, since they will compute at the same time.
+
+def measure(backend: Backend, heads: Heads, device: torch.device, together: Callable[[], object]) -> Rates:
+    """The rates of this rank's kernel for a layer of these shapes, in a fifth of a second.
+
+    Args:
+        backend: the kernel.
+        heads: the layer's shapes.
+        device: of the tensors.
+        together: a barrier: ranks that share cores measure at the same time, as they will compute at the same time.
     """
     flops_a_pair = 2 * heads.query_heads * (heads.key_dim + heads.value_dim)
     key_bytes = heads.kv_heads * (heads.key_dim + heads.value_dim) * heads.dtype.itemsize
     side = max(64, min(2048, int((MEASURED_FLOPS / flops_a_pair) ** 0.5)))
     many = max(256, min(1 << 17, MEASURED_BYTES // key_bytes))
-    call_s = _seconds(backend, heads, device, 1, 1)
-    reading_s = _seconds(backend, heads, device, 1, many) - call_s
-    computing_s = _seconds(backend, heads, device, side, side) - call_s
+    seconds = []
+    for queries, keys in ((1, 1), (1, many), (side, side)):
+        together()
+        seconds.append(_mean_seconds(backend, heads, device, queries, keys))
+    call_s, reading_s, computing_s = seconds
     return Rates(
-        attention_flops=flops_a_pair * side * side / max(computing_s, 1e-9),
-        memory_gb_per_s=key_bytes * many / max(reading_s, 1e-9) / 1e9,
+        attention_flops=flops_a_pair * side * side / max(computing_s - call_s, 1e-9),
+        memory_gb_per_s=key_bytes * many / max(reading_s - call_s, 1e-9) / 1e9,
         call_s=call_s,
-        message_s=1e-4 if device.type == "cpu" else 5e-5,
+        message_s=MESSAGE_S,
     )
 
 
-def _seconds(backend: Backend, heads: Heads, device: torch.device, queries: int, keys: int) -> float:
-    """Median seconds of one call where every query sees every key."""
+def _mean_seconds(backend: Backend, heads: Heads, device: torch.device, queries: int, keys: int) -> float:
+    """Mean seconds of a call where every query sees every key, over ``MEASURED_S``."""
     q_THD = torch.randn(queries, heads.query_heads, heads.key_dim, device=device).to(heads.dtype)
     k_SGD = torch.randn(keys, heads.kv_heads, heads.key_dim, device=device).to(heads.dtype)
     v_SGE = torch.randn(keys, heads.kv_heads, heads.value_dim, device=device).to(heads.dtype)
-
-    def call() -> None:
+    calls, begun = -1, time.perf_counter()  # the first call warms up
+    while calls < 1 or time.perf_counter() - begun < MEASURED_S:
         backend.attend(q_THD, k_SGD, v_SGE, q_start=keys, k_start=0, mask=Mask(), scale=heads.key_dim**-0.5)
-
-    return median_seconds(call, device, REPEATS)
-
-
-def median_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median seconds of ``repeats`` calls after one that warms up; waits for the device."""
-    seconds = []
-    for _ in range(repeats + 1):
-        begun = time.perf_counter()
-        call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds[1:])
+        calls += 1
+        begun = time.perf_counter() if calls == 0 else begun
+    return (time.perf_counter() - begun) / calls

@@ -15,7 +15,7 @@ from cpmpi.kernels.mask import Mask
 from cpmpi.layout import Layout, Piece
 
 PARTIAL_ITEMSIZE = 4  # partials travel in float32
-MOST_BLOCKS = 1 << 24  # pairs of pieces that are counted one by one
+MOST_BLOCKS, MOST_DOCUMENT_BLOCKS = 1 << 24, 1 << 14  # pairs of pieces that are counted one by one
 
 Counts = npt.NDArray[np.int64]
 
@@ -110,24 +110,28 @@ class AttentionShape:
         askers = frozenset(rank for rank in range(world) if layout.size(rank))
         return None if len(askers) == world else askers
 
-    def pairs(self, world: int) -> tuple[Counts, Counts]:
-        """Visible (query, key) pairs, and blocks with any, for each two ranks: (N, N) each, query rank first.
+    def pairs(self, world: int) -> tuple[Counts, Counts, Counts]:
+        """Visible (query, key) pairs, blocks with any, and keys read by these, for each two ranks: (N, N) each.
+
+        The query's rank comes first. A block is a piece of queries with a piece of keys.
 
         Exact, but where ranks times segments are so many that it would take seconds (``MOST_BLOCKS``): then every two
         ranks get the mean, which a layout of so many segments is close to.
         """
         queries, keys = _pieces((self.query_layout(world),)), _pieces(self.key_layouts(world))
-        if len(queries) * len(keys) * world**2 > MOST_BLOCKS:
+        blocks = len(queries) * len(keys) * world**2
+        if blocks > (MOST_DOCUMENT_BLOCKS if self.mask.documents else MOST_BLOCKS):
             total = self.mask.pairs(range(self.stored, self.tokens), range(self.tokens))
-            mean, blocks = total // world**2, len(queries) * len(keys)
-            return np.full((world, world), mean, np.int64), np.full((world, world), blocks, np.int64)
-        pairs_NN, blocks_NN = np.zeros((world, world), np.int64), np.zeros((world, world), np.int64)
+            means = total // world**2, len(queries) * len(keys), len(queries) * (self.tokens // world)
+            return tuple(np.full((world, world), mean, np.int64) for mean in means)  # type: ignore[return-value]
+        pairs_NN, blocks_NN, read_NN = (np.zeros((world, world), np.int64) for _ in range(3))
         for q in queries:
             for k in keys:
                 counts = _visible(self.mask, q, k)
                 pairs_NN += counts
                 blocks_NN += counts > 0
-        return pairs_NN, blocks_NN
+                read_NN += (counts > 0) * (k[:, 1] - k[:, 0])
+        return pairs_NN, blocks_NN, read_NN
 
 
 def _pieces(layouts: tuple[Layout, ...]) -> list[Counts]:

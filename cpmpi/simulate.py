@@ -46,9 +46,8 @@ class Sizes:
 
 def attend_seconds(shape: AttentionShape, rates: Rates, world: int) -> Seconds:
     """Seconds (N, N) that the queries of one rank take with the keys of another."""
-    pairs, blocks = shape.pairs(world)
-    keys = np.array(Sizes(shape, world).of["key"], float)
-    reading = (pairs > 0) * keys[None, :] / (rates.memory_gb_per_s * 1e9)
+    pairs, blocks, read = shape.pairs(world)
+    reading = read * (shape.key_bytes / (rates.memory_gb_per_s * 1e9))
     seconds: Seconds = pairs * (shape.pair_flops / rates.attention_flops) + blocks * rates.call_s + reading
     return seconds
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,26 @@ class Interval:
     def seconds(self) -> float:
         """Its length."""
         return self.stop_s - self.start_s
+
+
+@dataclass(kw_only=True)
+class Recorder:
+    """Notes what one rank does, for `Interval` by `Interval`; times are ``time.perf_counter`` after ``epoch_s``."""
+
+    rank: int
+    epoch_s: float
+    layer: int = 0
+    intervals: list[Interval] = field(default_factory=list)
+
+    def note(self, what: str, i: int, start_s: float, stop_s: float, peer: int | None = None, n_bytes: int = 0) -> None:
+        """Something that took place in round ``i`` of the schedule."""
+        start_s, stop_s = start_s - self.epoch_s, stop_s - self.epoch_s
+        self.intervals.append(
+            Interval(
+                rank=self.rank, what=what, start_s=start_s, stop_s=stop_s, round=i, layer=self.layer, peer=peer,
+                n_bytes=n_bytes,
+            )
+        )  # fmt: skip
 
 
 def hidden_fraction(intervals: Iterable[Interval]) -> float:

@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("cpmpi.jobs.inspect", "What is in a run folder."),
     "verify": ("cpmpi.jobs.verify", "Check the files of a run folder against their checksums."),
     "report": ("cpmpi.jobs.report", "Pictures of the documents of a run folder."),
+    "bench": ("cpmpi.jobs.bench", "Measure attention across ranks, or messages between them."),
+    "plan": ("cpmpi.jobs.plan", "Time, memory and disk that a job will take on a machine."),
     "topology": ("cpmpi.jobs.topology", "What the machine is: discover, measure, save, draw."),
 }
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")

@@ -50,23 +50,24 @@ def cluster(uplink_gb_per_s=0.025, node_gb_per_s=0.125, measured=True) -> Topolo
 def test_pairs_of_ranks_are_those_of_the_mask(new, stored, world, segments, stored_segments, window, starts):
     mask = Mask(window=window, documents=tuple(sorted(starts)))
     s = shape(new, stored, mask=mask, segments=segments, stored_segments=stored_segments)
-    pairs, blocks = s.pairs(world)
+    pairs, blocks, read = s.pairs(world)
     for a in range(world):
         for b in range(world):
             counts = [
-                mask.pairs(q, k)
+                (mask.pairs(q, k), k.size)
                 for q in s.query_layout(world).pieces(a)
                 for layout in s.key_layouts(world)
                 for k in layout.pieces(b)
             ]
-            assert (pairs[a, b], blocks[a, b]) == (sum(counts), sum(n > 0 for n in counts))
+            assert (pairs[a, b], blocks[a, b]) == (sum(n for n, _ in counts), sum(n > 0 for n, _ in counts))
+            assert read[a, b] == sum(size for n, size in counts if n)
 
 
 def test_too_many_segments_to_count_get_the_mean(monkeypatch):
     s = shape(4096, 8192, segments=16, stored_segments=16)
-    exact, _ = s.pairs(8)
+    exact, *_ = s.pairs(8)
     monkeypatch.setattr("cpmpi.shape.MOST_BLOCKS", 100)
-    mean, _ = s.pairs(8)
+    mean, *_ = s.pairs(8)
     assert abs(mean.sum() / exact.sum() - 1) < 1e-4
     assert abs(mean / exact - 1).max() < 0.05
 
@@ -84,7 +85,7 @@ def test_a_ring_that_waits_for_its_links():
 def test_a_ring_that_waits_for_its_kernel():
     topology = synthetic("nodes=1,ranks=8,node_gb_per_s=1000")
     p = price(schedule_on("ring", topology), topology, shape(), SLOW)
-    pairs, _ = shape().pairs(8)
+    pairs, *_ = shape().pairs(8)
     assert p.compute_s == pytest.approx(pairs.sum(axis=1).max() * shape().pair_flops / 1e9)
     assert p.exposed_s < 0.01 * p.total_s
 

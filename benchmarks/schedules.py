@@ -1,0 +1,100 @@
+"""Every schedule on this launch over 30 shapes: measured, predicted, and what ``auto`` would have taken.
+
+    mpirun -n 8 python -m mpi4py -m benchmarks.schedules [--leaf-file FILE] [--json FILE] [--shapes N] [--repeat N]
+
+Prefill of 1,024 to 4,096 tokens, and extension by 1 to 4,096 tokens after 1,024 to 65,536, with 8 query heads and 8 or
+1 KV heads. Prints a line per shape; ``docs/schedules.md`` holds such a table from the emulated cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from cpmpi.auto import candidates, choose
+from cpmpi.bench import AttentionBench
+from cpmpi.cost import price, seconds_text
+from cpmpi.execute import Heads
+from cpmpi.kernels.select import select
+from cpmpi.shape import AttentionShape
+from cpmpi.table import table
+from cpmpi.topology.discover import discover
+
+TOKENS = [(new, 0) for new in (1024, 2048, 4096)] + list(product((1, 32, 512, 4096), (1024, 8192, 65536)))
+SHAPES = [(new, stored, kv) for new, stored in TOKENS for kv in (8, 1)]
+QUERY_HEADS, HEAD_DIM = 8, 16
+DTYPE = torch.float32
+
+
+def shape_of(new: int, stored: int, kv_heads: int) -> AttentionShape:
+    """One of ``SHAPES``."""
+    return AttentionShape(
+        new=new, stored=stored, query_heads=QUERY_HEADS, kv_heads=kv_heads, key_dim=HEAD_DIM, value_dim=HEAD_DIM,
+        itemsize=DTYPE.itemsize,
+    )  # fmt: skip
+
+
+def measure(bench: AttentionBench, shapes: list[tuple[int, int, int]], repeat: int) -> list[dict[str, Any]]:
+    """For each shape the choice, and measured and predicted seconds by schedule. Collective."""
+    rows = []
+    for new, stored, kv_heads in shapes:
+        shape = shape_of(new, stored, kv_heads)
+        heads = Heads(
+            query_heads=QUERY_HEADS, kv_heads=kv_heads, key_dim=HEAD_DIM, value_dim=HEAD_DIM, dtype=DTYPE
+        )  # fmt: skip
+        rates = bench.comm.bcast(bench.rates(heads))
+        choice = choose(bench.topology, shape, rates)
+        row: dict[str, Any] = {"new": new, "stored": stored, "kv_heads": kv_heads, "auto": choice.schedule.kind}
+        row["predicted"], row["measured"] = {}, {}
+        for schedule in candidates(bench.topology, shape.asking(bench.topology.world)):
+            row["predicted"][schedule.kind] = price(schedule, bench.topology, shape, rates).total_s
+            row["measured"][schedule.kind] = bench.run(schedule, shape, DTYPE, repeat, alone=False).total_s
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table: median seconds, those predicted, and how far ``auto`` is from the best."""
+    lines = []
+    for row in rows:
+        medians = {kind: statistics.median(times) for kind, times in row["measured"].items()}
+        ratio = medians[row["auto"]] / min(medians.values())
+        cells = [f"{seconds_text(s)} ({seconds_text(row['predicted'][kind])})" for kind, s in medians.items()]
+        lines.append(
+            (f"{row['new']:,}", f"{row['stored']:,}", f"8:{row['kv_heads']}", *cells, row["auto"], f"{ratio:.2f}")
+        )
+    kinds = list(rows[0]["measured"])
+    header = ("new", "stored", "heads", *(f"{kind} (predicted)" for kind in kinds), "auto", "auto / best")
+    return table(header, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--leaf-file", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="measure every so many-th part of them only")
+    parser.add_argument("--repeat", type=int, default=3)
+    options = parser.parse_args()
+    comm = MPI.COMM_WORLD
+    torch.set_num_threads(1)
+    topology = discover(comm, leaf_file=options.leaf_file)
+    device = torch.device("cpu")
+    bench = AttentionBench(comm, topology, select(device, DTYPE, head_dim=HEAD_DIM), device)
+    picked = SHAPES[:: max(1, len(SHAPES) // options.shapes)]
+    rows = measure(bench, picked, options.repeat)
+    bench.close()
+    if comm.rank == 0:
+        print(show(rows))
+        if options.json is not None:
+            options.json.write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
