@@ -29,6 +29,14 @@ SHARED = [
         help="Type to compute in; auto: float32 on CPUs, the checkpoint's own on GPUs.",
     ),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.option(
+        "--weights", type=click.Choice(["auto", "resident", "stream"]), default="auto", show_default=True,
+        help="Keep all weights in memory, or a layer at a time; auto: as memory allows.",
+    ),
+    click.option(
+        "--memory-limit", metavar="SIZE", help="What a rank may use, such as 8GB.  [default: its share of free memory]"
+    ),
+    click.option("--check-finite", is_flag=True, help="Stop at NaN or infinities in weights or layers, by name."),
     click.option("--chunk-tokens", type=int, default=1024, show_default=True, help="Tokens per pass through a layer."),
     click.option(
         "--special-tokens/--no-special-tokens", default=None,
@@ -48,9 +56,14 @@ def document_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def run_documents(more_inputs: tuple[str, ...], inputs: tuple[str, ...], debug: bool, **options: Any) -> None:
+def run_documents(
+    more_inputs: tuple[str, ...], inputs: tuple[str, ...], debug: bool, memory_limit: str | None, **options: Any
+) -> None:
     """Run the main job with the options of the command line."""
     from cpmpi.job import JobOptions, run
+    from cpmpi.memory import parse_bytes
 
     del debug  # read by the entry point
-    run(JobOptions(inputs=(*inputs, *more_inputs), command=shlex.join(["cpmpi", *sys.argv[1:]]), **options))
+    limit = None if memory_limit is None else parse_bytes(memory_limit)
+    command = shlex.join(["cpmpi", *sys.argv[1:]])
+    run(JobOptions(inputs=(*inputs, *more_inputs), command=command, memory_limit=limit, **options))

@@ -39,6 +39,10 @@ def test_every_family_equals_one_transformers_process(part, tmp_path):
                 worst = max(worst, [error.max(), error.mean(), families[i].name])
                 assert error.max() <= 1e-4, (families[i].name, world.size, n, error.max(), error.argmax())
                 assert error.mean() <= 1e-5, (families[i].name, world.size, n, error.mean())
+    for i in range(comm.rank, len(families), comm.size):
+        resident, streamed = (scores(MPI.COMM_SELF, folder / f"{i}", stream=stream) for stream in (False, True))
+        for a, b in zip(resident, streamed, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=f"{families[i].name}: streamed weights change the result")
     print(f"worst: {worst[2]}, {worst[0]:.1e}")
 
 
@@ -46,7 +50,7 @@ def document(n_tokens):
     return np.random.default_rng(n_tokens).integers(3, VOCABULARY, n_tokens)
 
 
-def scores(comm, folder, **loading):
+def scores(comm, folder, stream=False, dtype="float32"):
     """Log-probabilities of the documents of all lengths on the ranks of ``comm``."""
     import torch
 
@@ -59,12 +63,14 @@ def scores(comm, folder, **loading):
     from cpmpi.schedule import Schedule
     from cpmpi.transport import MPITransport
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), getattr(torch, dtype)
     checkpoint = Checkpoint(folder)
-    layers = probe(checkpoint.skeleton(torch.float32))
+    layers = probe(checkpoint.skeleton(dtype))
+    weights = checkpoint.stream(dtype, device) if stream else None
+    model = weights.model if weights is not None else checkpoint.load(dtype, device)
     transport = MPITransport(comm)
     engine = Engine(
-        rank=comm.rank, causal_lm=checkpoint.load(torch.float32, device, **loading), layers=layers, device=device,
+        rank=comm.rank, causal_lm=model, layers=layers, weights=weights, device=device,
         schedule=Schedule(kind="ring", nodes=[list(range(comm.size))], parents=[None]), transport=transport,
         backends=backends_of(layers, device), progress=Progress(enabled=False), chunk_tokens=20,
     )  # fmt: skip
