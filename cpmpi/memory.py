@@ -56,6 +56,7 @@ def parts_of(
 
     All chunks meet at an attention with what their layer goes on with: the embeddings, the residual and the normed
     state, rotary factors, and queries, keys and values, which are then laid out once more as one shard.
+    The output exists twice: a kernel's own, and the one that it is merged into.
     """
     size = dtype.itemsize
     kv = max(layer.heads.kv_heads * (layer.heads.key_dim + layer.heads.value_dim) for layer in layers)
@@ -66,7 +67,7 @@ def parts_of(
     return {
         "hidden states": tokens * (3 * hidden_size + rotary) * size,
         "queries, keys and values": tokens * (q + 2 * kv) * size,
-        "attention output": tokens * out * torch.float32.itemsize,
+        "attention output": 2 * tokens * out * torch.float32.itemsize,
         "messages": (2 * tokens * kv * size) if world > 1 else 0,
         "KV writer": 2 * tokens * kv * size if keep_kv else 0,
         "one chunk": chunk * (3 * intermediate_size + 4 * hidden_size) * size,
