@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -16,6 +18,7 @@ from cpmpi.attention_call import ATTENTION
 from cpmpi.errors import UserError
 from cpmpi.fingerprint import check_whole, weight_files
 from cpmpi.forward import register
+from cpmpi.weights import StreamedWeights, finite, spans_of
 
 # Layer types of configs that mix tokens by other means than attention; `cpmpi.probe` finds those with other names.
 UNSUPPORTED_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm", "rwkv", "short_conv")
@@ -104,19 +107,35 @@ class Checkpoint:
         own = self.text_config_value("dtype") or torch.float32
         return torch.float32 if device.type == "cpu" else own
 
-    def skeleton(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The model without weights, on the meta device, to learn shapes from."""
+    def skeleton(self, dtype: torch.dtype, *, probed: bool = True) -> torch.nn.Module:
+        """The model without weights: its parameters are on the meta device, its buffers are real.
+
+        Args:
+            dtype: type to compute in.
+            probed: to learn from, in `cpmpi.probe`: experts are then computed in the way that looks least at values.
+        """
         from transformers import AutoModelForCausalLM
 
         register()
-        with torch.device("meta"):
+        experts = {"experts_implementation": "eager"} if probed else {}
+        with _parameters_on_meta():
             model: torch.nn.Module = AutoModelForCausalLM.from_config(
-                deepcopy(self.config), dtype=dtype, attn_implementation=ATTENTION, experts_implementation="eager",
-                trust_remote_code=False,
-            )  # fmt: skip
+                deepcopy(self.config), dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False, **experts
+            )
         return model.eval()
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    def stream(self, dtype: torch.dtype, device: torch.device, *, check_finite: bool = False) -> StreamedWeights:
+        """The causal-LM model with cpmpi's attention, in evaluation mode, with weights that come when they are used.
+
+        Raises:
+            UserError: tensors are missing or of the wrong shape (named), or the model cannot be streamed (why).
+        """
+        spans = spans_of(self.skeleton(dtype))
+        return StreamedWeights(
+            self.skeleton(dtype, probed=False), spans, self.folder, device, check_finite=check_finite
+        )
+
+    def load(self, dtype: torch.dtype, device: torch.device, *, check_finite: bool = False) -> torch.nn.Module:
         """The causal-LM model with cpmpi's attention, in evaluation mode.
 
         Raises:
@@ -132,15 +151,32 @@ class Checkpoint:
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, local_files_only=True,
-                trust_remote_code=False, output_loading_info=True,
+                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise UserError(f"{self.folder}: {one_line(error)}") from error
         for problem, names in (("missing", info["missing_keys"]), ("of the wrong shape", info["mismatched_keys"])):
             if names:
                 raise UserError(f"{self.folder}: {len(names)} tensors {problem} in the weights: {_some(names)}")
+        if check_finite:
+            for name, weight in model.named_parameters():
+                finite(weight, f"{self.folder}: tensor {name}")
         module: torch.nn.Module = model.eval().to(device)
         return module
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within it, modules are made without memory for their parameters."""
+    register_parameter = torch.nn.Module.register_parameter
+
+    def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register_parameter(module, name, parameter)
+
+    with mock.patch.object(torch.nn.Module, "register_parameter", on_meta):
+        yield
 
 
 def one_line(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from cpmpi.probe import Layer
 from cpmpi.progress import Progress
 from cpmpi.schedule import Schedule
 from cpmpi.transport import Transport
+from cpmpi.weights import StreamedWeights, finite
 
 KeepKeys = Callable[[int, torch.Tensor, torch.Tensor], None]
 
@@ -53,6 +54,8 @@ class Engine:
     device: torch.device
     progress: Progress
     chunk_tokens: int = 1024
+    weights: StreamedWeights | None = None
+    check_finite: bool = False
 
     @torch.inference_mode()
     def score(
@@ -76,6 +79,12 @@ class Engine:
         def attend(layer: int, calls: list[Call]) -> Sequence[torch.Tensor]:
             nonlocal attending
             begun = time.perf_counter()
+            if self.check_finite:
+                for part, call in zip(parts, calls, strict=False):
+                    for what, tensor in (("queries", call.q_1HCD), ("keys", call.k_1GCD), ("values", call.v_1GCE)):
+                        finite(tensor, f"layer {layer}, {what} of tokens {part.start} to {part.stop - 1}")
+            if self.weights is not None:
+                self.weights.leave(layer)
             heads, rule = self.layers[layer].heads, rule_of(calls[0], layout.n_tokens)
             keys = Keys.empty(layout.pieces(self.rank), heads, self.device)
             if parts:
@@ -90,13 +99,19 @@ class Engine:
                 tick=lambda done: self.progress.update(layer + done),
             )  # fmt: skip
             out_THE = execution.run(Queries(tuple(runs)), keys)
+            if self.weights is not None:
+                self.weights.enter(layer + 1)
             self.progress.update(layer + 1)
             attending += time.perf_counter() - begun
             if not parts:  # a rank without tokens walks along with the first token, whose result nobody takes
                 return [out_THE.new_zeros(1, heads.query_heads, heads.value_dim)]
             return torch.split(out_THE, [part.size for part in parts])
 
+        if self.weights is not None:
+            self.weights.enter(0)
         states = layer_major(decoder_of(self.causal_lm), ids_T, parts or [Piece(0, 1)], attend)
+        if self.weights is not None:
+            self.weights.close()
         decoded = time.perf_counter()
         positions, logprobs, last_hidden = self._head(ids_T, parts, states)
         return Scores(
@@ -112,6 +127,8 @@ class Engine:
         head = Head(self.causal_lm)
         positions, logprobs, last_hidden = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)], None
         for part, hidden_TC in zip(parts, states, strict=False):
+            if self.check_finite:
+                finite(hidden_TC, f"last layer, output of tokens {part.start} to {part.stop - 1}")
             stop = min(part.stop, n_tokens - 1)
             targets = torch.arange(part.start + 1, stop + 1)
             positions.append(targets)

@@ -24,7 +24,8 @@ from cpmpi.fingerprint import model_sha256, tokenizer_sha256
 from cpmpi.index import RunIndex
 from cpmpi.layout import Layout
 from cpmpi.log import rank_log
-from cpmpi.machine import choose_device, set_threads
+from cpmpi.machine import choose_device, local_rank, set_threads
+from cpmpi.memory import CHOICES, Memory, available_bytes, parts_of, plan
 from cpmpi.placement import choose_schedule, place
 from cpmpi.probe import Layer, backends_of, probe
 from cpmpi.progress import Progress, duration
@@ -37,6 +38,7 @@ from cpmpi.table import table
 from cpmpi.topology.describe import Topology
 from cpmpi.topology.text import summary as topology_summary
 from cpmpi.transport import MPITransport
+from cpmpi.weights import StreamedWeights, weight_bytes
 from cpmpi.writer import ShardWriter
 
 
@@ -66,6 +68,12 @@ class JobOptions:
     """Type to store keys and values in."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    weights: str = "auto"
+    """resident: all weights stay in memory; stream: a layer at a time; auto: as memory allows."""
+    memory_limit: int | None = None
+    """Bytes that a rank may use; None: its share of the node's free memory."""
+    check_finite: bool = False
+    """Whether weights and layers are searched for NaN and infinities."""
     chunk_tokens: int = 1024
     """Tokens that go through the model at a time."""
     special_tokens: bool | None = None
@@ -80,6 +88,8 @@ class JobOptions:
     """The command line, for the record."""
 
     def __post_init__(self) -> None:
+        if self.weights not in CHOICES:
+            raise UserError(f"--weights {self.weights}: choose one of {', '.join(CHOICES)}")
         for name in ("segments", "chunk_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -99,6 +109,7 @@ class Job:
     documents: list[Document]
     dtype: torch.dtype
     layers: tuple[Layer, ...]
+    memory: Memory
     spec: run_spec.RunSpec
     seconds: dict[int, float] = field(default_factory=dict)
 
@@ -141,14 +152,24 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
     checkpoint = ranks.together(Checkpoint, options.model)
     documents = ranks.on_root(_read_documents, options, checkpoint, progress)
     dtype = checkpoint.compute_dtype(options.dtype, device)
-    layers = ranks.together(lambda: probe(checkpoint.skeleton(dtype)))
+    skeleton = ranks.together(checkpoint.skeleton, dtype)
+    layers = ranks.together(probe, skeleton)
     ranks, topology = place(ranks, measure=options.attention == "auto")
     progress = Progress(enabled=ranks.is_root and not options.quiet)
     heads = tuple(layer.heads for layer in layers)
     spec = ranks.on_root(make_spec, options, topology, checkpoint, documents, dtype, heads)
+    parts = parts_of(
+        layers, tokens=max(d.layout.size(ranks.rank) for d in spec.documents), world=ranks.size,
+        hidden_size=spec.hidden_size, intermediate_size=checkpoint.text_config_value("intermediate_size") or 0,
+        vocab_size=checkpoint.vocab_size, chunk_tokens=options.chunk_tokens, dtype=dtype, keep_kv=options.keep_kv,
+    )  # fmt: skip
+    available = available_bytes(device, local_rank(ranks)[1])
+    memory = ranks.together(
+        plan, parts, weight_bytes(skeleton), choice=options.weights, limit=options.memory_limit, available=available
+    )
     job = Job(
         options=options, ranks=ranks, topology=topology, device=device, threads=threads, progress=progress,
-        checkpoint=checkpoint, documents=documents, dtype=dtype, layers=layers, spec=spec,
+        checkpoint=checkpoint, documents=documents, dtype=dtype, layers=layers, memory=memory, spec=spec,
     )  # fmt: skip
     introduce(job)
     needed = ranks.comm.allreduce(run_spec.bytes_to_write(options.output, spec, ranks.rank))
@@ -237,6 +258,7 @@ def introduce(job: Job) -> None:
         f"model {options.model}: {job.checkpoint.config.model_type}, {len(job.layers)} layers, "
         f"stored as {own}, computed in {spec.dtype}; {kv}"
     )
+    job.progress.say(str(job.memory))
     job.progress.say(f"{len(spec.documents)} document{'s' * (len(spec.documents) > 1)}, {tokens:,} tokens")
 
 
@@ -268,7 +290,10 @@ def load_engine(job: Job) -> Engine:
     """Read the weights and choose schedule and kernel."""
     options, ranks = job.options, job.ranks
     began = time.perf_counter()
-    causal_lm = ranks.together(job.checkpoint.load, job.dtype, job.device)
+    load = job.checkpoint.stream if job.memory.stream else job.checkpoint.load
+    loaded: Any = ranks.together(load, job.dtype, job.device, check_finite=options.check_finite)
+    weights = loaded if isinstance(loaded, StreamedWeights) else None
+    causal_lm = loaded if weights is None else weights.model
     backends = backends_of(job.layers, job.device)
     longest = max(d.n_tokens for d in job.spec.documents)
     schedule, reason = choose_schedule(
@@ -286,6 +311,7 @@ def load_engine(job: Job) -> Engine:
     return Engine(
         rank=ranks.rank, causal_lm=causal_lm, layers=job.layers, schedule=schedule, transport=MPITransport(ranks.comm),
         backends=backends, device=job.device, progress=job.progress, chunk_tokens=options.chunk_tokens,
+        weights=weights, check_finite=options.check_finite,
     )  # fmt: skip
 
 

@@ -32,6 +32,13 @@ SHARED = [
     ),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
     click.option(
+        "--weights", type=click.Choice(["auto", "resident", "stream"]), default="auto", show_default=True,
+        help="Keep all weights in memory, or a layer at a time; auto: as memory allows.",
+    ),
+    click.option(
+        "--memory-limit", metavar="SIZE", help="What a rank may use, such as 8GB.  [default: its share of free memory]"
+    ),
+    click.option("--check-finite", is_flag=True, help="Stop at NaN or infinities in weights or layers, by name."),
         "--chunk-tokens", type=click.IntRange(min=1), default=1024, show_default=True,
         help="Tokens per pass through a layer.",
     ),
@@ -52,8 +59,13 @@ def document_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def run_documents(more_inputs: tuple[str, ...], inputs: tuple[str, ...], **options: Any) -> None:
+def run_documents(
+    more_inputs: tuple[str, ...], inputs: tuple[str, ...], memory_limit: str | None, **options: Any
+) -> None:
     """Run the main job with the options of the command line."""
     from cpmpi.job import JobOptions, run
+    from cpmpi.memory import parse_bytes
 
-    run(JobOptions(inputs=(*inputs, *more_inputs), command=shlex.join(["cpmpi", *sys.argv[1:]]), **options))
+    limit = None if memory_limit is None else parse_bytes(memory_limit)
+    command = shlex.join(["cpmpi", *sys.argv[1:]])
+    run(JobOptions(inputs=(*inputs, *more_inputs), command=command, memory_limit=limit, **options))

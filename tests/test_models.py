@@ -42,11 +42,25 @@ def test_every_family_equals_one_transformers_process(part, tmp_path):
     print(f"worst: {worst[2]}, {worst[0]:.1e}")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(3))
+@pytest.mark.mpi(3)
+def test_streamed_weights_change_nothing_in_any_family(part, tmp_path):
+    from mpi4py import MPI
+
+    rank = MPI.COMM_WORLD.rank
+    for i, family in list(enumerate(FAMILIES))[part * 3 + rank :: 9]:
+        save_tiny(tmp_path / f"{i}", tiny_config(family.model_type, **family.own), seed=i)
+        resident, streamed = (scores(MPI.COMM_SELF, tmp_path / f"{i}", stream=stream) for stream in (False, True))
+        for a, b in zip(resident, streamed, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=family.name)
+
+
 def document(n_tokens):
     return np.random.default_rng(n_tokens).integers(3, VOCABULARY, n_tokens)
 
 
-def scores(comm, folder, **loading):
+def scores(comm, folder, stream=False, dtype="float32"):
     """Log-probabilities of the documents of all lengths on the ranks of ``comm``."""
     import torch
 
@@ -59,12 +73,14 @@ def scores(comm, folder, **loading):
     from cpmpi.schedule import Schedule
     from cpmpi.transport import MPITransport
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), getattr(torch, dtype)
     checkpoint = Checkpoint(folder)
-    layers = probe(checkpoint.skeleton(torch.float32))
+    layers = probe(checkpoint.skeleton(dtype))
+    weights = checkpoint.stream(dtype, device) if stream else None
+    model = weights.model if weights is not None else checkpoint.load(dtype, device)
     transport = MPITransport(comm)
     engine = Engine(
-        rank=comm.rank, causal_lm=checkpoint.load(torch.float32, device, **loading), layers=layers, device=device,
+        rank=comm.rank, causal_lm=model, layers=layers, weights=weights, device=device,
         schedule=Schedule(kind="ring", nodes=[list(range(comm.size))], parents=[None]), transport=transport,
         backends=backends_of(layers, device), progress=Progress(enabled=False), chunk_tokens=20,
     )  # fmt: skip

@@ -1,0 +1,129 @@
+"""How much memory a rank needs for a document, part by part, and whether its weights can all stay there.
+
+Legend: T tokens of the rank, C tokens of a chunk, H query heads, G KV heads, D key head dim, E value head dim,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cpmpi.errors import UserError
+from cpmpi.probe import Layer
+
+CHOICES = ("auto", "resident", "stream")
+HEAD_TOKENS = 256  # tokens whose logits exist at a time, see `cpmpi.forward.Head`
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightBytes:
+    """Bytes of a model's weights: all of them, those outside of layers, and those of the largest stage."""
+
+    total: int
+    lasting: int
+    stage: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a rank needs at most, in bytes by part, and whether weights are streamed."""
+
+    parts: dict[str, int]
+    stream: bool
+
+    @property
+    def total(self) -> int:
+        """All parts together, bytes."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts.items() if size >= 5e6)
+        how = "streamed" if self.stream else "resident"
+        return f"memory per rank: about {self.total / 1e9:.2f} GB (weights {how}; {listed})"
+
+
+def parts_of(
+    layers: Sequence[Layer], *, tokens: int, world: int, hidden_size: int, intermediate_size: int, vocab_size: int,
+    chunk_tokens: int, dtype: torch.dtype, keep_kv: bool,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes that ``tokens`` tokens take on a rank, by part; weights and the program itself are not among them.
+
+    All chunks meet at an attention with what their layer goes on with: the embeddings, the residual and the normed
+    state, rotary factors, and queries, keys and values, which are then laid out once more as one shard.
+    The output exists twice: a kernel's own, and the one that it is merged into.
+    """
+    size = dtype.itemsize
+    kv = max(layer.heads.kv_heads * (layer.heads.key_dim + layer.heads.value_dim) for layer in layers)
+    q = max(layer.heads.query_heads * layer.heads.key_dim for layer in layers)
+    out = max(layer.heads.query_heads * layer.heads.value_dim for layer in layers)
+    rotary = 2 * max(layer.heads.key_dim for layer in layers)
+    chunk = min(tokens, chunk_tokens)
+    return {
+        "hidden states": tokens * (3 * hidden_size + rotary) * size,
+        "queries, keys and values": tokens * (q + 2 * kv) * size,
+        "attention output": 2 * tokens * out * torch.float32.itemsize,
+        "messages": (2 * tokens * kv * size) if world > 1 else 0,
+        "KV writer": 2 * tokens * kv * size if keep_kv else 0,
+        "one chunk": chunk * (3 * intermediate_size + 4 * hidden_size) * size,
+        "logits": min(tokens, HEAD_TOKENS) * vocab_size * (size + 2 * torch.float32.itemsize),
+    }
+
+
+def plan(parts: dict[str, int], weights: WeightBytes, *, choice: str, limit: int | None, available: int) -> Memory:
+    """How to hold the weights, and what a rank needs then.
+
+    Args:
+        parts: bytes by part, without weights.
+        weights: theirs.
+        choice: resident, stream, or auto: resident where that fits.
+        limit: bytes that the user allows; None: ``available``, which then only decides.
+        available: bytes that this rank can have.
+
+    Raises:
+        UserError: the limit is below what is needed at least; the number is named.
+    """
+    held = Memory(parts={"program": resident_set_bytes(), **parts, "weights": weights.total}, stream=False)
+    streamed = Memory(parts={**held.parts, "weights": weights.lasting + weights.stage}, stream=True)
+    fits = held.total <= (available if limit is None else limit)
+    chosen = streamed if choice == "stream" or (choice == "auto" and not fits) else held
+    if limit is not None and chosen.total > limit:
+        least = f"--weights {'stream' if chosen.stream else 'resident'} needs at least {chosen.total / 1e9:.2f} GB"
+        more = "" if chosen.stream else f", --weights stream {streamed.total / 1e9:.2f} GB"
+        raise UserError(f"--memory-limit {limit / 1e9:.2f} GB per rank is too little: {least}{more}; or use more ranks")
+    return chosen
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as 8GB, 800MB or 1.5TB.
+
+    Raises:
+        UserError: it is no size.
+    """
+    number = text.strip().lower().removesuffix("b")
+    unit = number[-1:] if number[-1:].isalpha() else ""
+    try:
+        size = float(number.removesuffix(unit)) * UNITS[unit]
+    except (ValueError, KeyError):
+        raise UserError(f"--memory-limit {text}: not a size such as 8GB or 800MB") from None
+    if not 0 < size < float("inf"):
+        raise UserError(f"--memory-limit {text}: must be more than nothing")
+    return int(size)
+
+
+def resident_set_bytes() -> int:
+    """What this process holds in memory now."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def available_bytes(device: torch.device, ranks_here: int) -> int:
+    """What a rank can have of the device's memory, or of the node's where ranks compute on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_here
