@@ -39,6 +39,7 @@ SHARED = [
         "--memory-limit", metavar="SIZE", help="What a rank may use, such as 8GB.  [default: its share of free memory]"
     ),
     click.option("--check-finite", is_flag=True, help="Stop at NaN or infinities in weights or layers, by name."),
+    click.option(
         "--chunk-tokens", type=click.IntRange(min=1), default=1024, show_default=True,
         help="Tokens per pass through a layer.",
     ),
