@@ -21,7 +21,7 @@ def token_logprobs(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Te
     if logits_TV.device.type != "cpu":
         return chosen_T - logits_TV.logsumexp(1)
     rows = max(1, CACHED_BYTES // (4 * logits_TV.shape[1]))
-    lse = [_logsumexp_(block) for block in logits_TV.split(rows)]
+    lse = [_logsumexp_(block) for block in torch.split(logits_TV, rows)]
     return chosen_T - torch.cat(lse)
 
 

@@ -14,7 +14,8 @@ from cpmpi.links import Links
 from cpmpi.rates import Rates
 from cpmpi.shape import AttentionShape
 from cpmpi.simulate import Sizes
-from cpmpi.topology.describe import LinkClass, Measurement, Node, RankPlace, Topology
+from cpmpi.topology.describe import LinkClass, Measurement, Topology
+from cpmpi.topology.node import Node, RankPlace
 from cpmpi.topology.synthetic import synthetic
 
 FAST = Rates(attention_flops=1e18, memory_gb_per_s=1e6, call_s=0, message_s=0)
