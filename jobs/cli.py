@@ -44,6 +44,13 @@ class LazyGroup(click.Group):
             command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks."))
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            raise click.UsageError(f"no command {args[0]!r}; choices: {', '.join(COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_line) for name, (_, help_line) in COMMANDS.items()])
@@ -72,8 +79,10 @@ def main() -> None:
     try:
         status = cli.main(standalone_mode=False)
     except click.ClickException as problem:
-        if first_of_launch():
-            context = getattr(problem, "ctx", None)
+        context = getattr(problem, "ctx", None)
+        if first_of_launch() and isinstance(problem, click.exceptions.NoArgsIsHelpError):
+            click.echo(problem.format_message(), err=True)
+        elif first_of_launch():
             hint = f" (see {context.command_path} --help)" if context else ""
             click.echo(f"error: {problem.format_message()}{hint}", err=True)
         sys.exit(problem.exit_code)
