@@ -150,13 +150,10 @@ class AttentionBench:
             query_heads=shape.query_heads, kv_heads=shape.kv_heads, key_dim=shape.key_dim, value_dim=shape.value_dim,
             dtype=dtype,
         )  # fmt: skip
-        silent, no_network = (
-            Backend(name="none", reason="transfers alone", contributions=no_contributions),
-            NoTransport(),
-        )
-        ways: list[tuple[Transport, Backend]] = [
-            (self.transport, self.backend), (no_network, self.backend), (self.transport, silent),
-        ][: 3 if alone else 1]  # fmt: skip
+        silent = Backend(name="none", reason="transfers alone", contributions=no_contributions)
+        real: Transport = self.transport
+        free: Transport = NoTransport()
+        ways = [(real, self.backend), (free, self.backend), (real, silent)][: 3 if alone else 1]
         seconds: list[list[float]] = [[], [], []]
         pieces = shape.query_layout(world).pieces(rank)
         keys = Keys.empty(tuple(p for lay in shape.key_layouts(world) for p in lay.pieces(rank)), heads, self.device)

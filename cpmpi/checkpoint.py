@@ -38,10 +38,15 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: no such checkpoint folder")
-        if not (self.folder / "config.json").is_file():
+        if not self.config_file.is_file():
             raise UserError(f"{self.folder}: no config.json in this checkpoint folder")
         self._check_weights()
         self._check_architecture()
+
+    @property
+    def config_file(self) -> Path:
+        """The model's description."""
+        return self.folder / "config.json"
 
     def _check_weights(self) -> None:
         pickled = [p.name for p in sorted(self.folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
@@ -74,16 +79,16 @@ class Checkpoint:
         from transformers import AutoConfig
 
         try:
-            raw = json.loads((self.folder / "config.json").read_text())
+            raw = json.loads(self.config_file.read_text())
             if "auto_map" in raw and "AutoModelForCausalLM" in raw["auto_map"]:
                 raise UserError(
                     f"{self.folder}: the model needs code from the checkpoint (auto_map), which is never run"
                 )
-            return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            return AutoConfig.from_pretrained(self.config_file, local_files_only=True, trust_remote_code=False)
         except UserError:
             raise
         except Exception as error:  # of any type: each config class has its own checks
-            raise UserError(f"{self.folder / 'config.json'}: {one_line(error)}") from error
+            raise UserError(f"{self.config_file}: {one_line(error)}") from error
 
     def text_config_value(self, name: str) -> Any:
         """A value of the config, or of its text part where it has several."""
@@ -165,6 +170,7 @@ class Checkpoint:
         return module
 
 
+<<<<<<< HEAD
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Within it, modules are made without memory for their parameters."""
@@ -177,6 +183,21 @@ def _parameters_on_meta() -> Iterator[None]:
 
     with mock.patch.object(torch.nn.Module, "register_parameter", on_meta):
         yield
+=======
+@dataclass(frozen=True)
+class Blueprint(Checkpoint):
+    """A config alone: a checkpoint folder whose weights need not be there, or the config file itself."""
+
+    def __post_init__(self) -> None:
+        if not self.config_file.is_file():
+            raise UserError(f"{self.folder}: neither a config file nor a folder with a config.json")
+        self._check_architecture()
+
+    @property
+    def config_file(self) -> Path:
+        """The model's description."""
+        return self.folder / "config.json" if self.folder.is_dir() else self.folder
+>>>>>>> plan
 
 
 def one_line(error: BaseException) -> str:

@@ -67,29 +67,12 @@ class Recorder:
         )  # fmt: skip
 
 
-def hidden_fraction(intervals: Iterable[Interval]) -> float:
-    """The part of the transfers' time during which their receiver did not wait; 1 where nothing travelled.
-
-    A rank's transfers that overlap count once: the time that matters is that in which anything is under way to it.
-    """
-    under_way: dict[int, list[Interval]] = {}
-    waited = 0.0
-    for interval in intervals:
-        if interval.what == "transfer":
-            under_way.setdefault(interval.rank, []).append(interval)
-        elif interval.what == "wait":
-            waited += interval.seconds
-    travelled = sum(map(_covered, under_way.values()))
-    return max(0.0, 1 - waited / travelled) if travelled else 1.0
-
-
-def _covered(intervals: list[Interval]) -> float:
-    """Seconds in which at least one of the intervals runs."""
-    covered, until = 0.0, float("-inf")
-    for interval in sorted(intervals, key=lambda i: i.start_s):
-        covered += max(0.0, interval.stop_s - max(until, interval.start_s))
-        until = max(until, interval.stop_s)
-    return covered
+def waiting_share(intervals: Iterable[Interval]) -> float:
+    """The part of the ranks' time, from the start to when the last is done, in which they wait for messages."""
+    known = list(intervals)
+    ranks, until_s = {i.rank for i in known}, max((i.stop_s for i in known), default=0.0)
+    waited = sum(i.seconds for i in known if i.what == "wait")
+    return waited / (until_s * len(ranks)) if until_s else 0.0
 
 
 def chrome_trace(intervals: Iterable[Interval]) -> str:
