@@ -170,7 +170,6 @@ class Checkpoint:
         return module
 
 
-<<<<<<< HEAD
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Within it, modules are made without memory for their parameters."""
@@ -183,7 +182,8 @@ def _parameters_on_meta() -> Iterator[None]:
 
     with mock.patch.object(torch.nn.Module, "register_parameter", on_meta):
         yield
-=======
+
+
 @dataclass(frozen=True)
 class Blueprint(Checkpoint):
     """A config alone: a checkpoint folder whose weights need not be there, or the config file itself."""
@@ -197,7 +197,6 @@ class Blueprint(Checkpoint):
     def config_file(self) -> Path:
         """The model's description."""
         return self.folder / "config.json" if self.folder.is_dir() else self.folder
->>>>>>> plan
 
 
 def one_line(error: BaseException) -> str:
