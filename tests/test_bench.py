@@ -1,0 +1,111 @@
+"""The bench on real ranks: it runs every schedule, counts the bytes that the model predicts, and refuses what is not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from cpmpi.bench import Measured, Overlap
+from cpmpi.errors import UserError
+from cpmpi.jobs.bench import command
+
+from .conftest import mpirun
+
+SHAPE = ["--new", "64", "--stored", "256", "--query-heads", "4", "--kv-heads", "2", "--head-dim", "16", "--repeat", "1"]
+
+
+@pytest.mark.mpi(3)
+def test_every_schedule_sends_the_bytes_of_its_formula():
+    import torch
+    from mpi4py import MPI
+
+    from cpmpi.auto import schedule_on
+    from cpmpi.bench import AttentionBench
+    from cpmpi.execute import Heads
+    from cpmpi.kernels.select import named
+    from cpmpi.shape import AttentionShape
+    from cpmpi.simulate import Sizes
+    from cpmpi.topology.synthetic import synthetic
+
+    topology = synthetic("machine=cpu-2s,ranks=2/1")
+    shape = AttentionShape(new=31, stored=50, query_heads=4, kv_heads=2, key_dim=8, value_dim=8, itemsize=4)
+    bench = AttentionBench(MPI.COMM_WORLD, topology, named("reference"), torch.device("cpu"))
+    heads = Heads(query_heads=4, kv_heads=2, key_dim=8, value_dim=8, dtype=torch.float32)
+    rates = bench.rates(heads)
+    assert rates.attention_flops > 0
+    assert MPI.COMM_WORLD.allgather(rates) == [rates] * 3
+    sizes = Sizes(shape, 3)
+    for kind in ("ring", "tree", "hybrid"):
+        schedule = schedule_on(kind, topology)
+        measured = bench.run(schedule, shape, torch.float32, repeat=1)
+        sent = [sum(sizes.bytes(t.items) for now in schedule.program(r) for t in now.sends) for r in range(3)]
+        assert measured.sent_bytes == max(sent)
+        assert len(measured.total_s) == len(measured.compute_s) == len(measured.move_s) == 1
+        assert measured.flops == shape.mask.pairs(range(50, 81), range(81)) * shape.pair_flops
+        if bench.comm.rank == 0:
+            assert {i.rank for i in measured.intervals} == {0, 1, 2}
+            arrived = sum(i.n_bytes for i in measured.intervals if i.what == "transfer")
+            assert arrived == sum(sent)
+    bench.close()
+
+
+def test_the_command_on_two_ranks(tmp_path):
+    trace, picture = tmp_path / "trace.json", tmp_path / "timeline.png"
+    line = ["-m", "cpmpi", "bench", "attention", "--attention", "all", *SHAPE]
+    done = mpirun(2, *line, "--trace", str(trace), "--plot", str(picture), timeout_s=120)
+    assert done.returncode == 0, done.stdout
+    assert "2 ranks on 1 nodes, 64 new tokens after 256, 4 query and 2 KV heads of 16" in done.stdout
+    for kind in ("ring", "tree", "hybrid"):
+        assert f"\n{kind} " in done.stdout
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert picture.stat().st_size > 5000
+
+
+def test_one_rank_without_a_launcher():
+    done = mpirun(1, "-m", "cpmpi", "bench", "attention", *SHAPE, timeout_s=60)
+    assert done.returncode == 0, done.stdout
+    assert "attention: ring: " in done.stdout
+
+
+def test_transport(tmp_path):
+    done = mpirun(2, "-m", "cpmpi", "bench", "transport", "--repeat", "1", timeout_s=120)
+    assert done.returncode == 0, done.stdout
+    assert "GB/s a rank" in done.stdout
+
+
+def test_fractions():
+    m = Measured(total_s=(3.0, 2.0, 2.5), compute_s=(2.0,), move_s=(1.0,), flops=1.0, sent_bytes=1)
+    assert (m.seconds, m.hidden, m.bound_share) == (2.5, 0.5, 0.8)
+    assert Measured(total_s=(3.0,), compute_s=(2.0,), move_s=(0.1,), flops=1.0, sent_bytes=0).hidden == 1
+    assert Overlap(1, move_s=1.0, compute_s=2.0, both_s=2.25).hidden == 0.75
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--attention", "star"], "unknown schedule 'star': choose one of auto, all, ring, tree, hybrid"),
+        (["--segments", "0"], "segments (0) must be at least 1"),
+        (["--new", "0"], "new (0) must be at least 1"),
+        (["--query-heads", "5", "--kv-heads", "2"], "query heads (5) must be a multiple of the KV heads (2)"),
+        (["--plot", "a.bmp"], "a drawing's name ends in one of"),
+        (["--topology", "/nowhere.json"], "/nowhere.json"),
+    ],
+)
+def test_what_cannot_be_measured(options, problem, monkeypatch):
+    """On a world of one, started in this process by a double that has no MPI behind it."""
+    from cpmpi import ranks
+
+    class Alone:
+        size, rank = 1, 0
+
+        def allgather(self, one):
+            return [one]
+
+    monkeypatch.setattr(ranks, "start", lambda: ranks.Ranks(Alone()))
+    monkeypatch.setattr("cpmpi.machine.choose_device", lambda *_: "cpu")
+    monkeypatch.setattr("cpmpi.machine.set_threads", lambda _: 1)
+    failed = CliRunner().invoke(command, ["attention", *options])
+    assert isinstance(failed.exception, UserError)
+    assert problem in str(failed.exception)
