@@ -83,7 +83,7 @@ def delete_run(folder: Path) -> None:
     paths = RunPaths(folder)
     for path in (paths.index, paths.summary, paths.topology, paths.schedule):
         path.unlink(missing_ok=True)
-    for folder_of_run in (paths.shards, paths.checkpoints):
+    for folder_of_run in (paths.shards, paths.checkpoints, paths.report):
         if folder_of_run.exists():
             shutil.rmtree(folder_of_run)
 

@@ -53,12 +53,18 @@ class RunPaths:
         """The folder of hidden states from which an unfinished document goes on; empty when the run is complete."""
         return self.folder / "checkpoints"
 
+    @property
+    def report(self) -> Path:
+        """The folder of the pictures."""
+        return self.folder / "report"
+
     def foreign(self) -> list[str]:
         """Names in the folder, sorted, that no run puts there (what a killed run left behind is not foreign)."""
         files = [path.name for path in (self.index, self.topology, self.schedule, self.summary)]
         ours = {
             self.shards.name,
             self.log.name,
+            self.report.name,
             self.checkpoints.name,
             *files,
             *(name + TEMPORARY_SUFFIX for name in files),

@@ -13,9 +13,10 @@ import click
 def command(run: Path, folder: Path | None) -> None:
     """Draw the surprisal along each finished document of RUN, one PNG each, and print their paths."""
     from cpmpi.run import open_run
+    from cpmpi.run_paths import RunPaths
     from cpmpi.surprisal import draw
 
-    folder = folder or run / "report"
+    folder = folder or RunPaths(run).report
     with open_run(run) as opened:
         for i, document in enumerate(opened.documents):
             if not document.complete:
