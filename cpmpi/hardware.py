@@ -47,8 +47,8 @@ HARDWARE = {
     "h100": Hardware(
         name="NVIDIA H100 SXM 80 GB",
         source="peak of 989 TFLOP/s dense bf16 (data sheet); matrix products at the 80% of it measured on an H200, "
-        "whose chip is the same; attention 550: FlashAttention-3's causal forward at head dim 128 and 16k tokens (about "
-        "640, arXiv 2407.08608) less 15% for the blocks of a ring; memory 3.35 TB/s (data sheet) at 90%",
+        "whose chip is the same; attention 550: FlashAttention-3's causal forward at head dim 128 and 16k tokens "
+        "(about 640, arXiv 2407.08608) less 15% for the blocks of a ring; memory 3.35 TB/s (data sheet) at 90%",
         matmul_flops=790e12,
         attention_flops=550e12,
         memory_gb_per_s=3000,

@@ -161,7 +161,7 @@ def plan(model: ModelSize, request: Request, topology: Topology, hardware: Hardw
 
 
 def attention_shape(kind: LayerKind, request: Request) -> AttentionShape:
-    """A layer's attention as one of ``tp`` ranks has it: its share of the query heads and (or a copy) of the KV heads."""
+    """A layer's attention as one of ``tp`` ranks has it: its share of the query heads and (or copies) of KV heads."""
     return AttentionShape(
         new=request.tokens, query_heads=kind.query_heads // request.tp, kv_heads=max(1, kind.kv_heads // request.tp),
         key_dim=kind.key_dim, value_dim=kind.value_dim, itemsize=DTYPES[request.dtype].itemsize,

@@ -23,7 +23,7 @@ DEMO = Path(os.path.relpath(Path(__file__).resolve().parent.parent / "examples" 
     help="Folder for the document and the run.",
 )  # fmt: skip
 def command(ranks: int, folder: Path) -> None:
-    """Prefill a document of 68,000 tokens on two ranks of this machine: results, files and a picture.
+    """Prefill a document of 66,000 tokens on two ranks of this machine: results, files and a picture.
 
     Needs a checkout of the repository. A run that is in the folder already is done again.
     """
@@ -37,10 +37,9 @@ def command(ranks: int, folder: Path) -> None:
     began = time.perf_counter()
     show([*launcher(ranks), "cpmpi", *prefill], [*launcher(ranks), sys.executable, "-m", "cpmpi", *prefill])
     click.echo(f"\n{time.perf_counter() - began:.1f} s from start to end\n")
-    for shown in (["cpmpi", "inspect", str(run)], ["cpmpi", "report", str(run)]):
-        show(shown, [sys.executable, "-m", *shown])
-        click.echo()
-    click.echo(tree(run))
+    show(["cpmpi", "inspect", str(run)], [sys.executable, "-m", "cpmpi", "inspect", str(run)])
+    click.echo("\n" + tree(run) + "\n")
+    show(["cpmpi", "report", str(run)], [sys.executable, "-m", "cpmpi", "report", str(run)])
 
 
 def launcher(ranks: int) -> list[str]:

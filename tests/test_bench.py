@@ -1,4 +1,4 @@
-"""The bench on real ranks: it runs every schedule, counts the bytes that the model predicts, and refuses what is not."""
+"""The bench on real ranks: it runs every schedule, counts the bytes that the model predicts, refuses bad names."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from .conftest import ROOT
 from .tiny_models import tiny_config
 
 sys.path.insert(0, str(ROOT / "docs"))
-import make_planning  # noqa: E402
+import make_planning
 
 CONFIGS = ROOT / "benchmarks" / "configs"
 

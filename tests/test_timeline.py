@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_a_ranks_own_time_has_no_gaps(intervals):
             (i for i in intervals if i.rank == rank and i.what in ("compute", "merge", "wait")), key=lambda i: i.start_s
         )
         assert own[0].start_s == 0
-        for before, after in zip(own, own[1:]):
+        for before, after in pairwise(own):
             assert after.start_s == pytest.approx(before.stop_s)
 
 

@@ -1,7 +1,7 @@
 """Schedules on four nodes with a 200 Mbit/s uplink: bytes by the formula, times as predicted, the choice the right one.
 
-Times are compared with each other only. Eight ranks share this machine's few cores, so they vary by some tens of percent;
-what is asserted is far from that, or grants the spread of the repetitions.
+Times are compared with each other only. Eight ranks share this machine's few cores, so they vary by some tens of
+percent; what is asserted is far from that, or grants the spread of the repetitions.
 """
 
 import json
@@ -66,7 +66,7 @@ if comm.rank == 0:
 
 
 def test_extending_by_a_tree_spares_the_uplink(cluster: Cluster, capsys):
-    """32 tokens after 16,384, 8 heads of 64 in float32: queries and partials of one half of the tokens cross each way."""
+    """32 tokens after 16,384, 8 heads of 64, float32: queries and partials of half of the tokens cross each way."""
     out = cluster.mpirun("-c", EXTENSION, str(cluster.leaf_file), timeout_s=240)
     found = json.loads(next(line for line in out.splitlines() if line.startswith("FOUND"))[6:])
     tree, ring = found["tree"], found["ring"]
