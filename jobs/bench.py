@@ -26,7 +26,7 @@ repeat_option = click.option("--repeat", type=click.IntRange(1), default=3, show
 debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
 
 
-@click.group()
+@click.group("bench")
 def command() -> None:
     """Measure attention across ranks, or messages between them, on the ranks of this launch."""
 

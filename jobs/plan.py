@@ -11,7 +11,7 @@ import click
 FILE = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command("plan")
 @click.option("--model", type=FILE, required=True, help="Checkpoint folder or config.json; weights need not be there.")
 @click.option("--tokens", type=int, required=True, help="Length of the document.")
 @click.option("--nodes", type=int, help="Nodes of the allocation.  [default: 1]")
