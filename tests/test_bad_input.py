@@ -178,7 +178,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path):
         "    r = ranks.start()\n"
         "    if r.rank == 1: raise RuntimeError('disk on fire')\n"
         "    r.comm.recv()\n"
-        "cli.cli.get_command = lambda *_: fail\n"
+        "cli.cli.resolve_command = lambda *_: ('fail', fail, [])\n"
         "sys.argv = ['cpmpi', 'fail']; cli.main()\n"
     )
     done = mpirun(3, "-c", code, timeout_s=60)
