@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -106,7 +107,7 @@ def test_a_writer_is_not_stopped_by_somebody_who_looks(tmp_path):
         file.attrs["complete"] = False
     look = "import h5py, sys; f = h5py.File(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
     with subprocess.Popen(
-        ["python", "-c", look, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", look, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as looker:
         assert looker.stdout is not None
         assert looker.stdout.readline() == "open\n"
