@@ -23,10 +23,10 @@ test: $(STAMP)
 	$(RUN)/python -m pytest
 
 test-slow: $(STAMP)
-	$(RUN)/python -m pytest -m slow
+	$(RUN)/python -m pytest -m "slow"
 
 cluster-test: $(STAMP)
-	$(RUN)/python -m pytest -m cluster tests/cluster
+	$(RUN)/python -m pytest -m "cluster and not slow" tests/cluster
 
 lint: $(STAMP)
 	$(RUN)/ruff check .

@@ -12,7 +12,7 @@ import pytest
 
 from .emulated import Cluster
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]  # compares measured times: for a machine that does nothing else
 
 EXTENSION = """
 import json, sys
