@@ -75,7 +75,8 @@ def transformers_worker(folder: Path, tokens: int) -> None:
 
 def cpmpi_worker(folder: Path, tokens: int) -> None:
     """The job itself, KV written to disk included."""
-    from cpmpi.job import JobOptions, run
+    from cpmpi.job import run
+    from cpmpi.job_options import JobOptions
     from cpmpi.ranks import start
 
     ranks = start()

@@ -71,7 +71,7 @@ def measure(folder: Path, tokens: int) -> dict[str, float]:
     )  # fmt: skip
     formula = plan(parts, weight_bytes(skeleton), choice="resident", limit=None, available=0)
     engine = Engine(
-        rank=0, causal_lm=checkpoint.load(dtype, device), layers=layers, device=device,
+        rank=0, weights=checkpoint.weights(dtype, device, stream=False), layers=layers, device=device,
         schedule=Schedule(kind="ring", nodes=[[0]], parents=[None]), transport=MPITransport(MPI.COMM_SELF),
         backends=backends_of(layers, device), progress=Progress(enabled=False),
     )  # fmt: skip

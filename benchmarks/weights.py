@@ -86,10 +86,9 @@ def measure(folder: Path, way: str, tokens: int) -> dict[str, float]:
     device, dtype = torch.device("cpu"), torch.float32
     checkpoint = Checkpoint(folder)
     layers = probe(checkpoint.skeleton(dtype))
-    weights = checkpoint.stream(dtype, device) if way == "stream" else None
-    model = checkpoint.load(dtype, device) if weights is None else weights.model
+    weights = checkpoint.weights(dtype, device, stream=way == "stream")
     engine = Engine(
-        rank=0, causal_lm=model, layers=layers, schedule=Schedule(kind="ring", nodes=[[0]], parents=[None]),
+        rank=0, layers=layers, schedule=Schedule(kind="ring", nodes=[[0]], parents=[None]),
         transport=MPITransport(MPI.COMM_SELF), backends=backends_of(layers, device), device=device, weights=weights,
         progress=Progress(enabled=False),
     )  # fmt: skip

@@ -107,7 +107,7 @@ def least_seconds(schedule: Schedule, shape: AttentionShape, rates: Rates, links
     """
     world = schedule.world
     pairs = shape.mask.pairs(range(shape.stored, shape.tokens), range(shape.tokens))
-    computing = pairs * shape.pair_flops / rates.attention_flops / world
+    computing = shape.copies * pairs * shape.pair_flops / rates.attention_flops / world
     if len(schedule.nodes) == 1:
         return computing
     outer = [m for m in range(len(schedule.nodes)) if m not in schedule.parents]
@@ -122,7 +122,7 @@ def least_seconds(schedule: Schedule, shape: AttentionShape, rates: Rates, links
     out, into = (ranks[0], schedule.nodes[up][0]), (schedule.nodes[up][0], ranks[0])
     rate_out, rate_in = (min(links.narrowest(*way), lanes * links.route(*way).bytes_per_s) for way in (out, into))
     moving = shape.query_bytes / rate_in + shape.partial_bytes / rate_out
-    return max(computing, shape.new * elsewhere * moving)
+    return max(computing, shape.copies * shape.new * elsewhere * moving)
 
 
 def reason(best: str, prices: dict[str, Price], memory: int | None = None) -> str:

@@ -18,7 +18,9 @@ from cpmpi.attention_call import ATTENTION
 from cpmpi.errors import UserError
 from cpmpi.fingerprint import check_whole, weight_files
 from cpmpi.forward import register
-from cpmpi.weights import StreamedWeights, finite, spans_of
+from cpmpi.tensor_parallel import Sharing
+from cpmpi.weight_reader import WeightReader, finite
+from cpmpi.weights import StreamedWeights, Weights, spans_of
 
 # Layer types of configs that mix tokens by other means than attention; `cpmpi.probe` finds those with other names.
 UNSUPPORTED_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm", "rwkv", "short_conv")
@@ -112,12 +114,13 @@ class Checkpoint:
         own = self.text_config_value("dtype") or torch.float32
         return torch.float32 if device.type == "cpu" else own
 
-    def skeleton(self, dtype: torch.dtype, *, probed: bool = True) -> torch.nn.Module:
+    def skeleton(self, dtype: torch.dtype, *, probed: bool = True, sharing: Sharing | None = None) -> torch.nn.Module:
         """The model without weights: its parameters are on the meta device, its buffers are real.
 
         Args:
             dtype: type to compute in.
             probed: to learn from, in `cpmpi.probe`: experts are then computed in the way that looks least at values.
+            sharing: this rank's share of the weights; None: all.
         """
         from transformers import AutoModelForCausalLM
 
@@ -127,18 +130,35 @@ class Checkpoint:
             model: torch.nn.Module = AutoModelForCausalLM.from_config(
                 deepcopy(self.config), dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False, **experts
             )
+        if sharing is not None:
+            sharing.narrow(model)
         return model.eval()
 
-    def stream(self, dtype: torch.dtype, device: torch.device, *, check_finite: bool = False) -> StreamedWeights:
-        """The causal-LM model with cpmpi's attention, in evaluation mode, with weights that come when they are used.
+    def weights(
+        self, dtype: torch.dtype, device: torch.device, *, stream: bool, sharing: Sharing | None = None,
+        check_finite: bool = False,
+    ) -> Weights:  # fmt: skip
+        """The causal-LM model with cpmpi's attention, in evaluation mode, with its weights.
+
+        Args:
+            dtype: type to compute in.
+            device: where to compute.
+            stream: whether weights come when they are used, and go.
+            sharing: this rank's share of the weights; None: all.
+            check_finite: whether weights are searched for NaN and infinities when they are read.
 
         Raises:
-            UserError: tensors are missing or of the wrong shape (named), or the model cannot be streamed (why).
+            UserError: a file is damaged, tensors are missing or of the wrong shape (named), or the weights cannot be
+                streamed or shared (why).
         """
-        spans = spans_of(self.skeleton(dtype))
-        return StreamedWeights(
-            self.skeleton(dtype, probed=False), spans, self.folder, device, check_finite=check_finite
-        )
+        if not stream and sharing is None:
+            return Weights(self.load(dtype, device, check_finite=check_finite))
+        model = self.skeleton(dtype, probed=False, sharing=sharing)
+        reader = WeightReader(model, self.folder, device, sharing=sharing, check_finite=check_finite)
+        if stream:
+            return StreamedWeights(reader, spans_of(self.skeleton(dtype, sharing=sharing)))
+        reader.load(reader.groups)
+        return Weights(model)
 
     def load(self, dtype: torch.dtype, device: torch.device, *, check_finite: bool = False) -> torch.nn.Module:
         """The causal-LM model with cpmpi's attention, in evaluation mode.

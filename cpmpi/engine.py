@@ -16,13 +16,15 @@ import torch
 from cpmpi.attention_call import Call, rule_of
 from cpmpi.execute import Execution, Keys, Queries
 from cpmpi.forward import Head, chunks, decoder_of, layer_major
+from cpmpi.grid import Grid
 from cpmpi.kernels.backend import Backend
 from cpmpi.layout import Layout, Piece
 from cpmpi.probe import Layer
 from cpmpi.progress import Progress
 from cpmpi.schedule import Schedule
 from cpmpi.transport import Transport
-from cpmpi.weights import StreamedWeights, finite
+from cpmpi.weight_reader import finite
+from cpmpi.weights import Weights
 
 KeepKeys = Callable[[int, torch.Tensor, torch.Tensor], None]
 
@@ -43,18 +45,31 @@ class Scores:
 
 @dataclass(kw_only=True)
 class Engine:
-    """Runs documents on the ranks of a schedule; every rank has one, and calls it with the same documents."""
+    """Runs documents on the ranks of a grid; every rank has one, and calls it with the same documents.
+
+    Args:
+        rank: this rank.
+        weights: the model with this rank's share of the weights.
+        layers: its layers, with this rank's share of the heads.
+        schedule, transport: of the attention among the ranks of a head group, by their positions.
+        backends: the attention kernel of each layer.
+        grid: how ranks share heads and tokens.
+        summing: among the ranks that share the weights, where they do; the model's sums go over it.
+        chunk_tokens: tokens that go through the model at a time.
+        check_finite: whether layers are searched for NaN and infinities.
+    """
 
     rank: int
-    causal_lm: torch.nn.Module
+    weights: Weights
     layers: tuple[Layer, ...]
     schedule: Schedule
     transport: Transport
     backends: tuple[Backend, ...]
     device: torch.device
     progress: Progress
+    grid: Grid = field(default_factory=Grid)
+    summing: Transport | None = None
     chunk_tokens: int = 1024
-    weights: StreamedWeights | None = None
     check_finite: bool = False
 
     @torch.inference_mode()
@@ -65,14 +80,17 @@ class Engine:
 
         Args:
             token_ids: all token ids (T_all,) of the document.
-            layout: which rank holds which tokens.
+            layout: which position of a head group holds which tokens.
             name: the document's name, for progress.
             keep: takes each finished layer's number and this rank's keys (T, G, D) and values (T, G, E), and owns them.
         """
         started = time.perf_counter()
         ids_T = torch.from_numpy(token_ids.astype(np.int64)).to(self.device)
-        parts = chunks(layout.pieces(self.rank), self.chunk_tokens)
-        program = self.schedule.program(self.rank)
+        position = self.grid.position(self.rank)
+        computed = self.grid.computed(layout)
+        parts = chunks(computed.pieces(position), self.chunk_tokens)
+        kept = rows_of(layout.pieces(position), parts)
+        program = self.schedule.program(position)
         self.progress.start(name, layout.n_tokens, len(self.layers))
         attending = 0.0
 
@@ -83,35 +101,31 @@ class Engine:
                 for part, call in zip(parts, calls, strict=False):
                     for what, tensor in (("queries", call.q_1HCD), ("keys", call.k_1GCD), ("values", call.v_1GCE)):
                         finite(tensor, f"layer {layer}, {what} of tokens {part.start} to {part.stop - 1}")
-            if self.weights is not None:
-                self.weights.leave(layer)
+            self.weights.leave(layer)
             heads, rule = self.layers[layer].heads, rule_of(calls[0], layout.n_tokens)
-            keys = Keys.empty(layout.pieces(self.rank), heads, self.device)
-            if parts:
-                torch.cat([c.k_1GCD[0].transpose(0, 1) for c in calls], out=keys.k_SGD)
-                torch.cat([c.v_1GCE[0].transpose(0, 1) for c in calls], out=keys.v_SGE)
+            keys = Keys.empty(layout.pieces(position), heads, self.device)
+            if kept:
+                torch.cat([calls[i].k_1GCD[0].transpose(0, 1)[rows] for i, rows in kept], out=keys.k_SGD)
+                torch.cat([calls[i].v_1GCE[0].transpose(0, 1)[rows] for i, rows in kept], out=keys.v_SGE)
             if keep is not None:
                 keep(layer, keys.k_SGD, keys.v_SGE)
             runs = [(part.start, call.q_1HCD[0].transpose(0, 1)) for part, call in zip(parts, calls, strict=False)]
             execution = Execution(
-                rank=self.rank, program=program, transport=self.transport, backend=self.backends[layer], heads=heads,
-                rule=rule, query_layout=layout, key_layouts=(layout,), device=self.device,
+                rank=position, program=program, transport=self.transport, backend=self.backends[layer], heads=heads,
+                rule=rule, query_layout=computed, key_layouts=(layout,), device=self.device,
                 tick=lambda done: self.progress.update(layer + done),
             )  # fmt: skip
             out_THE = execution.run(Queries(tuple(runs)), keys)
-            if self.weights is not None:
-                self.weights.enter(layer + 1)
+            self.weights.enter(layer + 1)
             self.progress.update(layer + 1)
             attending += time.perf_counter() - begun
             if not parts:  # a rank without tokens walks along with the first token, whose result nobody takes
                 return [out_THE.new_zeros(1, heads.query_heads, heads.value_dim)]
             return torch.split(out_THE, [part.size for part in parts])
 
-        if self.weights is not None:
-            self.weights.enter(0)
-        states = layer_major(decoder_of(self.causal_lm), ids_T, parts or [Piece(0, 1)], attend)
-        if self.weights is not None:
-            self.weights.close()
+        self.weights.enter(0)
+        states = layer_major(decoder_of(self.weights.model), ids_T, parts or [Piece(0, 1)], attend)
+        self.weights.close()
         decoded = time.perf_counter()
         positions, logprobs, last_hidden = self._head(ids_T, parts, states)
         return Scores(
@@ -119,20 +133,41 @@ class Engine:
             seconds={"attention": attending, "decoder": decoded - started, "head": time.perf_counter() - decoded},
         )  # fmt: skip
 
+    def close(self) -> None:
+        """Give back what the transports hold. Collective."""
+        self.transport.close()
+        if self.summing is not None:
+            self.summing.close()
+
     def _head(
         self, ids_T: torch.Tensor, parts: Sequence[Piece], states: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The hidden state at position i predicts token i + 1; the last token's predicts nothing yet and is kept."""
-        n_tokens = len(ids_T)
-        head = Head(self.causal_lm)
+        """The hidden state at position i predicts token i + 1; the last token's predicts nothing yet and is kept.
+
+        Ranks that share the weights have the same hidden states, and take an equal share of each chunk.
+        """
+        n_tokens, tp, index = len(ids_T), self.grid.tp, self.grid.tp_index(self.rank)
+        head = Head(self.weights.model)
         positions, logprobs, last_hidden = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)], None
         for part, hidden_TC in zip(parts, states, strict=False):
             if self.check_finite:
                 finite(hidden_TC, f"last layer, output of tokens {part.start} to {part.stop - 1}")
-            stop = min(part.stop, n_tokens - 1)
-            targets = torch.arange(part.start + 1, stop + 1)
+            predicting = min(part.stop, n_tokens - 1) - part.start
+            first, stop = (predicting * i // tp for i in (index, index + 1))
+            targets = torch.arange(part.start + first + 1, part.start + stop + 1)
             positions.append(targets)
-            logprobs.append(head.logprobs(hidden_TC[: stop - part.start], ids_T[part.start + 1 : stop + 1]))
-            if part.stop == n_tokens:
+            logprobs.append(head.logprobs(hidden_TC[first:stop], ids_T[part.start + first + 1 : part.start + stop + 1]))
+            if part.stop == n_tokens and index == 0:
                 last_hidden = hidden_TC[-1].float().cpu()
         return torch.cat(positions), torch.cat(logprobs), last_hidden
+
+
+def rows_of(pieces: Sequence[Piece], parts: Sequence[Piece]) -> list[tuple[int, slice]]:
+    """Where the tokens of ``pieces`` lie in ``parts``, in order: the number of a part, and rows in it."""
+    found = []
+    for piece in pieces:
+        for i, part in enumerate(parts):
+            start, stop = max(piece.start, part.start), min(piece.stop, part.stop)
+            if start < stop:
+                found.append((i, slice(start - part.start, stop - part.start)))
+    return found

@@ -7,13 +7,17 @@ and each coroutine goes on with its rows of the result, through the rest of its 
 
 So everything but attention is computed chunk by chunk, whatever the model is made of, with no model code here, and no
 more than one layer's keys and values is ever in use.
+
+Where ranks share the weights, a chunk also sleeps while a partial sum of its own is completed; the next chunk computes
+meanwhile.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import greenlet
 import torch
@@ -23,6 +27,7 @@ from cpmpi.errors import UserError
 from cpmpi.layout import Piece
 from cpmpi.logprobs import token_logprobs
 from cpmpi.rotary import document_length
+from cpmpi.transport import Pending
 
 
 def chunks(pieces: Sequence[Piece], chunk_tokens: int) -> list[Piece]:
@@ -51,16 +56,71 @@ def layer_major(
     """
     walkers = [greenlet.greenlet(_walk) for _ in parts]
     with document_length(model, len(token_ids_T)):
-        states: list[Any] = [w.switch(model, token_ids_T, part) for w, part in zip(walkers, parts, strict=True)]
+        states = _walk_on(walkers, [(model, token_ids_T, part) for part in parts])
         layer = 0
         while isinstance(states[0], Call):
             assert all(isinstance(call, Call) and call.module is states[0].module for call in states)
             outputs = attend(layer, states)
-            for i, walker in enumerate(walkers):
-                states[i] = None  # the chunk's queries, keys and values go as soon as its layer has gone on
-                states[i] = walker.switch(outputs[i])
+            states = []  # the chunks' queries, keys and values go before their layer goes on
+            states = _walk_on(walkers, [(output,) for output in outputs])
             layer += 1
     return states
+
+
+class Sum(NamedTuple):
+    """A partial sum on its way to the ranks that share the weights, and the tensor it came from."""
+
+    pending: Pending
+    partial: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        """The sum, in the partial one's shape and type."""
+        return self.pending.wait().view(torch.float32).view(self.partial.shape).to(self.partial.dtype)
+
+
+def _walk_on(walkers: Sequence[greenlet.greenlet], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Each chunk goes on with its arguments, up to its next attention or its end; what it comes back with.
+
+    While a chunk's partial sum is under way the next chunk computes. All ranks that share the weights do so in the same
+    order, so that their sums meet.
+    """
+    states: list[Any] = [None] * len(walkers)
+    summing: deque[int] = deque()
+
+    def go(i: int, *given: Any) -> None:
+        states[i] = walkers[i].switch(*given)
+        if isinstance(states[i], Sum):
+            summing.append(i)
+
+    for i, given in enumerate(arguments):
+        go(i, *given)
+        while len(summing) > 1:
+            first = summing.popleft()
+            go(first, states[first].wait())
+    while summing:
+        first = summing.popleft()
+        go(first, states[first].wait())
+    return states
+
+
+def sum_outputs(model: torch.nn.Module, modules: Sequence[str], start: Callable[[torch.Tensor], Pending]) -> None:
+    """Complete the outputs of some modules, which are partial sums, among the ranks that share the weights.
+
+    Args:
+        model: with a share of the weights.
+        modules: the names of these modules.
+        start: starts an all-reduce of a tensor, in float32.
+    """
+
+    def complete(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        assert isinstance(output, torch.Tensor), f"{type(module).__name__} returns more than a tensor"
+        parent = greenlet.getcurrent().parent
+        assert parent is not None, "a model with cpmpi's attention runs inside layer_major only"
+        summed: torch.Tensor = parent.switch(Sum(start(output), output))
+        return summed
+
+    for name in modules:
+        model.get_submodule(name).register_forward_hook(complete)
 
 
 def _walk(model: torch.nn.Module, token_ids_T: torch.Tensor, part: Piece) -> torch.Tensor:

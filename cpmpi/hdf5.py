@@ -128,10 +128,12 @@ def create_contiguous(
 
 @dataclass(frozen=True, kw_only=True)
 class VirtualBlock:
-    """Rows ``start .. start + count`` of axis 1 of a virtual dataset, and where they lie in a source dataset."""
+    """Where a source dataset's tokens and heads lie in a virtual dataset, and where its tokens lie in itself."""
 
     start: int
     count: int
+    head: int
+    heads: int
     file: str
     source_rows: int
     source_start: int
@@ -146,20 +148,21 @@ def create_virtual(
     source_name: str,
     labels: Sequence[str],
 ) -> Any:
-    """Create a virtual dataset out of blocks of axis 1 (tokens) of the datasets ``source_name`` in other files.
+    """Create a virtual dataset out of blocks of axes 1 (tokens) and 2 (heads) of datasets in other files.
+
+    A source dataset, called ``source_name``, has all layers, some tokens, and the heads of its block.
 
     File names are relative to the folder of this file. What no readable source covers reads as NaN.
     """
-    first, _, *rest = shape
+    layers, _, _, dim = shape
     plist = h5p.create(h5p.DATASET_CREATE)
     plist.set_fill_value(np.asarray(np.nan, np.float32))
     space = h5s.create_simple(tuple(shape))
-    origin = (0,) * len(rest)
     for block in blocks:
-        extent = (first, block.count, *rest)
-        source = h5s.create_simple((first, block.source_rows, *rest))
-        source.select_hyperslab((0, block.source_start, *origin), extent)
-        space.select_hyperslab((0, block.start, *origin), extent)
+        extent = (layers, block.count, block.heads, dim)
+        source = h5s.create_simple((layers, block.source_rows, block.heads, dim))
+        source.select_hyperslab((0, block.source_start, 0, 0), extent)
+        space.select_hyperslab((0, block.start, block.head, 0), extent)
         plist.set_virtual(space, block.file.encode(), source_name.encode(), source)
     space.select_all()
     dataset = h5py.Dataset(h5d.create(group.id, name.encode(), h5type, space, plist))

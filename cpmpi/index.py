@@ -82,7 +82,9 @@ def _lay_out_document(group: Any, index: int, document: DocumentSpec, spec: RunS
     group.attrs["token_ids_sha256"] = document.token_ids_sha256
     group.attrs["segments"] = document.layout.segments
     group.attrs["first_rank"] = document.first_rank
-    group.attrs["n_ranks"] = document.layout.world
+    group.attrs["n_ranks"] = document.n_ranks
+    group.attrs["tp"] = document.grid.tp
+    group.attrs["head_groups"] = document.grid.head_groups
     group.attrs["nll"] = np.nan
     group.attrs["perplexity"] = np.nan
     group.attrs["outputs_xxh3"] = np.uint64(0)
@@ -94,23 +96,25 @@ def _lay_out_document(group: Any, index: int, document: DocumentSpec, spec: RunS
     if spec.kv is None:
         return
     kv = group.create_group("kv")
-    blocks = _virtual_blocks(document, spec.world_size)
+    blocks = _virtual_blocks(document, spec)
     for name, dim in (("key", spec.kv.key_dim), ("value", spec.kv.value_dim)):
         shape = (spec.kv.layers, tokens, spec.kv.heads, dim)
         create_virtual(kv, name, shape, spec.kv.stored.h5type(), blocks, f"{document_name(index)}/{name}", LABELS)
     create_contiguous(kv, "shard_digest", (spec.world_size,), h5t.STD_U64LE, fill=np.uint64(0), labels=("rank",))
 
 
-def _virtual_blocks(document: DocumentSpec, world_size: int) -> list[VirtualBlock]:
+def _virtual_blocks(document: DocumentSpec, spec: RunSpec) -> list[VirtualBlock]:
     """Every piece of every rank: where it is in the document, and where in its rank's shard."""
+    assert spec.kv is not None
     blocks = []
-    for rank in range(world_size):
+    for rank in range(spec.world_size):
         pieces = document.pieces(rank)
+        heads = document.heads(rank, spec.kv.heads)
         held = sum(piece.size for piece in pieces)
         first = 0
         for piece in pieces:
             block = VirtualBlock(
-                start=piece.start, count=piece.size, file=shard_name(rank),
+                start=piece.start, count=piece.size, head=heads.start, heads=heads.size, file=shard_name(rank),
                 source_rows=held, source_start=first,
             )  # fmt: skip
             blocks.append(block)

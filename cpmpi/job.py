@@ -7,7 +7,6 @@ import logging
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,15 @@ from cpmpi.engine import Engine, Scores
 from cpmpi.errors import UserError
 from cpmpi.execute import Heads
 from cpmpi.fingerprint import model_sha256, tokenizer_sha256
+from cpmpi.forward import sum_outputs
+from cpmpi.grid import Grid
 from cpmpi.index import RunIndex
+from cpmpi.job_options import JobOptions
 from cpmpi.layout import Layout
 from cpmpi.log import rank_log
 from cpmpi.machine import choose_device, local_rank, set_threads
-from cpmpi.memory import CHOICES, Memory, available_bytes, parts_of, plan
-from cpmpi.placement import choose_schedule, place
+from cpmpi.memory import Memory, available_bytes, parts_of, plan
+from cpmpi.placement import check_grid, choose_schedule, place, split
 from cpmpi.probe import Layer, backends_of, probe
 from cpmpi.progress import Progress, duration
 from cpmpi.publish import publish_text
@@ -35,64 +37,12 @@ from cpmpi.run import open_run
 from cpmpi.run_paths import RunPaths
 from cpmpi.shard import prepare_shard
 from cpmpi.table import table
+from cpmpi.tensor_parallel import Sharing, share
 from cpmpi.topology.describe import Topology
 from cpmpi.topology.text import summary as topology_summary
 from cpmpi.transport import MPITransport
-from cpmpi.weights import StreamedWeights, weight_bytes
+from cpmpi.weights import weight_bytes
 from cpmpi.writer import ShardWriter
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobOptions:
-    """What a user asks of the job.
-
-    Raises:
-        UserError: a number is out of range.
-    """
-
-    model: Path
-    """Checkpoint folder."""
-    inputs: tuple[str, ...]
-    """Files, folders and globs."""
-    output: Path
-    """Run folder."""
-    keep_kv: bool = True
-    """Whether the KV cache is stored."""
-    attention: str = "auto"
-    """Schedule: auto, ring, tree or hybrid."""
-    segments: int = 2
-    """Segments that a document is cut into."""
-    dtype: str = "auto"
-    """Type to compute in."""
-    kv_dtype: str = "bfloat16"
-    """Type to store keys and values in."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    weights: str = "auto"
-    """resident: all weights stay in memory; stream: a layer at a time; auto: as memory allows."""
-    memory_limit: int | None = None
-    """Bytes that a rank may use; None: its share of the node's free memory."""
-    check_finite: bool = False
-    """Whether weights and layers are searched for NaN and infinities."""
-    chunk_tokens: int = 1024
-    """Tokens that go through the model at a time."""
-    special_tokens: bool | None = None
-    """Whether the tokenizer adds special tokens; None: as it does by itself."""
-    allow_longer: bool = False
-    """Whether documents may be longer than the checkpoint's positions."""
-    overwrite: bool = False
-    """Whether a run in the output folder is deleted first."""
-    quiet: bool = False
-    """Whether progress is left out."""
-    command: str = ""
-    """The command line, for the record."""
-
-    def __post_init__(self) -> None:
-        if self.weights not in CHOICES:
-            raise UserError(f"--weights {self.weights}: choose one of {', '.join(CHOICES)}")
-        for name in ("segments", "chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
 
 
 @dataclass(kw_only=True)
@@ -109,9 +59,15 @@ class Job:
     documents: list[Document]
     dtype: torch.dtype
     layers: tuple[Layer, ...]
+    sharing: Sharing | None
     memory: Memory
     spec: run_spec.RunSpec
     seconds: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> Grid:
+        """How ranks share heads and tokens."""
+        return Grid() if self.sharing is None else self.sharing.grid
 
 
 def run(options: JobOptions) -> dict[int, float]:
@@ -135,7 +91,7 @@ def run(options: JobOptions) -> dict[int, float]:
             engine = load_engine(job)
             for i in todo:
                 score_document(job, engine, index, writer, i)
-            engine.transport.close()
+            engine.close()
         if index is not None:
             index.finish()
     if ranks.is_root:
@@ -152,29 +108,47 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
     checkpoint = ranks.together(Checkpoint, options.model)
     documents = ranks.on_root(_read_documents, options, checkpoint, progress)
     dtype = checkpoint.compute_dtype(options.dtype, device)
-    skeleton = ranks.together(checkpoint.skeleton, dtype)
-    layers = ranks.together(probe, skeleton)
+    whole = ranks.together(checkpoint.skeleton, dtype)
+    layers = ranks.together(probe, whole)
+    heads = tuple(layer.heads for layer in layers)
     ranks, topology = place(ranks, measure=options.attention == "auto")
     progress = Progress(enabled=ranks.is_root and not options.quiet)
-    heads = tuple(layer.heads for layer in layers)
-    spec = ranks.on_root(make_spec, options, topology, checkpoint, documents, dtype, heads)
+    sharing, model = None, whole
+    if options.tp > 1:
+        sharing, model, layers = ranks.together(_share, options, checkpoint, whole, layers, topology, ranks.rank)
+    grid = Grid() if sharing is None else sharing.grid
+    spec = ranks.on_root(make_spec, options, topology, checkpoint, documents, dtype, heads, grid)
+    tokens = max(grid.computed(d.layout).size(grid.position(ranks.rank)) for d in spec.documents)
     parts = parts_of(
-        layers, tokens=max(d.layout.size(ranks.rank) for d in spec.documents), world=ranks.size,
-        hidden_size=spec.hidden_size, intermediate_size=checkpoint.text_config_value("intermediate_size") or 0,
+        layers, tokens=tokens, world=ranks.size, hidden_size=spec.hidden_size,
+        intermediate_size=(checkpoint.text_config_value("intermediate_size") or 0) // grid.tp,
         vocab_size=checkpoint.vocab_size, chunk_tokens=options.chunk_tokens, dtype=dtype, keep_kv=options.keep_kv,
     )  # fmt: skip
     available = available_bytes(device, local_rank(ranks)[1])
     memory = ranks.together(
-        plan, parts, weight_bytes(skeleton), choice=options.weights, limit=options.memory_limit, available=available
+        plan, parts, weight_bytes(model), choice=options.weights, limit=options.memory_limit, available=available
     )
     job = Job(
         options=options, ranks=ranks, topology=topology, device=device, threads=threads, progress=progress,
-        checkpoint=checkpoint, documents=documents, dtype=dtype, layers=layers, memory=memory, spec=spec,
+        checkpoint=checkpoint, documents=documents, dtype=dtype, layers=layers, sharing=sharing, memory=memory,
+        spec=spec,
     )  # fmt: skip
     introduce(job)
     needed = ranks.comm.allreduce(run_spec.bytes_to_write(options.output, spec, ranks.rank))
     ranks.on_root(run_spec.check_room, options.output, needed)
     return job
+
+
+def _share(
+    options: JobOptions, checkpoint: Checkpoint, whole: torch.nn.Module, layers: tuple[Layer, ...],
+    topology: Topology, rank: int,
+) -> tuple[Sharing, torch.nn.Module, tuple[Layer, ...]]:  # fmt: skip
+    """This rank's share of the weights, the model without weights that it makes, and the layers of that."""
+    check_grid(topology, options.tp)
+    sharing = share(whole, layers, options.tp, rank % options.tp)
+    model = checkpoint.skeleton(next(whole.parameters()).dtype, sharing=sharing)
+    narrow = sharing.probe(model, layers)
+    return sharing, model, narrow
 
 
 def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progress) -> list[Document]:
@@ -203,6 +177,7 @@ def make_spec(
     documents: list[Document],
     dtype: torch.dtype,
     heads: tuple[Heads, ...],
+    grid: Grid,
 ) -> run_spec.RunSpec:
     """What the run folder will hold."""
     kv = None
@@ -226,18 +201,19 @@ def make_spec(
         world_size=topology.world,
         topology=topology.to_json(),
         hidden_size=checkpoint.text_config_value("hidden_size"),
-        documents=tuple(_document_spec(d, topology.world, options.segments) for d in documents),
+        documents=tuple(_document_spec(d, topology.world, options.segments, grid) for d in documents),
         command=options.command,
     )
 
 
-def _document_spec(document: Document, world: int, segments: int) -> run_spec.DocumentSpec:
+def _document_spec(document: Document, world: int, segments: int, grid: Grid) -> run_spec.DocumentSpec:
     n_tokens = len(document.token_ids)
     return run_spec.DocumentSpec(
         id=document.id,
         source=document.source,
         n_tokens=n_tokens,
-        layout=Layout(n_tokens=n_tokens, world=world, segments=segments),
+        layout=Layout(n_tokens=n_tokens, world=world // grid.head_groups, segments=segments),
+        grid=grid,
         token_ids_sha256=run_spec.token_digest(document.token_ids),
     )
 
@@ -258,6 +234,8 @@ def introduce(job: Job) -> None:
         f"model {options.model}: {job.checkpoint.config.model_type}, {len(job.layers)} layers, "
         f"stored as {own}, computed in {spec.dtype}; {kv}"
     )
+    if options.tp > 1:
+        job.progress.say(str(job.grid))
     job.progress.say(str(job.memory))
     job.progress.say(f"{len(spec.documents)} document{'s' * (len(spec.documents) > 1)}, {tokens:,} tokens")
 
@@ -290,28 +268,34 @@ def load_engine(job: Job) -> Engine:
     """Read the weights and choose schedule and kernel."""
     options, ranks = job.options, job.ranks
     began = time.perf_counter()
-    load = job.checkpoint.stream if job.memory.stream else job.checkpoint.load
-    loaded: Any = ranks.together(load, job.dtype, job.device, check_finite=options.check_finite)
-    weights = loaded if isinstance(loaded, StreamedWeights) else None
-    causal_lm = loaded if weights is None else weights.model
+    weights = ranks.together(
+        job.checkpoint.weights, job.dtype, job.device, stream=job.memory.stream, sharing=job.sharing,
+        check_finite=options.check_finite,
+    )  # fmt: skip
     backends = backends_of(job.layers, job.device)
     longest = max(d.n_tokens for d in job.spec.documents)
     schedule, reason = choose_schedule(
         ranks, job.topology, options.attention, job.layers, backends, tokens=longest, segments=options.segments,
-        device=job.device,
+        device=job.device, grid=job.grid,
     )  # fmt: skip
     job.progress.say(f"weights read in {duration(time.perf_counter() - began)}")
     job.progress.say(f"attention: {reason}")
     for backend in {b.name: b for b in backends}.values():
         job.progress.say(f"kernel {backend.name}: {backend.reason}")
     if ranks.is_root:
-        summary = {**asdict(schedule), "askers": "all", "segments": options.segments, "reason": reason}
-        publish_text(RunPaths(options.output).schedule, json.dumps(summary, indent=1) + "\n")
+        summary = {**asdict(schedule), "askers": "all", **asdict(job.grid), "segments": options.segments}
+        text = json.dumps({**summary, "reason": reason}, indent=1)
+        publish_text(RunPaths(options.output).schedule, text + "\n")
         publish_text(RunPaths(options.output).topology, job.spec.topology + "\n")
+    group, sharers = split(ranks, job.grid)
+    summing = None
+    if job.sharing is not None:
+        summing = MPITransport(sharers)
+        sum_outputs(weights.model, job.sharing.summed, summing.sum)
     return Engine(
-        rank=ranks.rank, causal_lm=causal_lm, layers=job.layers, schedule=schedule, transport=MPITransport(ranks.comm),
-        backends=backends, device=job.device, progress=job.progress, chunk_tokens=options.chunk_tokens,
-        weights=weights, check_finite=options.check_finite,
+        rank=ranks.rank, weights=weights, layers=job.layers, schedule=schedule, transport=MPITransport(group),
+        backends=backends, device=job.device, progress=job.progress, grid=job.grid, summing=summing,
+        chunk_tokens=options.chunk_tokens, check_finite=options.check_finite,
     )  # fmt: skip
 
 

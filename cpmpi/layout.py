@@ -4,6 +4,8 @@ T tokens are cut into S segments, each segment into one contiguous piece per ran
 piece r of even segments and piece N-1-r of odd ones, so that every rank has its share of the early tokens, which are
 cheap under a causal mask, and of the late ones, which are not. S = 2 is the *zigzag* of the ring-attention literature,
 S large is *striped* attention. No divisibility rule, no padding: pieces may differ by one token or be empty.
+
+With ``copies`` so many neighbouring ranks hold the same tokens: all that they would hold together without.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ class Layout:
     world: int
     segments: int = 2
     start: int = 0
+    copies: int = 1
 
     def __post_init__(self) -> None:
         if self.n_tokens < 0 or self.start < 0:
@@ -44,15 +47,18 @@ class Layout:
             raise ValueError(f"ranks ({self.world}) must be at least 1")
         if self.segments < 1:
             raise ValueError(f"segments ({self.segments}) must be at least 1")
+        if self.copies < 1 or self.world % self.copies:
+            raise ValueError(f"copies ({self.copies}) must divide the ranks ({self.world})")
 
     def pieces(self, rank: int) -> tuple[Piece, ...]:
         """The non-empty pieces of ``rank``, in position order."""
         assert 0 <= rank < self.world
+        holder, holders = rank // self.copies, self.world // self.copies
         pieces = []
         for segment in range(self.segments):
             first, last = (self.n_tokens * s // self.segments for s in (segment, segment + 1))
-            place = rank if segment % 2 == 0 else self.world - 1 - rank
-            start, stop = (self.start + first + (last - first) * p // self.world for p in (place, place + 1))
+            place = holder if segment % 2 == 0 else holders - 1 - holder
+            start, stop = (self.start + first + (last - first) * p // holders for p in (place, place + 1))
             if stop > start:
                 pieces.append(Piece(start, stop))
         return tuple(pieces)

@@ -71,7 +71,7 @@ def model_size(blueprint: Blueprint, dtype: str = "bfloat16") -> ModelSize:
     """
     causal_lm = blueprint.skeleton(DTYPES[dtype])
     kinds: Counter[LayerKind] = Counter()
-    for heads, rule in probe(causal_lm):
+    for heads, rule, _ in probe(causal_lm):
         kinds[LayerKind(heads.query_heads, heads.kv_heads, heads.key_dim, heads.value_dim, rule.mask)] += 1
     decoder = decoder_of(causal_lm)
     experts = next(

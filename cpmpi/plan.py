@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 from cpmpi.auto import choose
 from cpmpi.checkpoint import DTYPES
 from cpmpi.cost import Price, seconds_text
+from cpmpi.grid import Grid
 from cpmpi.hardware import Hardware
 from cpmpi.model_size import LayerKind, ModelSize
+from cpmpi.placement import head_group
 from cpmpi.run_spec import human_bytes
 from cpmpi.shape import AttentionShape
-from cpmpi.topology.describe import Node, Topology
+from cpmpi.topology.describe import Topology
 
 HEAD_TOKENS = 256  # tokens whose logits exist at a time
 DEVICE_SPARE = 0.05  # of a device's memory, for its runtime
@@ -113,10 +115,9 @@ def plan(model: ModelSize, request: Request, topology: Topology, hardware: Hardw
         ValueError: tensor parallelism that does not divide the node's ranks or the heads, an unknown schedule, a link
             whose bandwidth is not known.
     """
-    groups, world = grouped(topology, request.tp), topology.world // request.tp
-    for kind, _ in model.layers:
-        if kind.query_heads % request.tp:
-            raise ValueError(f"tensor parallelism ({request.tp}) must divide the {kind.query_heads} query heads")
+    grids = [grid_of(kind, request.tp) for kind, _ in model.layers]
+    groups = head_group(topology, grids[0])
+    world = topology.world // request.tp
     itemsize = DTYPES[request.dtype].itemsize
     rank_tokens = -(-request.tokens // world)
     shapes = [(attention_shape(kind, request), count) for kind, count in model.layers]
@@ -161,33 +162,27 @@ def plan(model: ModelSize, request: Request, topology: Topology, hardware: Hardw
 
 
 def attention_shape(kind: LayerKind, request: Request) -> AttentionShape:
-    """A layer's attention as one of ``tp`` ranks has it: its share of the query heads and (or copies) of KV heads."""
+    """A layer's attention as one of ``tp`` ranks has it: with its share of the query heads and of the KV heads."""
+    grid = grid_of(kind, request.tp)
     return AttentionShape(
-        new=request.tokens, query_heads=kind.query_heads // request.tp, kv_heads=max(1, kind.kv_heads // request.tp),
+        new=request.tokens, query_heads=kind.query_heads // grid.tp, kv_heads=kind.kv_heads // grid.head_groups,
         key_dim=kind.key_dim, value_dim=kind.value_dim, itemsize=DTYPES[request.dtype].itemsize,
-        segments=request.segments, mask=kind.mask,
+        segments=request.segments, mask=kind.mask, copies=grid.copies,
     )  # fmt: skip
 
 
-def grouped(topology: Topology, tp: int) -> Topology:
-    """The machine with the first rank of each ``tp`` for all of them.
-
-    The others talk to their own peers over devices of their own, so a node keeps one of every ``tp`` devices.
+def grid_of(kind: LayerKind, tp: int) -> Grid:
+    """How ``tp`` ranks share a layer's heads.
 
     Raises:
-        ValueError: ``tp`` does not divide a node's ranks.
+        ValueError: they cannot share them evenly.
     """
-    if tp == 1:
-        return topology
-    nodes: list[Node] = []
-    first = 0
-    for node in topology.nodes:
-        if len(node.ranks) % tp:
-            raise ValueError(f"tensor parallelism ({tp}) must divide the {len(node.ranks)} ranks of node {node.name}")
-        kept = [replace(place, rank=first + i) for i, place in enumerate(node.ranks[::tp])]
-        nodes.append(replace(node, ranks=tuple(kept), networks=node.networks[:: min(tp, len(node.networks) or 1)]))
-        first += len(kept)
-    return replace(topology, nodes=tuple(nodes), measured=())
+    if not _shares(tp, kind):
+        raise ValueError(
+            f"tensor parallelism ({tp}) must divide the {kind.query_heads} query heads, and divide the "
+            f"{kind.kv_heads} KV heads or be a multiple of them"
+        )
+    return Grid(tp=tp, head_groups=min(tp, kind.kv_heads))
 
 
 def _node_bytes_per_s(topology: Topology) -> float:
@@ -218,8 +213,11 @@ def mends(model: ModelSize, request: Request, topology: Topology, hardware: Hard
     largest = max(len(node.ranks) for node in topology.nodes)
     room = hardware.memory_bytes * (1 - DEVICE_SPARE)
     weights = model.parameters * DTYPES[request.dtype].itemsize
-    heads = [kind.query_heads for kind, _ in model.layers]
-    sharing = [t for t in range(request.tp, largest + 1) if largest % t == 0 and not any(h % t for h in heads)]
+    sharing = [
+        t
+        for t in range(request.tp, largest + 1)
+        if largest % t == 0 and all(_shares(t, kind) for kind, _ in model.layers)
+    ]
     for tp in sharing:
         if weights / tp >= room:
             continue
@@ -247,6 +245,11 @@ def mends(model: ModelSize, request: Request, topology: Topology, hardware: Hard
             f"devices with more than {human_bytes(weights / most)}: the weights are {human_bytes(weights)}, and a "
             f"node's {largest} ranks can share them at most {most} ways"
         )
+
+
+def _shares(tp: int, kind: LayerKind) -> bool:
+    """Whether ``tp`` ranks can share a layer's heads evenly."""
+    return not kind.query_heads % tp and not (kind.kv_heads % tp and tp % kind.kv_heads)
 
 
 def describe(p: Plan, model: ModelSize, request: Request, topology: Topology, hardware: Hardware) -> str:

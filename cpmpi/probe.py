@@ -30,15 +30,16 @@ DOCUMENT_TOKENS = 1 << 16  # length for which masks are looked at: most windows 
 
 
 class Layer(NamedTuple):
-    """A layer's attention: its shapes, and how its scores become weights."""
+    """A layer's attention: its shapes, how its scores become weights, and the name of its module."""
 
     heads: Heads
     rule: Rule
+    module: str
 
 
 def backends_of(layers: Sequence[Layer], device: torch.device) -> tuple[Backend, ...]:
     """The attention kernel of each layer; layers of the same shape share one."""
-    shapes = [(heads.dtype, heads.key_dim, heads.value_dim, rule.softcap) for heads, rule in layers]
+    shapes = [(heads.dtype, heads.key_dim, heads.value_dim, rule.softcap) for heads, rule, _ in layers]
     chosen = {
         (dtype, key_dim, value_dim, softcap): select(
             device, dtype, head_dim=key_dim, value_head_dim=value_dim, softcap=softcap
@@ -57,10 +58,11 @@ def probe(causal_lm: torch.nn.Module) -> tuple[Layer, ...]:
             transformers' interface.
     """
     layers: list[Layer] = []
+    names = {module: name for name, module in causal_lm.named_modules()}
 
     def note(_: int, calls: Sequence[Call]) -> list[torch.Tensor]:
         (call,) = calls
-        layers.append(Layer(heads_of(call), rule_of(call, DOCUMENT_TOKENS)))
+        layers.append(Layer(heads_of(call), rule_of(call, DOCUMENT_TOKENS), names[call.module]))
         heads = layers[-1].heads
         return [call.v_1GCE.new_zeros(TOKENS, heads.query_heads, heads.value_dim)]
 

@@ -151,7 +151,8 @@ def _check_same_documents(folder: Path, file: Any, spec: RunSpec) -> None:
             "token_ids_sha256": document.token_ids_sha256,
             "segments": document.layout.segments,
             "first_rank": document.first_rank,
-            "n_ranks": document.layout.world,
+            "n_ranks": document.n_ranks,
+            "tp": document.grid.tp,
         }
         attributes = file[document_name(index)].attrs
         for name, value in expected.items():

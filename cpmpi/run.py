@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpmpi.errors import UserError
+from cpmpi.grid import Grid
 from cpmpi.hdf5 import STORED_FLOATS, RawArray, open_file
 from cpmpi.index import FORMAT, FORMAT_VERSION
 from cpmpi.layout import Layout
@@ -197,11 +198,17 @@ class Document:
     def spec(self) -> DocumentSpec:
         """How its tokens lie on the ranks that made the run."""
         attributes, n_tokens = self.group.attrs, self.n_tokens
+        grid = Grid(tp=int(attributes.get("tp", 1)), head_groups=int(attributes.get("head_groups", 1)))
         return DocumentSpec(
             id=self.id,
             source=self.source,
             n_tokens=n_tokens,
-            layout=Layout(n_tokens=n_tokens, world=int(attributes["n_ranks"]), segments=int(attributes["segments"])),
+            layout=Layout(
+                n_tokens=n_tokens,
+                world=int(attributes["n_ranks"]) // grid.head_groups,
+                segments=int(attributes["segments"]),
+            ),
+            grid=grid,
             first_rank=int(attributes["first_rank"]),
             token_ids_sha256=str(attributes["token_ids_sha256"]),
         )
@@ -255,18 +262,23 @@ class Document:
     def _read(self, layer: int, first: int, last: int, key_TGD: RawArray, value_TGE: RawArray) -> None:
         """Fill rows for the positions ``first .. last`` from all shards that hold some of them."""
         spec = self.spec
-        for rank in range(spec.first_rank, spec.first_rank + spec.layout.world):
+        for rank in range(spec.first_rank, spec.first_rank + spec.n_ranks):
             if not any(piece.start < last and first < piece.stop for piece in spec.pieces(rank)):
                 continue
             shard = self.run.shard(rank)
             place = shard.document(self.index)
+            heads = slice(*spec.heads(rank, key_TGD.shape[1]))
             for row, piece in zip(place.firsts(), place.pieces):
                 start, stop = max(piece.start, first), min(piece.stop, last)
                 if start >= stop:
                     continue
                 row += layer * place.n_tokens + start - piece.start
                 for offset, rows in ((place.key_offset, key_TGD), (place.value_offset, value_TGE)):
-                    shard.read(rows[start - first : stop - first], offset + row * rows[0].nbytes)
+                    wanted = rows[start - first : stop - first, heads]
+                    read = np.ascontiguousarray(wanted)  # the rows themselves where a shard has all heads
+                    shard.read(read, offset + row * read[0].nbytes)
+                    if read is not wanted:
+                        wanted[...] = read
 
     def _output(self, name: str) -> RawArray:
         self._check_complete()

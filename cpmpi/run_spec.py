@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from cpmpi import __version__
 from cpmpi.errors import UserError
+from cpmpi.grid import Grid
 from cpmpi.hdf5 import ALIGNMENT_BYTES, STORED_FLOATS, StoredFloat
 from cpmpi.layout import Layout, Piece
 from cpmpi.run_paths import RunPaths
@@ -69,8 +70,11 @@ class DocumentSpec:
     """Where the text came from: a path, or a path and line."""
     n_tokens: int
     layout: Layout
+    """Over the positions of a head group."""
+    grid: Grid = field(default_factory=Grid)
+    """How ranks share heads and tokens."""
     first_rank: int = 0
-    """The world rank that is rank 0 of the layout: a short document may use only some of the ranks."""
+    """The world rank that is rank 0 of the grid: a short document may use only some of the ranks."""
     token_ids_sha256: str = ""
     """``token_digest`` of the token ids; empty: not checked when a run is resumed."""
 
@@ -80,10 +84,21 @@ class DocumentSpec:
         assert self.layout.n_tokens == self.n_tokens, (self.layout, self.n_tokens)
         assert self.layout.start == 0, self.layout
 
+    @property
+    def n_ranks(self) -> int:
+        """Ranks among which the document is dealt."""
+        return self.layout.world * self.grid.head_groups
+
     def pieces(self, rank: int) -> tuple[Piece, ...]:
         """The non-empty pieces of world rank ``rank``, in position order."""
         place = rank - self.first_rank
-        return self.layout.pieces(place) if 0 <= place < self.layout.world else ()
+        return self.layout.pieces(self.grid.position(place)) if 0 <= place < self.n_ranks else ()
+
+    def heads(self, rank: int, kv_heads: int) -> Piece:
+        """Which of the KV heads world rank ``rank`` holds."""
+        each = kv_heads // self.grid.head_groups
+        first = self.grid.group(rank - self.first_rank) * each
+        return Piece(first, first + each)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +136,7 @@ class RunSpec:
         if twice:
             raise UserError(f"document ids must differ, but these occur more than once: {', '.join(twice[:5])}")
         for document in self.documents:
-            assert 0 <= document.first_rank <= self.world_size - document.layout.world, document
+            assert 0 <= document.first_rank <= self.world_size - document.n_ranks, document
 
 
 def token_digest(token_ids: npt.ArrayLike) -> str:
@@ -142,7 +157,8 @@ def shard_bytes(spec: RunSpec, rank: int) -> int:
     for document in spec.documents:
         pieces = document.pieces(rank)
         tokens = sum(piece.size for piece in pieces)
-        total += spec.kv.layers * (tokens * spec.kv.token_bytes + 16 * len(pieces) + 1) + 16 * len(pieces)
+        token_bytes = spec.kv.token_bytes // document.grid.head_groups
+        total += spec.kv.layers * (tokens * token_bytes + 16 * len(pieces) + 1) + 16 * len(pieces)
         total += DOCUMENT_METADATA_BYTES + 2 * ALIGNMENT_BYTES
     return total
 
@@ -153,7 +169,7 @@ def index_bytes(spec: RunSpec) -> int:
     for document in spec.documents:
         total += 8 * document.n_tokens + 4 * spec.hidden_size + DOCUMENT_METADATA_BYTES + 3 * ALIGNMENT_BYTES
         if spec.kv is not None:
-            blocks = document.layout.world * document.layout.segments
+            blocks = document.n_ranks * document.layout.segments
             total += 2 * blocks * VIRTUAL_BLOCK_METADATA_BYTES + 8 * spec.world_size
     return total
 

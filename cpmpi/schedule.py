@@ -17,7 +17,7 @@ Ranks are positions: the communicator is ordered along the rings (node by node) 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -224,6 +224,16 @@ class Schedule:
     def world(self) -> int:
         """Ranks on all nodes."""
         return sum(map(len, self.nodes))
+
+    def of(self, places: Mapping[int, int]) -> Schedule:
+        """The same kind on the same nodes for some of the ranks, under other numbers.
+
+        Args:
+            places: the new number of each rank that takes part; every node has one that does.
+        """
+        nodes = [[places[rank] for rank in node if rank in places] for node in self.nodes]
+        askers = self.askers and frozenset(places[rank] for rank in self.askers if rank in places)
+        return Schedule(kind=self.kind, nodes=nodes, parents=self.parents, askers=askers)
 
     def program(self, rank: int, steps: int | None = None) -> Program:
         """What ``rank`` does, round by round; of a ring the first outer ``steps`` only, where given."""

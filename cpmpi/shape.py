@@ -5,7 +5,7 @@ Legend: N ranks, H query heads, G KV heads, D key head dim, E value head dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 import numpy as np
@@ -48,12 +48,14 @@ class AttentionShape:
     """Segments that the stored tokens were cut into."""
     mask: Mask = field(default_factory=Mask)
     """Who sees whom."""
+    copies: int = 1
+    """Neighbouring ranks with queries of the same tokens, of different heads (see `cpmpi.grid`)."""
 
     def __post_init__(self) -> None:
         for name in ("new", "query_heads", "kv_heads", "key_dim", "value_dim", "itemsize"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        for name in ("segments", "stored_segments"):
+        for name in ("segments", "stored_segments", "copies"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', ' ')} ({getattr(self, name)}) must be at least 1")
         if self.stored < 0:
@@ -93,16 +95,16 @@ class AttentionShape:
         With D = E this is the rule of Yang et al., 'Context Parallelism for Scalable Million-Token Inference'
         (arXiv 2411.01783): queries are the smaller message iff T / (T + P) <= 2 * G / H, T new and P stored tokens.
         """
-        return self.new * self.query_bytes <= self.tokens * self.key_bytes
+        return self.copies * self.new * self.query_bytes <= self.tokens * self.key_bytes
 
     def query_layout(self, world: int) -> Layout:
         """Which rank holds which queries."""
-        return Layout(n_tokens=self.new, world=world, segments=self.segments, start=self.stored)
+        return Layout(n_tokens=self.new, world=world, segments=self.segments, start=self.stored, copies=self.copies)
 
     def key_layouts(self, world: int) -> tuple[Layout, ...]:
         """Which rank holds which keys: the stored ones, if any, then the new ones."""
         stored = Layout(n_tokens=self.stored, world=world, segments=self.stored_segments)
-        return (*([stored] if self.stored else []), self.query_layout(world))
+        return (*([stored] if self.stored else []), replace(self.query_layout(world), copies=1))
 
     def asking(self, world: int) -> frozenset[int] | None:
         """The ranks that have queries, None for all: with fewer tokens than ranks some have none."""
@@ -121,7 +123,7 @@ class AttentionShape:
         queries, keys = _pieces((self.query_layout(world),)), _pieces(self.key_layouts(world))
         blocks = len(queries) * len(keys) * world**2
         if blocks > (MOST_DOCUMENT_BLOCKS if self.mask.documents else MOST_BLOCKS):
-            total = self.mask.pairs(range(self.stored, self.tokens), range(self.tokens))
+            total = self.copies * self.mask.pairs(range(self.stored, self.tokens), range(self.tokens))
             means = total // world**2, len(queries) * len(keys), len(queries) * (self.tokens // world)
             return tuple(np.full((world, world), mean, np.int64) for mean in means)  # type: ignore[return-value]
         pairs_NN, blocks_NN, read_NN = (np.zeros((world, world), np.int64) for _ in range(3))

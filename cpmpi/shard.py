@@ -1,7 +1,7 @@
 """The KV of one rank in one HDF5 file, laid out in full before any of it is computed.
 
 Shapes: ``L`` layers, ``T`` this rank's tokens of a document (its pieces one after another, in position order),
-``P`` its pieces, ``G`` KV heads, ``D`` key dim, ``E`` value dim. A document's group ``/documents/000000`` holds
+``P`` its pieces, ``G`` its KV heads, ``D`` key dim, ``E`` value dim. A document's group ``/documents/000000`` holds
 
     key         (L, T, G, D)
     value       (L, T, G, E)
@@ -61,8 +61,9 @@ def _lay_out(group: Any, document: DocumentSpec, kv: KVSpec, rank: int) -> None:
     group.attrs["id"] = document.id
     group.attrs["n_tokens"] = document.n_tokens
     group.create_dataset("pieces", data=pieces)
-    create_contiguous(group, "key", (kv.layers, n_tokens, kv.heads, kv.key_dim), kv.stored.h5type(), labels=LABELS)
-    create_contiguous(group, "value", (kv.layers, n_tokens, kv.heads, kv.value_dim), kv.stored.h5type(), labels=LABELS)
+    heads = document.heads(rank, kv.heads).size
+    for name, dim in (("key", kv.key_dim), ("value", kv.value_dim)):
+        create_contiguous(group, name, (kv.layers, n_tokens, heads, dim), kv.stored.h5type(), labels=LABELS)
     create_contiguous(group, "checksum", (kv.layers, len(pieces), 2), h5t.STD_U64LE, fill=np.uint64(0))
     create_contiguous(group, "layer_done", (kv.layers,), h5t.STD_U8LE, fill=np.uint8(0))
 

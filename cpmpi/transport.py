@@ -88,14 +88,14 @@ class MPITransport:
     """Messages over MPI between the ranks of a communicator, a duplicate of it for each channel.
 
     ``exposed_s`` counts the seconds spent waiting, ``travel_s`` the seconds from post to completion, ``sent_bytes``
-    what left this rank.
+    what was sent to peers, ``sums`` and ``summed_bytes`` the all-reduces and what of this rank went into them.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self.channels = [comm.Dup() for _ in range(CHANNELS)]
         self.lock = threading.Lock()
         self.exposed_s = self.travel_s = 0.0
-        self.sent_bytes = 0
+        self.sent_bytes = self.sums = self.summed_bytes = 0
         self._pending: list[Message] = []
         self._posted = threading.Event()
         self._closed = False
@@ -112,6 +112,20 @@ class MPITransport:
         """Start to receive; see `Transport`."""
         host_B = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         return self._post(host_B, device, [self.channels[channel].Irecv(p, peer) for p in _parts(host_B)])
+
+    def sum(self, partial: torch.Tensor) -> Message:
+        """Start to add up a tensor of every rank, in float32; the bytes of the sum come from the wait. Collective.
+
+        A float32 tensor on the CPU is added to in place.
+        """
+        from mpi4py import MPI
+
+        host_B = partial.to("cpu", torch.float32).contiguous().view(-1).view(torch.uint8)
+        self.sums += 1
+        self.summed_bytes += host_B.numel()
+        channel = self.channels[0]
+        requests = [channel.Iallreduce(MPI.IN_PLACE, [part, MPI.FLOAT], MPI.SUM) for part in _parts(host_B)]
+        return self._post(host_B, partial.device, requests)
 
     def _post(self, host_B: torch.Tensor, device: torch.device, requests: list[MPI.Request]) -> Message:
         message = Message(self, host_B, device, requests)

@@ -27,6 +27,10 @@ SHARED = [
         "--segments", type=click.IntRange(min=1), default=2, show_default=True, help="Segments a document is cut into."
     ),
     click.option(
+        "--tp", type=click.IntRange(min=1), default=1, show_default=True,
+        help="Ranks of a node that share the weights (tensor parallelism); divides the heads.",
+    ),
+    click.option(
         "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
         help="Type to compute in; auto: float32 on CPUs, the checkpoint's own on GPUs.",
     ),
@@ -64,7 +68,8 @@ def run_documents(
     more_inputs: tuple[str, ...], inputs: tuple[str, ...], memory_limit: str | None, **options: Any
 ) -> None:
     """Run the main job with the options of the command line."""
-    from cpmpi.job import JobOptions, run
+    from cpmpi.job import run
+    from cpmpi.job_options import JobOptions
     from cpmpi.memory import parse_bytes
 
     limit = None if memory_limit is None else parse_bytes(memory_limit)

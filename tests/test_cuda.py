@@ -22,7 +22,8 @@ def test_job_on_cuda_equals_transformers_on_the_cpu(ranks, tmp_path):
     from mpi4py import MPI
 
     import cpmpi
-    from cpmpi.job import JobOptions, run
+    from cpmpi.job import run
+    from cpmpi.job_options import JobOptions
 
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)
@@ -49,7 +50,8 @@ def test_bfloat16_stays_near_float32(tmp_path):
     from mpi4py import MPI
 
     import cpmpi
-    from cpmpi.job import JobOptions, run
+    from cpmpi.job import run
+    from cpmpi.job_options import JobOptions
 
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)

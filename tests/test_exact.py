@@ -60,7 +60,8 @@ def test_job_equals_one_transformers_process(ranks, tmp_path):
     from mpi4py import MPI
 
     import cpmpi
-    from cpmpi.job import JobOptions, run
+    from cpmpi.job import run
+    from cpmpi.job_options import JobOptions
 
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)
@@ -117,6 +118,7 @@ def test_every_schedule_gives_the_same_result(tmp_path):
     from cpmpi.progress import Progress
     from cpmpi.schedule import Schedule
     from cpmpi.transport import MPITransport
+    from cpmpi.weights import Weights
 
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)
@@ -132,7 +134,7 @@ def test_every_schedule_gives_the_same_result(tmp_path):
         expected = truth(folder / "model", token_ids)[0] if comm.rank == 0 else None
         for kind in ("ring", "tree", "hybrid"):
             engine = Engine(
-                rank=comm.rank, causal_lm=model, layers=layers, transport=transport, device=device,
+                rank=comm.rank, weights=Weights(model), layers=layers, transport=transport, device=device,
                 schedule=Schedule(kind=kind, nodes=[[0], [1, 2, 3], [4, 5]], parents=[1, None, 1]),
                 backends=backends_of(layers, device), progress=Progress(enabled=False), chunk_tokens=100,
             )  # fmt: skip

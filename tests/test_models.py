@@ -76,11 +76,10 @@ def scores(comm, folder, stream=False, dtype="float32"):
     device, dtype = torch.device("cpu"), getattr(torch, dtype)
     checkpoint = Checkpoint(folder)
     layers = probe(checkpoint.skeleton(dtype))
-    weights = checkpoint.stream(dtype, device) if stream else None
-    model = weights.model if weights is not None else checkpoint.load(dtype, device)
+    weights = checkpoint.weights(dtype, device, stream=stream)
     transport = MPITransport(comm)
     engine = Engine(
-        rank=comm.rank, causal_lm=model, layers=layers, weights=weights, device=device,
+        rank=comm.rank, layers=layers, weights=weights, device=device,
         schedule=Schedule(kind="ring", nodes=[list(range(comm.size))], parents=[None]), transport=transport,
         backends=backends_of(layers, device), progress=Progress(enabled=False), chunk_tokens=20,
     )  # fmt: skip

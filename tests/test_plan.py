@@ -11,11 +11,13 @@ from click.testing import CliRunner
 
 from cpmpi.checkpoint import Blueprint
 from cpmpi.errors import UserError
+from cpmpi.grid import Grid
 from cpmpi.hardware import HARDWARE, hardware
 from cpmpi.jobs.plan import command
 from cpmpi.kernels.mask import Mask
 from cpmpi.model_size import model_size
-from cpmpi.plan import Request, grouped, mends, plan
+from cpmpi.placement import head_group
+from cpmpi.plan import Request, mends, plan
 from cpmpi.topology.synthetic import synthetic
 
 from .conftest import ROOT
@@ -100,9 +102,11 @@ def test_tensor_parallelism_shares_weights_and_work(llama_8b):
     assert eight.memory["weights"] == one.memory["weights"] // 8
     assert eight.seconds["attention"] == pytest.approx(one.seconds["attention"], rel=0.05)
     assert eight.flops == one.flops
-    assert [len(node.ranks) for node in grouped(machine, 4).nodes] == [2, 2]
+    one_copy, two_copies = Grid(tp=4, head_groups=4), Grid(tp=4, head_groups=2)
+    assert [len(node.ranks) for node in head_group(machine, one_copy).nodes] == [2, 2]
+    assert [len(node.ranks) for node in head_group(machine, two_copies).nodes] == [4, 4]
     with pytest.raises(ValueError, match=r"tensor parallelism \(3\) must divide the 8 ranks of node n1"):
-        grouped(machine, 3)
+        head_group(machine, Grid(tp=3, head_groups=3))
     with pytest.raises(ValueError, match=r"tensor parallelism \(64\) must divide"):
         plan(llama_8b, Request(tokens=9, tp=64), machine, chip)
 
@@ -145,7 +149,8 @@ def test_the_command(tmp_path):
         (["--hardware", "abacus"], "unknown hardware 'abacus': choose one of h100, h200, a100, cpu"),
         (["--segments", "0"], "segments (0) must be at least 1"),
         (["--tokens", "0"], "tokens (0) must be at least 1"),
-        (["--tp", "3"], "tensor parallelism (3) must divide the 8 ranks of node n1"),
+        (["--tp", "3"], "tensor parallelism (3) must divide the 32 query heads"),
+        (["--tp", "16"], "tensor parallelism (16) must divide the 8 ranks of node n1"),
         (["--nodes", "0"], "nodes (0) must be a whole number of at least 1"),
         (["--nodes", "2", "--topology", "nodes=2"], "give --topology, or --nodes and --gpus-per-node, not both"),
         (["--topology", "nods=2"], "unknown key 'nods'"),

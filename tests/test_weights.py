@@ -49,7 +49,7 @@ def test_streamed_equals_resident_bit_for_bit(stored, computed, tmp_path):
 
 
 def test_only_one_stage_is_in_memory_at_a_time(checkpoint):
-    weights = Checkpoint(checkpoint).stream(torch.float32, CPU)
+    weights = Checkpoint(checkpoint).weights(torch.float32, CPU, stream=True)
     sizes = weight_bytes(Checkpoint(checkpoint).skeleton(torch.float32))
 
     def held():
@@ -105,7 +105,7 @@ def test_a_missing_shard_is_named(checkpoint):
 def load(folder, stream, **options):
     if not stream:
         return Checkpoint(folder).load(torch.float32, CPU, **options)
-    weights = Checkpoint(folder).stream(torch.float32, CPU, **options)
+    weights = Checkpoint(folder).weights(torch.float32, CPU, stream=True, **options)
     for stage in range(5):
         weights.enter(stage)
     return weights.model
