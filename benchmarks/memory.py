@@ -1,8 +1,9 @@
-"""Peak memory of a rank beside the formula that a job prints, and their ratio.
+"""Peak memory of every rank of a real job beside what its start line says, and their ratio.
 
-    python benchmarks/memory.py --tokens 8192 32768
+    python benchmarks/memory.py --tokens 8192 32768 131072 --ranks 1 2
 
-Each length runs in a process of its own. What is compared is the peak of the whole process.
+A random Llama of three wide layers; each job keeps KV and runs in processes of its own. What is compared is the peak of
+the whole process, Python and torch with it. Prints a line of JSON for each job.
 """
 
 from __future__ import annotations
@@ -15,72 +16,75 @@ import sys
 import tempfile
 from pathlib import Path
 
+VOCABULARY = 512
+
 
 def main() -> None:
-    """Measure each length and print a line of JSON for each."""
+    """Run a job for each length and number of ranks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--weights", choices=["resident", "stream"], default="resident")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        print(json.dumps(measure(asked.one, asked.tokens[0])))
+        measure(asked.one, asked.tokens[0], asked.weights)
         return
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder))
         for tokens in asked.tokens:
-            line = [sys.executable, __file__, "--one", folder, "--tokens", str(tokens)]
-            print(subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip(), flush=True)
+            for ranks in asked.ranks:
+                line = ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
+                line += [sys.executable, "-m", "mpi4py", __file__, "--one", folder, "--tokens", str(tokens)]
+                done = subprocess.run([*line, "--weights", asked.weights], capture_output=True, text=True, check=True)
+                print(next(text for text in done.stdout.splitlines() if text.startswith("{")), flush=True)
 
 
 def make(folder: Path) -> None:
-    """Save a random Llama of two wide layers."""
+    """Save a random Llama of three wide layers."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=1024, intermediate_size=2048, num_hidden_layers=3, num_attention_heads=8, head_dim=128,
-        num_key_value_heads=4, vocab_size=512, sliding_window=None, max_position_embeddings=1 << 20,
+        num_key_value_heads=4, vocab_size=VOCABULARY, max_position_embeddings=1 << 20,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-def measure(folder: Path, tokens: int) -> dict[str, float]:
-    """The formula's bytes and the peak of a document's forward on one rank."""
+def measure(folder: Path, tokens: int, weights: str) -> None:
+    """Run the job on the ranks of this launch; rank 0 prints the formula's bytes and the peaks."""
     import numpy as np
-    import torch
     from mpi4py import MPI
 
-    from cpmpi.checkpoint import Checkpoint
-    from cpmpi.engine import Engine
-    from cpmpi.layout import Layout
-    from cpmpi.memory import parts_of, plan
-    from cpmpi.probe import backends_of, probe
-    from cpmpi.progress import Progress
-    from cpmpi.schedule import Schedule
-    from cpmpi.transport import MPITransport
-    from cpmpi.weights import weight_bytes
+    from cpmpi.job import prepare, run
+    from cpmpi.job_options import JobOptions
+    from cpmpi.ranks import start
 
-    device, dtype = torch.device("cpu"), torch.float32
-    checkpoint = Checkpoint(folder)
-    skeleton = checkpoint.skeleton(dtype)
-    layers = probe(skeleton)
-    parts = parts_of(
-        layers, tokens=tokens, world=1, hidden_size=1024, intermediate_size=2048, vocab_size=512, chunk_tokens=1024,
-        dtype=dtype, keep_kv=False,
+    comm = MPI.COMM_WORLD
+    document, output = folder / f"{tokens}.npy", folder / f"run-{tokens}-{comm.size}"
+    if comm.rank == 0:
+        np.save(document, np.random.default_rng(0).integers(0, VOCABULARY, tokens))
+    comm.Barrier()
+    options = JobOptions(
+        model=folder, inputs=(str(document),), output=output, weights=weights, attention="ring", quiet=True,
+        overwrite=True,
     )  # fmt: skip
-    formula = plan(parts, weight_bytes(skeleton), choice="resident", limit=None, available=0)
-    engine = Engine(
-        rank=0, weights=checkpoint.weights(dtype, device, stream=False), layers=layers, device=device,
-        schedule=Schedule(kind="ring", nodes=[[0]], parents=[None]), transport=MPITransport(MPI.COMM_SELF),
-        backends=backends_of(layers, device), progress=Progress(enabled=False),
-    )  # fmt: skip
-    ids = np.random.default_rng(0).integers(0, 512, tokens)
-    engine.score(ids, Layout(n_tokens=tokens, world=1), "document")
-    peak = peak_bytes()
-    megabytes = {name: round(size / 1e6) for name, size in formula.parts.items() if size}
-    return {"tokens": tokens, "peak_mb": round(peak / 1e6), "formula_mb": round(formula.total / 1e6),
-            "ratio": round(peak / formula.total, 3), "parts_mb": megabytes}  # type: ignore[dict-item]  # fmt: skip
+    formula = prepare(options, start()).memory
+    run(options)
+    peaks = comm.gather(peak_bytes())
+    totals = comm.gather(formula.total)
+    if comm.rank == 0:
+        assert peaks is not None
+        assert totals is not None
+        found = {
+            "tokens": tokens, "ranks": comm.size, "weights": weights,
+            "peak_mb": [round(peak / 1e6) for peak in peaks], "formula_mb": [round(total / 1e6) for total in totals],
+            "ratio": [round(peak / total, 3) for peak, total in zip(peaks, totals, strict=True)],
+            "parts_mb": {name: round(size / 1e6) for name, size in formula.parts.items() if size},
+        }  # fmt: skip
+        print(json.dumps(found))
 
 
 def peak_bytes() -> int:

@@ -67,7 +67,7 @@ def price(
     links = links or Links(topology)
     world = schedule.world
     seconds = attend_seconds(shape, rates, world)
-    resident = _resident(schedule, shape)
+    resident = resident_bytes(schedule, shape)
     outer = len(schedule.nodes)
     rounds = sum(len(node) ** 2 for node in schedule.nodes) * outer
     if schedule.kind == "ring" and rounds > MOST_ROUNDS and outer > FEW_STEPS:
@@ -100,8 +100,8 @@ def _extrapolated(schedule: Schedule, played: Played, links: Links, resident: in
     )  # fmt: skip
 
 
-def _resident(schedule: Schedule, shape: AttentionShape) -> int:
-    """The most bytes that a rank holds, over ranks and rounds."""
+def resident_bytes(schedule: Schedule, shape: AttentionShape) -> int:
+    """The most bytes of a layer's queries, keys, partials and messages that a rank holds, over ranks and rounds."""
     world = schedule.world
     count = min(world, SAMPLED_RANKS)
     sample = sorted({round(i * (world - 1) / max(1, count - 1)) for i in range(count)})

@@ -24,17 +24,19 @@ from cpmpi.forward import sum_outputs
 from cpmpi.grid import Grid
 from cpmpi.index import RunIndex
 from cpmpi.job_options import JobOptions
+from cpmpi.kernels.backend import Backend
 from cpmpi.layout import Layout
 from cpmpi.log import rank_log
 from cpmpi.machine import choose_device, local_rank, set_threads
-from cpmpi.memory import Memory, available_bytes, parts_of, plan
-from cpmpi.placement import check_grid, choose_schedule, place, split
+from cpmpi.memory import Memory, available_bytes, plan
+from cpmpi.placement import check_grid, choose_schedule, document_memory, place, split
 from cpmpi.probe import Layer, backends_of, probe
 from cpmpi.progress import Progress, duration
 from cpmpi.publish import publish_text
 from cpmpi.ranks import Ranks, start
 from cpmpi.run import open_run
 from cpmpi.run_paths import RunPaths
+from cpmpi.schedule import Schedule
 from cpmpi.shard import prepare_shard
 from cpmpi.table import table
 from cpmpi.tensor_parallel import Sharing, share
@@ -59,7 +61,10 @@ class Job:
     documents: list[Document]
     dtype: torch.dtype
     layers: tuple[Layer, ...]
+    backends: tuple[Backend, ...]
     sharing: Sharing | None
+    schedule: Schedule
+    reason: str
     memory: Memory
     spec: run_spec.RunSpec
     seconds: dict[int, float] = field(default_factory=dict)
@@ -118,11 +123,16 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
         sharing, model, layers = ranks.together(_share, options, checkpoint, whole, layers, topology, ranks.rank)
     grid = Grid() if sharing is None else sharing.grid
     spec = ranks.on_root(make_spec, options, topology, checkpoint, documents, dtype, heads, grid)
-    tokens = max(grid.computed(d.layout).size(grid.position(ranks.rank)) for d in spec.documents)
-    parts = parts_of(
-        layers, tokens=tokens, world=ranks.size, hidden_size=spec.hidden_size,
-        intermediate_size=(checkpoint.text_config_value("intermediate_size") or 0) // grid.tp,
-        vocab_size=checkpoint.vocab_size, chunk_tokens=options.chunk_tokens, dtype=dtype, keep_kv=options.keep_kv,
+    backends = backends_of(layers, device)
+    longest = max(d.n_tokens for d in spec.documents)
+    schedule, reason = choose_schedule(
+        ranks, topology, options.attention, layers, backends, tokens=longest, segments=options.segments,
+        device=device, grid=grid,
+    )  # fmt: skip
+    parts = document_memory(
+        model, layers, schedule, tokens=longest, segments=options.segments, grid=grid, hidden=spec.hidden_size,
+        vocabulary=checkpoint.vocab_size, chunk_tokens=options.chunk_tokens,
+        stored_itemsize=spec.kv.stored.itemsize if spec.kv else 0,
     )  # fmt: skip
     available = available_bytes(device, local_rank(ranks)[1])
     memory = ranks.together(
@@ -130,8 +140,8 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
     )
     job = Job(
         options=options, ranks=ranks, topology=topology, device=device, threads=threads, progress=progress,
-        checkpoint=checkpoint, documents=documents, dtype=dtype, layers=layers, sharing=sharing, memory=memory,
-        spec=spec,
+        checkpoint=checkpoint, documents=documents, dtype=dtype, layers=layers, backends=backends, sharing=sharing,
+        schedule=schedule, reason=reason, memory=memory, spec=spec,
     )  # fmt: skip
     introduce(job)
     needed = ranks.comm.allreduce(run_spec.bytes_to_write(options.output, spec, ranks.rank))
@@ -236,6 +246,9 @@ def introduce(job: Job) -> None:
     )
     if options.tp > 1:
         job.progress.say(str(job.grid))
+    job.progress.say(f"attention: {job.reason}")
+    for backend in {b.name: b for b in job.backends}.values():
+        job.progress.say(f"kernel {backend.name}: {backend.reason}")
     job.progress.say(str(job.memory))
     job.progress.say(f"{len(spec.documents)} document{'s' * (len(spec.documents) > 1)}, {tokens:,} tokens")
 
@@ -261,30 +274,21 @@ def open_writer(job: Job, index: RunIndex | None, spec: run_spec.RunSpec, finish
     path = ranks.together(prepare_shard, job.options.output, spec, ranks.rank, finished)
     sizes = ranks.comm.gather(path.stat().st_size)
     ranks.on_root(lambda: index.write_manifest(sizes) if index is not None and sizes is not None else None)
-    return ShardWriter(path, spec, ranks.rank)
+    return ShardWriter(path, spec, ranks.rank, queue_bytes=0)  # one layer: more would not make the disk faster
 
 
 def load_engine(job: Job) -> Engine:
-    """Read the weights and choose schedule and kernel."""
+    """Read the weights and open the transports."""
     options, ranks = job.options, job.ranks
     began = time.perf_counter()
     weights = ranks.together(
         job.checkpoint.weights, job.dtype, job.device, stream=job.memory.stream, sharing=job.sharing,
         check_finite=options.check_finite,
     )  # fmt: skip
-    backends = backends_of(job.layers, job.device)
-    longest = max(d.n_tokens for d in job.spec.documents)
-    schedule, reason = choose_schedule(
-        ranks, job.topology, options.attention, job.layers, backends, tokens=longest, segments=options.segments,
-        device=job.device, grid=job.grid,
-    )  # fmt: skip
     job.progress.say(f"weights read in {duration(time.perf_counter() - began)}")
-    job.progress.say(f"attention: {reason}")
-    for backend in {b.name: b for b in backends}.values():
-        job.progress.say(f"kernel {backend.name}: {backend.reason}")
     if ranks.is_root:
-        summary = {**asdict(schedule), "askers": "all", **asdict(job.grid), "segments": options.segments}
-        text = json.dumps({**summary, "reason": reason}, indent=1)
+        summary = {**asdict(job.schedule), "askers": "all", **asdict(job.grid), "segments": options.segments}
+        text = json.dumps({**summary, "reason": job.reason}, indent=1)
         publish_text(RunPaths(options.output).schedule, text + "\n")
         publish_text(RunPaths(options.output).topology, job.spec.topology + "\n")
     group, sharers = split(ranks, job.grid)
@@ -293,8 +297,8 @@ def load_engine(job: Job) -> Engine:
         summing = MPITransport(sharers)
         sum_outputs(weights.model, job.sharing.summed, summing.sum)
     return Engine(
-        rank=ranks.rank, weights=weights, layers=job.layers, schedule=schedule, transport=MPITransport(group),
-        backends=backends, device=job.device, progress=job.progress, grid=job.grid, summing=summing,
+        rank=ranks.rank, weights=weights, layers=job.layers, schedule=job.schedule, transport=MPITransport(group),
+        backends=job.backends, device=job.device, progress=job.progress, grid=job.grid, summing=summing,
         chunk_tokens=options.chunk_tokens, check_finite=options.check_finite,
     )  # fmt: skip
 

@@ -7,14 +7,13 @@ V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from cpmpi.errors import UserError
-from cpmpi.probe import Layer
+from cpmpi.shape import PARTIAL_ITEMSIZE, AttentionShape
 
 CHOICES = ("auto", "resident", "stream")
 HEAD_TOKENS = 256  # tokens whose logits exist at a time, see `cpmpi.forward.Head`
@@ -49,29 +48,36 @@ class Memory:
 
 
 def parts_of(
-    layers: Sequence[Layer], *, tokens: int, world: int, hidden_size: int, intermediate_size: int, vocab_size: int,
-    chunk_tokens: int, dtype: torch.dtype, keep_kv: bool,
+    shape: AttentionShape, *, tokens: int, resident: int, hidden: int, inner: int, vocabulary: int,
+    chunk_tokens: int, stored_itemsize: int,
 ) -> dict[str, int]:  # fmt: skip
-    """Bytes that ``tokens`` tokens take on a rank, by part; weights and the program itself are not among them.
+    """Bytes that a document takes on a rank, by part; weights and the program itself are not among them.
 
     All chunks meet at an attention with what their layer goes on with: the embeddings, the residual and the normed
-    state, rotary factors, and queries, keys and values, which are then laid out once more as one shard.
-    The output exists twice: a kernel's own, and the one that it is merged into.
+    state, rotary factors, and queries, keys and values. The latter are laid out once more as one shard, and the
+    attention's output exists twice: a kernel's own, and the one that it is merged into.
+
+    Args:
+        shape: of the attention of the largest layer.
+        tokens: that the rank computes.
+        resident: bytes of the attention of a layer, from `cpmpi.cost.resident_bytes`.
+        hidden: numbers of a token's state.
+        inner: numbers of its widest state within a layer.
+        vocabulary: token ids.
+        chunk_tokens: tokens that go through the model at a time.
+        stored_itemsize: bytes of a number of the keys and values that are written, while the next layer's are made; 0
+            where they are not.
     """
-    size = dtype.itemsize
-    kv = max(layer.heads.kv_heads * (layer.heads.key_dim + layer.heads.value_dim) for layer in layers)
-    q = max(layer.heads.query_heads * layer.heads.key_dim for layer in layers)
-    out = max(layer.heads.query_heads * layer.heads.value_dim for layer in layers)
-    rotary = 2 * max(layer.heads.key_dim for layer in layers)
-    chunk = min(tokens, chunk_tokens)
+    size, chunk = shape.itemsize, min(tokens, chunk_tokens)
+    kept = -(-tokens // shape.copies)
+    stored = shape.kv_heads * (shape.key_dim + shape.value_dim) * stored_itemsize
     return {
-        "hidden states": tokens * (3 * hidden_size + rotary) * size,
-        "queries, keys and values": tokens * (q + 2 * kv) * size,
-        "attention output": 2 * tokens * out * torch.float32.itemsize,
-        "messages": (2 * tokens * kv * size) if world > 1 else 0,
-        "KV writer": 2 * tokens * kv * size if keep_kv else 0,
-        "one chunk": chunk * (3 * intermediate_size + 4 * hidden_size) * size,
-        "logits": min(tokens, HEAD_TOKENS) * vocab_size * (size + 2 * torch.float32.itemsize),
+        "hidden states": tokens * (3 * hidden + 2 * shape.key_dim) * size,
+        "attention of a layer": resident,
+        "chunks' keys, values and outputs": tokens * (shape.key_bytes + shape.partial_bytes),
+        "KV writer": kept * (shape.key_bytes + stored) if stored else 0,
+        "one chunk": chunk * (3 * inner + 4 * hidden) * size,
+        "logits": min(tokens, HEAD_TOKENS) * vocabulary * (size + 2 * PARTIAL_ITEMSIZE),
     }
 
 

@@ -11,6 +11,7 @@ from cpmpi.checkpoint import DTYPES, Blueprint
 from cpmpi.forward import decoder_of
 from cpmpi.kernels.mask import Mask
 from cpmpi.probe import probe
+from cpmpi.weights import IN_LAYER
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ModelSize:
         name: the model type and the number of layers.
         layers: how many layers there are of each kind, the costliest kind first.
         parameters: all of them.
+        outside: those outside of layers, which ranks do not share: embeddings, head, the last norm.
         active: parameters that multiply each token's state in the decoder; of experts, those that a token goes to.
         head: parameters of the head.
         hidden, vocabulary, inner: sizes of a token's state, of the vocabulary, and of the widest inner product.
@@ -46,6 +48,7 @@ class ModelSize:
     name: str
     layers: tuple[tuple[LayerKind, int], ...]
     parameters: int
+    outside: int
     active: int
     head: int
     hidden: int
@@ -79,16 +82,24 @@ def model_size(blueprint: Blueprint, dtype: str = "bfloat16") -> ModelSize:
         1,
     )
     chosen = blueprint.text_config_value("num_experts_per_tok") or experts
-    active, inner = 0.0, 1
+    active = 0.0
     tables = {id(m.weight) for m in causal_lm.modules() if isinstance(m, torch.nn.Embedding)}
     for name, parameter in decoder.named_parameters():
         if parameter.ndim >= 2 and id(parameter) not in tables:
             active += parameter.numel() * (chosen / experts if ".experts." in name else 1.0)
-            inner = max(inner, *parameter.shape[-2:])
     vocabulary, hidden = blueprint.vocab_size, int(blueprint.text_config_value("hidden_size"))
     largest = sorted(kinds.items(), key=lambda entry: (entry[0].mask != Mask(), -entry[0].query_heads))
     return ModelSize(
         name=f"{blueprint.config.model_type}, {sum(kinds.values())} layers", layers=tuple(largest),
-        parameters=sum(p.numel() for p in causal_lm.parameters()), active=round(active), head=vocabulary * hidden,
-        hidden=hidden, vocabulary=vocabulary, inner=inner, max_positions=blueprint.max_positions,
+        parameters=sum(p.numel() for p in causal_lm.parameters()), active=round(active),
+        outside=sum(p.numel() for name, p in causal_lm.named_parameters() if not IN_LAYER.search(name)),
+        head=vocabulary * hidden, hidden=hidden, vocabulary=vocabulary, inner=inner_width(causal_lm),
+        max_positions=blueprint.max_positions,
     )  # fmt: skip
+
+
+def inner_width(causal_lm: torch.nn.Module) -> int:
+    """Numbers of a token's widest state within a layer: the longest side of a weight that multiplies it."""
+    tables = {id(m.weight) for m in causal_lm.modules() if isinstance(m, torch.nn.Embedding)}
+    weights = [p for p in decoder_of(causal_lm).parameters() if p.ndim >= 2 and id(p) not in tables]
+    return max((side for weight in weights for side in weight.shape[-2:]), default=1)

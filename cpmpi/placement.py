@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,12 @@ import torch
 
 from cpmpi import rates
 from cpmpi.auto import choose, schedule_on
+from cpmpi.cost import resident_bytes
 from cpmpi.errors import UserError
 from cpmpi.grid import Grid
 from cpmpi.kernels.backend import Backend
+from cpmpi.memory import parts_of
+from cpmpi.model_size import inner_width
 from cpmpi.probe import Layer
 from cpmpi.ranks import Ranks
 from cpmpi.schedule import Schedule
@@ -62,17 +66,9 @@ def check_grid(topology: Topology, tp: int) -> None:
 
 def split(ranks: Ranks, grid: Grid) -> tuple[MPI.Intracomm, MPI.Intracomm]:
     """The ranks of this rank's head group, by position, and those that share the weights with it. Collective."""
-    if grid.tp == 1:
-        return ranks.comm, _only_self()
     group: Any = ranks.comm.Split(grid.group(ranks.rank), key=grid.position(ranks.rank))
     sharers: Any = ranks.comm.Split(ranks.rank // grid.tp, key=grid.tp_index(ranks.rank))
     return group, sharers
-
-
-def _only_self() -> MPI.Intracomm:
-    from mpi4py import MPI
-
-    return MPI.COMM_SELF
 
 
 def head_group(topology: Topology, grid: Grid) -> Topology:
@@ -119,13 +115,8 @@ def choose_schedule(
         return schedule_on(kind, topology).of(places), f"{kind}: as asked for"
     if len(places) == 1:
         return schedule_on("ring", topology).of(places), f"ring: one rank{' a head group' * (grid.tp > 1)}"
-    heads, rule, _ = layers[0]
-    shape = AttentionShape(
-        new=tokens, query_heads=heads.query_heads, kv_heads=heads.kv_heads, key_dim=heads.key_dim,
-        value_dim=heads.value_dim, itemsize=heads.dtype.itemsize, segments=segments, mask=rule.mask,
-        copies=grid.copies,
-    )  # fmt: skip
-    measured = rates.measure_together(ranks.comm, backends[0], heads, device)
+    shape = shape_of(layers[0], tokens, segments, grid)
+    measured = rates.measure_together(ranks.comm, backends[0], layers[0].heads, device)
 
     def decide() -> tuple[str, str]:
         try:
@@ -136,3 +127,27 @@ def choose_schedule(
 
     kind, reason = ranks.on_root(decide)
     return schedule_on(kind, topology).of(places), reason
+
+
+def shape_of(layer: Layer, tokens: int, segments: int, grid: Grid) -> AttentionShape:
+    """A layer's attention over a document of ``tokens`` tokens, as a rank of a head group has it."""
+    heads, rule, _ = layer
+    return AttentionShape(
+        new=tokens, query_heads=heads.query_heads, kv_heads=heads.kv_heads, key_dim=heads.key_dim,
+        value_dim=heads.value_dim, itemsize=heads.dtype.itemsize, segments=segments, mask=rule.mask,
+        copies=grid.copies,
+    )  # fmt: skip
+
+
+def document_memory(
+    model: torch.nn.Module, layers: Sequence[Layer], schedule: Schedule, *, tokens: int, segments: int, grid: Grid,
+    vocabulary: int, hidden: int, chunk_tokens: int, stored_itemsize: int,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes that a document of ``tokens`` tokens takes on the fullest rank, by part; see `cpmpi.memory.parts_of`."""
+    shapes = {shape_of(layer._replace(module=""), tokens, segments, grid) for layer in layers}
+    resident, shape = max(((resident_bytes(schedule, s), s) for s in shapes), key=lambda entry: entry[0])
+    layout = shape.query_layout(schedule.world)
+    return parts_of(
+        shape, tokens=max(map(layout.size, range(schedule.world))), resident=resident, hidden=hidden,
+        inner=inner_width(model), vocabulary=vocabulary, chunk_tokens=chunk_tokens, stored_itemsize=stored_itemsize,
+    )  # fmt: skip

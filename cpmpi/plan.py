@@ -16,13 +16,13 @@ from cpmpi.checkpoint import DTYPES
 from cpmpi.cost import Price, seconds_text
 from cpmpi.grid import Grid
 from cpmpi.hardware import Hardware
+from cpmpi.memory import parts_of
 from cpmpi.model_size import LayerKind, ModelSize
 from cpmpi.placement import head_group
 from cpmpi.run_spec import human_bytes
 from cpmpi.shape import AttentionShape
 from cpmpi.topology.describe import Topology
 
-HEAD_TOKENS = 256  # tokens whose logits exist at a time
 DEVICE_SPARE = 0.05  # of a device's memory, for its runtime
 
 
@@ -122,9 +122,8 @@ def plan(model: ModelSize, request: Request, topology: Topology, hardware: Hardw
     rank_tokens = -(-request.tokens // world)
     shapes = [(attention_shape(kind, request), count) for kind, count in model.layers]
     kinds = None if request.attention == "auto" else [request.attention]
-    memory = _memory(model, request, rank_tokens)
     available = int(hardware.memory_bytes * (1 - DEVICE_SPARE))
-    room = available - sum(memory.values())
+    room = available - sum(_memory(model, request, rank_tokens, resident=0).values())
     try:
         choice = choose(groups, shapes[0][0], hardware.rates, memory=max(room, 1), kinds=kinds)
     except ValueError as problem:
@@ -134,7 +133,7 @@ def plan(model: ModelSize, request: Request, topology: Topology, hardware: Hardw
     chosen = choice.schedule.kind
     prices = [(choice.prices[chosen], shapes[0][1])]
     prices += [(choose(groups, s, hardware.rates, kinds=[chosen]).prices[chosen], n) for s, n in shapes[1:]]
-    memory["attention of a layer"] = max(p.resident_bytes for p, _ in prices)
+    memory = _memory(model, request, rank_tokens, resident=max(p.resident_bytes for p, _ in prices))
 
     seconds = {
         "attention": sum(p.compute_s * n for p, n in prices),
@@ -194,41 +193,43 @@ def _node_bytes_per_s(topology: Topology) -> float:
     return rate * 1e9
 
 
-def _memory(model: ModelSize, request: Request, rank_tokens: int) -> dict[str, int]:
-    """Bytes of a rank by what they are for, without the attention of a layer."""
-    itemsize = DTYPES[request.dtype].itemsize
-    chunk = min(request.chunk_tokens, rank_tokens)
-    keys = max(kind.token_numbers for kind, _ in model.layers) * itemsize // request.tp
-    return {
-        "weights": model.parameters * itemsize // request.tp,
-        # The state, its sum with the layer's result, and the chunks' own keys and values before they are joined.
-        "tokens' states": rank_tokens * (2 * model.hidden * itemsize + keys),
-        "chunk in a layer": chunk * (3 * model.inner * itemsize // request.tp + 2 * model.hidden * itemsize),
-        "logits": min(HEAD_TOKENS, rank_tokens) * model.vocabulary * (itemsize + 2 * 4),
-    }
+def _memory(model: ModelSize, request: Request, rank_tokens: int, resident: int) -> dict[str, int]:
+    """Bytes of a rank by what they are for, as a job states them at its start; the program is not among them."""
+    shape = max((attention_shape(kind, request) for kind, _ in model.layers), key=lambda s: s.key_bytes)
+    parts = parts_of(
+        shape, tokens=rank_tokens, resident=resident, hidden=model.hidden, inner=model.inner // request.tp,
+        vocabulary=model.vocabulary, chunk_tokens=request.chunk_tokens,
+        stored_itemsize=DTYPES[request.kv_dtype].itemsize if request.kv_dtype else 0,
+    )  # fmt: skip
+    return {"weights": _weights(model, request.tp) * shape.itemsize, **parts}
+
+
+def _weights(model: ModelSize, tp: int) -> int:
+    """Parameters on each of ``tp`` ranks that share them."""
+    return (model.parameters - model.outside) // tp + model.outside
 
 
 def mends(model: ModelSize, request: Request, topology: Topology, hardware: Hardware) -> Iterator[str]:
     """What would make a plan fit that does not: more tensor parallelism, more nodes, or both; as far as it helps."""
     largest = max(len(node.ranks) for node in topology.nodes)
     room = hardware.memory_bytes * (1 - DEVICE_SPARE)
-    weights = model.parameters * DTYPES[request.dtype].itemsize
+    itemsize = DTYPES[request.dtype].itemsize
     sharing = [
         t
         for t in range(request.tp, largest + 1)
         if largest % t == 0 and all(_shares(t, kind) for kind, _ in model.layers)
     ]
     for tp in sharing:
-        if weights / tp >= room:
+        if _weights(model, tp) * itemsize >= room:
             continue
         asked = replace(request, tp=tp)
         factor = 1
         while factor <= 1 << 12:
             tokens = -(-request.tokens * tp // (topology.world * factor))
-            memory = sum(_memory(model, asked, tokens).values())
             # A ring's share of a layer: own queries, partials and keys, and four more shards of keys.
             shape = attention_shape(model.layers[0][0], asked)
-            memory += tokens * (shape.query_bytes + shape.partial_bytes + 5 * shape.key_bytes)
+            resident = tokens * (shape.query_bytes + shape.partial_bytes + 5 * shape.key_bytes)
+            memory = sum(_memory(model, asked, tokens, resident).values())
             if memory <= room:
                 break
             factor *= 2
@@ -240,9 +241,10 @@ def mends(model: ModelSize, request: Request, topology: Topology, hardware: Hard
         if words:
             yield f"{' and '.join(words)}: {human_bytes(memory)} a rank"
     most = max(sharing, default=1)
-    if weights / most >= room:
+    if (least := _weights(model, most) * itemsize) >= room:
+        weights = human_bytes(model.parameters * itemsize)
         yield (
-            f"devices with more than {human_bytes(weights / most)}: the weights are {human_bytes(weights)}, and a "
+            f"devices with more than {human_bytes(least)}: the weights are {weights}, and a "
             f"node's {largest} ranks can share them at most {most} ways"
         )
 

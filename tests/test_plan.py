@@ -99,7 +99,8 @@ def test_phases_follow_the_formulas(llama_8b):
 def test_tensor_parallelism_shares_weights_and_work(llama_8b):
     chip, machine = HARDWARE["h100"], synthetic("nodes=2,gpus=8")
     one, eight = (plan(llama_8b, Request(tokens=1 << 18, tp=tp), machine, chip) for tp in (1, 8))
-    assert eight.memory["weights"] == one.memory["weights"] // 8
+    inside = llama_8b.parameters - llama_8b.outside
+    assert one.memory["weights"] - eight.memory["weights"] == 2 * inside - 2 * inside // 8
     assert eight.seconds["attention"] == pytest.approx(one.seconds["attention"], rel=0.05)
     assert eight.flops == one.flops
     one_copy, two_copies = Grid(tp=4, head_groups=4), Grid(tp=4, head_groups=2)
@@ -116,8 +117,8 @@ def test_what_would_make_it_fit_does(llama_405b):
     request, machine = Request(tokens=10_000_000), synthetic("nodes=2,gpus=8")
     assert not plan(llama_405b, request, machine, chip).fits
     (first, *_) = mends(llama_405b, request, machine, chip)
-    assert first.startswith("tensor parallelism of 8 and 128 nodes instead of 2: ")
-    assert plan(llama_405b, replace(request, tp=8), synthetic("nodes=128,gpus=8"), chip).fits
+    assert first.startswith("tensor parallelism of 8 and 512 nodes instead of 2: ")
+    assert plan(llama_405b, replace(request, tp=8), synthetic("nodes=512,gpus=8"), chip).fits
     (hopeless,) = mends(llama_405b, request, machine, HARDWARE["h100"])
     assert hopeless.startswith("devices with more than 101 GB")
 
