@@ -120,7 +120,7 @@ def test_what_would_make_it_fit_does(llama_405b):
     assert first.startswith("tensor parallelism of 8 and 512 nodes instead of 2: ")
     assert plan(llama_405b, replace(request, tp=8), synthetic("nodes=512,gpus=8"), chip).fits
     (hopeless,) = mends(llama_405b, request, machine, HARDWARE["h100"])
-    assert hopeless.startswith("devices with more than 101 GB")
+    assert hopeless.startswith("devices with more than 109 GB")
 
 
 def test_the_command(tmp_path):
