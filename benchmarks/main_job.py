@@ -19,12 +19,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-VOCABULARY, HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 32_000, 512, 8, 8, 2, 1408
 HEAD_CHUNK = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of a Llama."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+    def flops(self, tokens: int) -> tuple[float, float]:
+        """Multiplications and additions of one document: in matrix products, and in causal attention."""
+        heads = (self.heads + self.kv_heads) * self.head_dim
+        per_layer = self.hidden * (2 * heads + 3 * self.intermediate)
+        attention = self.layers * 2 * tokens * (tokens + 1) * self.heads * self.head_dim
+        return 2 * tokens * (self.layers * per_layer + self.hidden * self.vocabulary), attention
+
+
+SIZES = Sizes(hidden=512, intermediate=1408, layers=8, heads=8, kv_heads=2, head_dim=64, vocabulary=32_000)
 
 
 def make_inputs(folder: Path, lengths: list[int]) -> None:
@@ -33,19 +56,13 @@ def make_inputs(folder: Path, lengths: list[int]) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
-        intermediate_size=INTERMEDIATE, vocab_size=VOCABULARY, max_position_embeddings=1 << 20,
+        hidden_size=SIZES.hidden, num_hidden_layers=SIZES.layers, num_attention_heads=SIZES.heads,
+        num_key_value_heads=SIZES.kv_heads, intermediate_size=SIZES.intermediate, vocab_size=SIZES.vocabulary,
+        max_position_embeddings=1 << 20,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     for n in {512, *lengths}:
-        np.save(folder / f"{n}.npy", np.random.default_rng(n).integers(0, VOCABULARY, n))
-
-
-def flops(tokens: int) -> tuple[float, float]:
-    """Multiplications and additions of one document: in matrix products, and in causal attention."""
-    head_dim = HIDDEN // HEADS
-    per_layer = HIDDEN * (2 * HIDDEN + 2 * KV_HEADS * head_dim + 3 * INTERMEDIATE)
-    return 2 * tokens * (LAYERS * per_layer + HIDDEN * VOCABULARY), LAYERS * 2 * tokens * (tokens + 1) * HIDDEN
+        np.save(folder / f"{n}.npy", np.random.default_rng(n).integers(0, SIZES.vocabulary, n))
 
 
 def transformers_worker(folder: Path, tokens: int) -> None:
@@ -73,7 +90,7 @@ def transformers_worker(folder: Path, tokens: int) -> None:
     emit(seconds=score(tokens))
 
 
-def cpmpi_worker(folder: Path, tokens: int) -> None:
+def cpmpi_worker(folder: Path, tokens: int, tp: int) -> None:
     """The job itself, KV written to disk included."""
     from cpmpi.job import run
     from cpmpi.job_options import JobOptions
@@ -81,14 +98,14 @@ def cpmpi_worker(folder: Path, tokens: int) -> None:
 
     ranks = start()
     inputs = tuple(str(folder / f"{n}.npy") for n in (512, tokens))
-    output = folder / f"run-{ranks.size}"
-    seconds = run(JobOptions(model=folder / "model", inputs=inputs, output=output, overwrite=True, quiet=True))
+    output = folder / f"run-{ranks.size}-{tp}"
+    seconds = run(JobOptions(model=folder / "model", inputs=inputs, output=output, tp=tp, overwrite=True, quiet=True))
     peaks = ranks.comm.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     if ranks.is_root and peaks is not None:
         emit(seconds=seconds[1], peak_bytes=max(peaks))
 
 
-def rates_worker() -> None:
+def rates_worker(sizes: Sizes) -> None:
     """FLOP/s of float32 matrix products and of attention on one thread of each rank at once, in shapes of this model.
 
     Measured on all ranks at the same time: a core alone may be faster than two that share a processor.
@@ -97,17 +114,16 @@ def rates_worker() -> None:
     from mpi4py import MPI
 
     torch.set_num_threads(1)
-    x, w = torch.randn(1024, HIDDEN), torch.randn(INTERMEDIATE, HIDDEN)
-    head_dim = HIDDEN // HEADS
-    q = torch.randn(1, HEADS, 2048, head_dim)
-    k = torch.randn(1, KV_HEADS, 8192, head_dim)
+    x, w = torch.randn(1024, sizes.hidden), torch.randn(sizes.intermediate, sizes.hidden)
+    q = torch.randn(1, sizes.heads, 2048, sizes.head_dim)
+    k = torch.randn(1, sizes.kv_heads, 8192, sizes.head_dim)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     rates: dict[str, list[float]] = {"matmul": [], "attention": []}
     MPI.COMM_WORLD.Barrier()
     ends = time.perf_counter() + 6
     while time.perf_counter() < ends:
         for name, work, count in (
-            ("matmul", lambda: torch.nn.functional.linear(x, w), 2 * x.numel() * INTERMEDIATE),
+            ("matmul", lambda: torch.nn.functional.linear(x, w), 2 * x.numel() * sizes.intermediate),
             ("attention", lambda: flash(q, k, k, 0.0, False), 4 * q.numel() * k.shape[2]),
         ):
             began = time.perf_counter()
@@ -122,9 +138,11 @@ def emit(**figures: float) -> None:
     print("FIGURES " + json.dumps(figures), flush=True)
 
 
-def worker(arguments: list[str], ranks: int = 0, threads: int = 1) -> dict[str, float]:
+def worker(
+    arguments: list[str], ranks: int = 0, threads: int = 1, module: str = "benchmarks.main_job"
+) -> dict[str, float]:
     """Start a worker, under mpirun where ranks are given, and read its figures."""
-    command = [sys.executable, "-m", "mpi4py", "-m", "benchmarks.main_job", *arguments]
+    command = [sys.executable, "-m", "mpi4py", "-m", module, *arguments]
     if ranks:
         beside = Path(sys.executable).with_name("mpirun")
         mpirun = str(beside) if beside.exists() else "mpirun"
@@ -144,15 +162,16 @@ def summary(values: list[float]) -> str:
 
 
 def compare(folder: Path, tokens: int, pairs: int) -> None:
-    theirs, ours, alone, bounds, peaks = [], [], [], [], {1: [], 2: []}
+    theirs, ours, alone, shared, bounds, peaks = [], [], [], [], [], {1: [], 2: []}
     for _ in range(pairs):
         rates = worker(["rates"], ranks=2)
         theirs.append(worker(["transformers", str(folder), str(tokens)], threads=2)["seconds"])
         for n, times in ((2, ours), (1, alone)):
-            figures = worker(["cpmpi", str(folder), str(tokens)], ranks=n)
+            figures = worker(["cpmpi", str(folder), str(tokens), "1"], ranks=n)
             times.append(figures["seconds"])
             peaks[n].append(figures["peak_bytes"])
-        products, attention = flops(tokens)
+        shared.append(worker(["cpmpi", str(folder), str(tokens), "2"], ranks=2)["seconds"])
+        products, attention = SIZES.flops(tokens)
         bounds.append((products / rates["matmul"] + attention / rates["attention"]) / 2)
         print(f"  rates {rates['matmul'] / 1e9:.0f} and {rates['attention'] / 1e9:.0f} GFLOP/s a thread", flush=True)
     print(f"{tokens} tokens, {pairs} pairs; median (least to most)")
@@ -162,6 +181,7 @@ def compare(folder: Path, tokens: int, pairs: int) -> None:
     print(f"  times faster than transformers     {summary([a / b for a, b in zip(theirs, ours)])}")
     print(f"  share of the arithmetic's bound    {summary([a / b for a, b in zip(bounds, ours)])}")
     print(f"  efficiency from 1 to 2 ranks       {summary([a / (2 * b) for a, b in zip(alone, ours)])}")
+    print(f"  --tp 2 on 2 ranks over --tp 1      {summary([a / b for a, b in zip(shared, ours)])}")
     for n, values in peaks.items():
         print(f"  peak memory, {n} rank(s)             {statistics.median(values) / 1e6:.0f} MB a rank", flush=True)
 
@@ -182,10 +202,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["rates"]:
-        rates_worker()
+        rates_worker(SIZES)
     elif sys.argv[1:2] == ["transformers"]:
         transformers_worker(Path(sys.argv[2]), int(sys.argv[3]))
     elif sys.argv[1:2] == ["cpmpi"]:
-        cpmpi_worker(Path(sys.argv[2]), int(sys.argv[3]))
+        cpmpi_worker(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
     else:
         main()
