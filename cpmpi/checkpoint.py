@@ -118,15 +118,24 @@ class Checkpoint:
         Args:
             dtype: type to compute in.
             probed: to learn from, in `cpmpi.probe`: experts are then computed in the way that looks least at values.
+
+        Raises:
+            UserError: transformers cannot make it with another attention than its own.
         """
         from transformers import AutoModelForCausalLM
 
         register()
-        experts = {"experts_implementation": "eager"} if probed else {}
-        with _parameters_on_meta():
-            model: torch.nn.Module = AutoModelForCausalLM.from_config(
-                deepcopy(self.config), dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False, **experts
-            )
+        options = {"attn_implementation": ATTENTION, **({"experts_implementation": "eager"} if probed else {})}
+        try:
+            with _parameters_on_meta():
+                model: torch.nn.Module = AutoModelForCausalLM.from_config(
+                    deepcopy(self.config), dtype=dtype, trust_remote_code=False, **options
+                )
+        except Exception as error:  # of any type: some models choose their attention from a table of their own
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(
+                f"{self.folder}: {self.config.model_type} cannot be made with cpmpi's attention ({reason})"
+            ) from error
         return model.eval()
 
     def stream(self, dtype: torch.dtype, device: torch.device, *, check_finite: bool = False) -> StreamedWeights:
