@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from cpmpi.attention_call import Call, rule_of
 from cpmpi.execute import Execution, Keys, Queries
+from cpmpi.finite import finite_layers
 from cpmpi.forward import Head, chunks, decoder_of, layer_major
 from cpmpi.kernels.backend import Backend
 from cpmpi.layout import Layout, Piece
@@ -109,7 +111,9 @@ class Engine:
 
         if self.weights is not None:
             self.weights.enter(0)
-        states = layer_major(decoder_of(self.causal_lm), ids_T, parts or [Piece(0, 1)], attend)
+        decoder = decoder_of(self.causal_lm)
+        with finite_layers(decoder) if self.check_finite else nullcontext():
+            states = layer_major(decoder, ids_T, parts or [Piece(0, 1)], attend)
         if self.weights is not None:
             self.weights.close()
         decoded = time.perf_counter()
@@ -128,7 +132,7 @@ class Engine:
         positions, logprobs, last_hidden = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)], None
         for part, hidden_TC in zip(parts, states, strict=False):
             if self.check_finite:
-                finite(hidden_TC, f"last layer, output of tokens {part.start} to {part.stop - 1}")
+                finite(hidden_TC, f"output of the final norm, tokens {part.start} to {part.stop - 1}")
             stop = min(part.stop, n_tokens - 1)
             targets = torch.arange(part.start + 1, stop + 1)
             positions.append(targets)
