@@ -60,6 +60,12 @@ OWN: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
+# Config fields that say what a forward returns, or that make another kind of model.
+NO_SWITCH = {
+    "use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits", "is_decoder",
+    "is_encoder_decoder", "add_cross_attention",
+}  # fmt: skip
+
 Kind = Literal["runs", "refused", "not built", "wrong", "crashes"]
 
 
@@ -92,6 +98,19 @@ def cases() -> Iterator[Case]:
         yield Case(model_type, "", own)
         if getattr(CONFIG_MAPPING[model_type], "is_decoder", None) is False:
             yield Case(model_type, "as a decoder", {**own, **DECODER})
+
+
+def variants(case: Case) -> Iterator[Case]:
+    """A case with each of its config's switches turned, and with a rotary embedding that depends on the length."""
+    text = tiny_config(case.model_type, **case.own).get_text_config(decoder=True).to_dict()
+    for name, value in text.items():
+        if isinstance(value, bool) and name not in NO_SWITCH:
+            yield Case(case.model_type, f"{name} = {not value}", {**case.own, name: not value})
+    rope = text.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        dynamic = {**rope, "rope_type": "dynamic", "factor": 2.0}
+        own = {**case.own, "rope_parameters": dynamic, "max_position_embeddings": 64}
+        yield Case(case.model_type, "dynamic rope", own)
 
 
 def examine(case: Case, folder: Path) -> Outcome:
