@@ -87,8 +87,11 @@ def make_mask(
     *, mask_function: Callable[..., torch.Tensor], attention_mask: torch.Tensor | None = None,
     local_size: int | None = None, **_: Any,
 ) -> Visible:  # fmt: skip
-    """The mask function of cpmpi's attention; see transformers' mask interface."""
-    if attention_mask is not None and not bool(attention_mask.all()):
+    """The mask function of cpmpi's attention; see transformers' mask interface.
+
+    A mask without values, in `cpmpi.probe`, passes: it is looked at when the model runs.
+    """
+    if attention_mask is not None and not attention_mask.is_meta and not bool(attention_mask.all()):
         raise UserError("the model masks tokens by itself")
     return Visible(mask_function, local_size)
 

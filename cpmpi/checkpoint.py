@@ -17,9 +17,10 @@ import torch
 from cpmpi.attention_call import ATTENTION
 from cpmpi.errors import UserError
 from cpmpi.fingerprint import check_whole, weight_files
+from cpmpi.finite import finite
 from cpmpi.forward import register
 from cpmpi.tensor_parallel import Sharing
-from cpmpi.weight_reader import WeightReader, finite
+from cpmpi.weight_reader import WeightReader
 from cpmpi.weights import StreamedWeights, Weights, spans_of
 
 # Layer types of configs that mix tokens by other means than attention; `cpmpi.probe` finds those with other names.
@@ -121,15 +122,24 @@ class Checkpoint:
             dtype: type to compute in.
             probed: to learn from, in `cpmpi.probe`: experts are then computed in the way that looks least at values.
             sharing: this rank's share of the weights; None: all.
+
+        Raises:
+            UserError: transformers cannot make it with another attention than its own.
         """
         from transformers import AutoModelForCausalLM
 
         register()
-        experts = {"experts_implementation": "eager"} if probed else {}
-        with _parameters_on_meta():
-            model: torch.nn.Module = AutoModelForCausalLM.from_config(
-                deepcopy(self.config), dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False, **experts
-            )
+        options = {"attn_implementation": ATTENTION, **({"experts_implementation": "eager"} if probed else {})}
+        try:
+            with _parameters_on_meta():
+                model: torch.nn.Module = AutoModelForCausalLM.from_config(
+                    deepcopy(self.config), dtype=dtype, trust_remote_code=False, **options
+                )
+        except Exception as error:  # of any type: some models choose their attention from a table of their own
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(
+                f"{self.folder}: {self.config.model_type} cannot be made with cpmpi's attention ({reason})"
+            ) from error
         if sharing is not None:
             sharing.narrow(model)
         return model.eval()

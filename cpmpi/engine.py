@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from cpmpi.attention_call import Call, rule_of
 from cpmpi.execute import Execution, Keys, Queries
+from cpmpi.finite import finite, finite_layers
 from cpmpi.forward import Head, chunks, decoder_of, layer_major
 from cpmpi.grid import Grid
 from cpmpi.kernels.backend import Backend
@@ -23,7 +25,6 @@ from cpmpi.probe import Layer
 from cpmpi.progress import Progress
 from cpmpi.schedule import Schedule
 from cpmpi.transport import Transport
-from cpmpi.weight_reader import finite
 from cpmpi.weights import Weights
 
 KeepKeys = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -124,7 +125,9 @@ class Engine:
             return torch.split(out_THE, [part.size for part in parts])
 
         self.weights.enter(0)
-        states = layer_major(decoder_of(self.weights.model), ids_T, parts or [Piece(0, 1)], attend)
+        decoder = decoder_of(self.weights.model)
+        with finite_layers(decoder) if self.check_finite else nullcontext():
+            states = layer_major(decoder, ids_T, parts or [Piece(0, 1)], attend)
         self.weights.close()
         decoded = time.perf_counter()
         positions, logprobs, last_hidden = self._head(ids_T, parts, states)
@@ -151,7 +154,7 @@ class Engine:
         positions, logprobs, last_hidden = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)], None
         for part, hidden_TC in zip(parts, states, strict=False):
             if self.check_finite:
-                finite(hidden_TC, f"last layer, output of tokens {part.start} to {part.stop - 1}")
+                finite(hidden_TC, f"output of the final norm, tokens {part.start} to {part.stop - 1}")
             predicting = min(part.stop, n_tokens - 1) - part.start
             first, stop = (predicting * i // tp for i in (index, index + 1))
             targets = torch.arange(part.start + first + 1, part.start + stop + 1)

@@ -17,6 +17,7 @@ import torch
 
 from cpmpi.errors import UserError
 from cpmpi.fingerprint import weight_files
+from cpmpi.finite import finite
 from cpmpi.tensor_parallel import Cut, Sharing
 
 
@@ -124,16 +125,6 @@ class WeightReader:
         missing = [k for k, t in self.model.state_dict().items() if t.is_meta and k not in given]
         if missing:
             raise UserError(f"{self.folder}: {len(missing)} tensors missing in the weights: {', '.join(missing[:4])}")
-
-
-def finite(tensor: torch.Tensor, name: str) -> None:
-    """Refuse a tensor with NaN or infinities.
-
-    Raises:
-        UserError: naming it, and how many of its numbers are not finite.
-    """
-    if tensor.is_floating_point() and (bad := tensor.numel() - int(tensor.isfinite().sum())):
-        raise UserError(f"{name}: {bad} of {tensor.numel()} numbers are NaN or infinite")
 
 
 def _files_of_keys(folder: Path) -> dict[str, Path]:

@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import torch
 
-from cpmpi.attention_call import Call, heads_of
+from cpmpi.attention_call import Call
 from cpmpi.forward import decoder_of, layer_major
 from cpmpi.layout import Piece
 from cpmpi.memory import WeightBytes
-from cpmpi.probe import TOKENS, ImaginedValues
+from cpmpi.probe import TOKENS, ImaginedValues, no_attention
 from cpmpi.weight_reader import Group, WeightReader
 
 IN_LAYER = re.compile(r"\.\d+\.")
@@ -115,8 +115,7 @@ def spans_of(causal_lm: torch.nn.Module) -> dict[str, Span]:
     def note(layer: int, calls: Sequence[Call]) -> list[torch.Tensor]:
         nonlocal stage
         stage = layer + 1
-        heads = heads_of(calls[0])
-        return [calls[0].v_1GCE.new_zeros(TOKENS, heads.query_heads, heads.value_dim)]
+        return no_attention(layer, calls)
 
     def begins(name: str) -> None:
         spans[name] = Span(min(stage, spans[name].first) if name in spans else stage, stage)

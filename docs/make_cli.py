@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -15,13 +16,20 @@ def reference() -> str:
     """The reference as Markdown: the help of every command."""
     names = cli.context_settings["help_option_names"]
     parts = ["# Command line", "Written by `make docs` from the commands themselves."]
-    for name in ("", *cli.list_commands(click.Context(cli))):
-        command = cli if not name else cli.get_command(click.Context(cli), name)
-        assert command is not None
-        title = f"cpmpi {name}".strip()
-        context = click.Context(command, info_name=title, terminal_width=100, help_option_names=names)
-        parts += [f"## {title}", f"```\n{command.get_help(context)}\n```"]
+    parts += _of("cpmpi", cli, names)
     return "\n\n".join(parts) + "\n"
+
+
+def _of(title: str, command: click.Command, names: list[str]) -> Iterator[str]:
+    """The help of a command and of the commands in it."""
+    context = click.Context(command, info_name=title, terminal_width=100, help_option_names=names)
+    yield f"## {title}"
+    yield f"```\n{command.get_help(context)}\n```"
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None
+            yield from _of(f"{title} {name}", inner, names)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ topology_file = click.option("--topology", "topology_file", type=FILE, help="Sav
 leaf_file = click.option("--leaf-file", type=FILE, help="Nodes by switch, in the format of topology.conf.")
 device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 repeat_option = click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Repetitions.")
-debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
 
 
 @click.group("bench")
@@ -46,7 +45,6 @@ def command() -> None:
 @leaf_file
 @click.option("--trace", type=FILE, help="Write what every rank did when, for chrome://tracing.")
 @click.option("--plot", type=FILE, help="Draw it: FILE.png, FILE.svg or FILE.pdf.")
-@debug_option
 def attention(
     attention: str,
     new: int,
@@ -62,10 +60,8 @@ def attention(
     leaf_file: Path | None,
     trace: Path | None,
     plot: Path | None,
-    debug: bool,
 ) -> None:
     """One layer's attention of random tokens: measured against predicted, and how much of the transfers is hidden."""
-    del debug  # read by the entry point
     import torch
 
     from cpmpi import ranks as launched
@@ -149,10 +145,8 @@ def _row(kind: str, m: Measured, predicted: Price) -> tuple[str, ...]:
 @repeat_option
 @topology_file
 @leaf_file
-@debug_option
-def transport(device: str, repeat: int, topology_file: Path | None, leaf_file: Path | None, debug: bool) -> None:
+def transport(device: str, repeat: int, topology_file: Path | None, leaf_file: Path | None) -> None:
     """Messages of every rank to the next, all at once: time, GB/s, and how much hides behind longer computing."""
-    del debug
     from cpmpi import ranks as launched
     from cpmpi.bench import ordered, overlap
     from cpmpi.cost import seconds_text

@@ -39,9 +39,7 @@ class LazyGroup(click.Group):
         if name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(COMMANDS[name][0]).command
-        if "--debug" not in {name for option in command.params for name in option.opts}:
-            # Read by the entry point, for every command alike.
-            command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks."))
+        add_debug(command)
         return command
 
     def resolve_command(
@@ -54,6 +52,15 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_line) for name, (_, help_line) in COMMANDS.items()])
+
+
+def add_debug(command: click.Command) -> None:
+    """Let a command and the commands in it accept ``--debug``, which the entry point reads for all alike."""
+    if "--debug" not in {name for option in command.params for name in option.opts}:
+        command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks."))
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            add_debug(inner)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
@@ -74,16 +75,22 @@ FAMILIES = [
     Family("Differential Llama", "diffllama", "two attentions a layer"),
 ]  # fmt: skip
 
-# Model type, config fields, and why it is refused.
+# Encoders, and the decoders of encoder-decoders, as language models.
+DECODER = {"is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False}
+
+# Model type, config fields, and why it is refused; `tests.sweep` has all others.
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_next", {}, "layers of type linear_attention"),
     ("mamba", {"num_hidden_layers": 2}, "layers of type linear_attention"),
     ("minimax", {"layer_types": ["linear_attention"] * 2 + ["full_attention"] * 2}, "layers of type linear_attention"),
     ("recurrent_gemma", {}, "layers of type linear_attention"),
     ("rwkv", {"num_hidden_layers": 2}, "does not use transformers' attention interface"),
-    ("bloom", {}, "does not run with another attention than its own"),
+    ("bloom", {}, "computes with its attention mask by itself"),
     ("inkling_text", {}, "position_bias"),
-    ("deepseek_v32", {}, "does not run with another attention than its own"),
+    ("deepseek_v32", {}, "computes with its attention mask by itself"),
+    ("falcon", {}, "cannot be made with cpmpi's attention"),
+    ("bart", DECODER, "does not count positions as 0, 1, 2, ..."),
+    ("roberta", DECODER, "does not count positions as 0, 1, 2, ..."),
     ("t5", {"num_layers": 2}, "encoder-decoder"),
     ("bert", {}, "not causal"),
 ]
@@ -93,19 +100,15 @@ def table() -> str:
     """The table of docs/models.md."""
     lines = ["| family | model type | special in it |", "|---|---|---|"]
     lines += [f"| {f.name} | `{f.model_type}` | {f.special} |" for f in FAMILIES]
-    lines += ["", "| refused | why |", "|---|---|"]
-    lines += [f"| `{model_type}` | {reason} |" for model_type, _, reason in REFUSED]
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Write the table into docs/models.md, between its markers."""
-    path = Path(__file__).resolve().parent.parent / "docs" / "models.md"
-    text = path.read_text()
-    before, rest = text.split("<!-- families -->\n")
-    _, after = rest.split("<!-- /families -->\n")
-    path.write_text(f"{before}<!-- families -->\n{table()}<!-- /families -->\n{after}")
+def write_between(marker: str, text: str) -> None:
+    """Put ``text`` into docs/models.md, between two comments of that name."""
+    before, rest = DOCS.read_text().split(f"<!-- {marker} -->\n")
+    _, after = rest.split(f"<!-- /{marker} -->\n")
+    DOCS.write_text(f"{before}<!-- {marker} -->\n{text}<!-- /{marker} -->\n{after}")
 
 
 if __name__ == "__main__":
-    main()
+    write_between("families", table())

@@ -170,6 +170,27 @@ def test_a_real_launch_ends_with_one_line(tmp_path):
     assert "Traceback" not in done.stdout
 
 
+@pytest.mark.parametrize("weights", ["resident", "stream"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_layer_that_overflows_is_named(ranks, weights, tmp_path):
+    """Its weights are finite, its output is not: with --check-finite the job stops there."""
+    from safetensors.torch import load_file, save_file
+
+    save_llama(tmp_path / "model", 2, layers=3)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e30
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e30
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    np.save(tmp_path / "document.npy", np.arange(100))
+    line = ["--model", f"{tmp_path}/model", "--input", f"{tmp_path}/document.npy", "--output", f"{tmp_path}/run"]
+    done = mpirun(ranks, "-m", "cpmpi", "score", "--quiet", "--check-finite", "--weights", weights, *line, timeout_s=60)
+    assert done.returncode != 0
+    named = r"error: .*output of layers\.1: \d+ of \d+ numbers are NaN or infinite"
+    assert re.search(named, done.stdout), done.stdout
+    assert "Traceback" not in done.stdout
+    assert len(set(re.findall(r"output of \S+", done.stdout))) == 1, done.stdout
+
+
 def test_an_error_on_one_rank_ends_all(tmp_path):
     code = (
         "import sys; from cpmpi import ranks; from cpmpi.jobs import cli; import click\n"

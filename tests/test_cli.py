@@ -44,3 +44,13 @@ def test_help_lists_every_command():
     assert result.exit_code == 0
     for name, (_, line) in COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape(line)}$", result.output, re.M), name
+
+
+def test_every_command_accepts_debug_even_those_in_groups():
+    for name in COMMANDS:
+        command = cli.get_command(click.Context(cli), name)
+        inner = list(command.commands) if isinstance(command, click.Group) else []
+        for line in ([name], *([name, one] for one in inner)):
+            result = CliRunner().invoke(cli, [*line, "--debug", "--help"])
+            assert result.exit_code == 0, result.output
+            assert result.output.count("--debug") == 1, line

@@ -5,17 +5,15 @@ sums only; measured errors are near 1e-6.
 """
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.families import FAMILIES, REFUSED, table
+from tests.families import DOCS, FAMILIES, REFUSED, table
 from tests.test_exact import shared_folder
 from tests.tiny_models import VOCABULARY, save_tiny, tiny_config, truth
 
 LENGTHS = (150, 40)  # a short document after a long one: rotary embeddings must forget the long one
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 
 
 @pytest.mark.parametrize("part", range(2))
@@ -60,8 +58,8 @@ def document(n_tokens):
     return np.random.default_rng(n_tokens).integers(3, VOCABULARY, n_tokens)
 
 
-def scores(comm, folder, stream=False, dtype="float32"):
-    """Log-probabilities of the documents of all lengths on the ranks of ``comm``."""
+def scores(comm, folder, stream=False, dtype="float32", make=document):
+    """Log-probabilities of the documents of all lengths, as ``make`` makes them, on the ranks of ``comm``."""
     import torch
 
     from cpmpi.checkpoint import Checkpoint
@@ -85,7 +83,7 @@ def scores(comm, folder, stream=False, dtype="float32"):
     )  # fmt: skip
     found = []
     for n_tokens in LENGTHS:
-        mine = engine.score(document(n_tokens), Layout(n_tokens=n_tokens, world=comm.size), "document")
+        mine = engine.score(make(n_tokens), Layout(n_tokens=n_tokens, world=comm.size), "document")
         everyone = comm.allgather((mine.positions.numpy(), mine.logprobs.numpy(), mine.last_hidden, 0))
         found.append(assemble(everyone, n_tokens)[0])
     transport.close()
