@@ -157,7 +157,10 @@ def _styles(model: Any, name: str) -> dict[str, str]:
     other = sorted({f"{style} for {n.rpartition('.')[2]}" for n, style in styles.items() if style not in STYLES})
     if other:
         raise UserError(f"--tp: the plan of {name} needs more than two sums a layer ({', '.join(other)})")
-    return styles
+    routed = [n.rpartition(".")[0] for n, style in styles.items() if style == "moe_tp_experts"]
+    beside = tuple(f"{n}." for n in routed)
+    # An expert that all tokens go to, beside the routed ones, stays whole: its sum would be a third.
+    return {n: style for n, style in styles.items() if style == "moe_tp_experts" or not n.startswith(beside)}
 
 
 def _parts(model: Any, module_name: str, style: str, layers: Sequence[Layer], name: str) -> dict[str, _Part]:

@@ -96,10 +96,19 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+# Families whose ranks cannot share the weights: no plan, or one that needs other messages than two sums a layer.
+UNSHARED = {
+    "Llama 4", "Phi-3", "Phi-3.5-MoE", "OLMo 2", "OLMo 3", "gpt-oss", "DeepSeek V2", "DeepSeek V3", "Granite MoE",
+    "GPT-2", "GPT-BigCode", "OPT", "StableLM", "MiniCPM 3", "Differential Llama",
+}  # fmt: skip
+
+
 def table() -> str:
     """The table of docs/models.md."""
-    lines = ["| family | model type | special in it |", "|---|---|---|"]
-    lines += [f"| {f.name} | `{f.model_type}` | {f.special} |" for f in FAMILIES]
+    lines = ["| family | model type | special in it | `--tp` |", "|---|---|---|---|"]
+    lines += [
+        f"| {f.name} | `{f.model_type}` | {f.special} | {'no' if f.name in UNSHARED else 'yes'} |" for f in FAMILIES
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -10,6 +10,7 @@ import re
 import numpy as np
 import pytest
 
+from .families import FAMILIES, UNSHARED
 from .test_exact import LENGTHS, compare, save_documents, save_llama, shared_folder, truth
 from .tiny_models import VOCABULARY, save_tiny, tiny_config
 from .tiny_models import truth as tiny_truth
@@ -139,43 +140,45 @@ def check_wire(comm, folder, tp, kv_heads):
     assert weights["model.layers.0.self_attn.k_proj.weight"].shape == (kv_heads * HEAD_DIM // min(tp, kv_heads), HIDDEN)
 
 
-FAMILIES = {
-    "mistral": {},
-    "qwen2": {},  # biases on queries, keys and values
-    "qwen3": {"tie_word_embeddings": True},
-    "gemma3_text": {},
-    "cohere": {},  # attention and MLP in parallel
-    "starcoder2": {"use_bias": True},  # biases on what is summed
-    "phi": {},
-    "mixtral": {},  # experts
-    "qwen3_moe": {},
-}
-
-
 @pytest.mark.mpi(2)
 def test_families(tmp_path):
+    """Every family of docs/models.md that has ``--tp`` there is right with it, the others are refused."""
     from mpi4py import MPI
 
-    from cpmpi.job import run
+    comm, folder = MPI.COMM_WORLD, shared_folder(tmp_path)
+    for i, family in enumerate(FAMILIES):
+        if comm.rank == i % 2:
+            save_tiny(folder / f"{i}", tiny_config(family.model_type, **family.own), seed=i)
+            (folder / f"{i}" / "documents").mkdir()
+            np.save(folder / f"{i}" / "documents" / "d.npy", np.random.default_rng(i).integers(3, VOCABULARY, 150))
+    comm.Barrier()
+    for i, family in enumerate(FAMILIES):
+        check_family(comm, folder / f"{i}", family)
+
+
+def check_family(comm, folder, family):
+    from cpmpi.errors import UserError
+    from cpmpi.job import prepare, run
+    from cpmpi.ranks import start
     from cpmpi.run import open_run
 
-    comm, folder = MPI.COMM_WORLD, shared_folder(tmp_path)
-    for model_type, own in FAMILIES.items():
-        model, documents = folder / model_type, folder / model_type / "documents"
-        if comm.rank == 0:
-            save_tiny(model, tiny_config(model_type, **own))
-            documents.mkdir()
-            np.save(documents / "d.npy", np.random.default_rng(1).integers(3, VOCABULARY, 100))
-        comm.Barrier()
-        for weights in ("resident", "stream"):
-            run(options_of(folder, model, documents, model / weights, tp=2, weights=weights, chunk_tokens=30))
-        comm.Barrier()
-        if comm.rank == 0:
-            expected = tiny_truth(model, np.load(documents / "d.npy"))
-            with open_run(model / "resident") as resident, open_run(model / "stream") as streamed:
-                found = resident.documents[0].logprobs
-                np.testing.assert_array_equal(found, streamed.documents[0].logprobs, err_msg=model_type)
-            assert np.abs(found - expected)[1:].max() <= 1e-4, model_type
+    def options(weights):
+        own = {"tp": 2, "weights": weights, "chunk_tokens": 40, "keep_kv": False, "allow_longer": True}
+        return options_of(folder, folder, folder / "documents", folder / weights, **own)
+
+    if family.name in UNSHARED:
+        with pytest.raises(UserError, match="--tp"):
+            prepare(options("resident"), start())
+        return
+    for weights in ("resident", "stream"):
+        run(options(weights))
+    comm.Barrier()
+    if comm.rank == 0:
+        expected = tiny_truth(folder, np.load(folder / "documents" / "d.npy"))
+        with open_run(folder / "resident") as resident, open_run(folder / "stream") as streamed:
+            found = resident.documents[0].logprobs
+            np.testing.assert_array_equal(found, streamed.documents[0].logprobs, err_msg=family.name)
+        assert np.abs(found - expected)[1:].max() <= 1e-4, family.name
 
 
 REFUSED = {
