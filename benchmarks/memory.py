@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py --tokens 8192 32768 131072 --ranks 1 2
 
-A random Llama of three wide layers; each job keeps KV and runs in processes of its own. What is compared is the peak of
-the whole process, Python and torch with it. Prints a line of JSON for each job.
+A random Mistral of three wide layers, whose window keeps attention short; each job keeps KV and runs in processes of its
+own. What is compared is the peak of the whole process, Python and torch with it. Prints a line of JSON for each job.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ def main() -> None:
 
 
 def make(folder: Path) -> None:
-    """Save a random Llama of three wide layers."""
+    """Save a random Mistral of three wide layers."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, MistralConfig
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = MistralConfig(
         hidden_size=1024, intermediate_size=2048, num_hidden_layers=3, num_attention_heads=8, head_dim=128,
-        num_key_value_heads=4, vocab_size=VOCABULARY, max_position_embeddings=1 << 20,
+        num_key_value_heads=4, vocab_size=VOCABULARY, sliding_window=1024,
+        max_position_embeddings=1 << 20,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
