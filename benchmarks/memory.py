@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py --tokens 8192 32768 131072 --ranks 1 2
 
-A random Mistral of three wide layers, whose window keeps attention short; each job keeps KV and runs in processes of its
-own. What is compared is the peak of the whole process, Python and torch with it. Prints a line of JSON for each job.
+A random Mistral of three wide layers, whose window keeps attention short; each job keeps KV and runs in processes of
+its own. What is compared is the peak of the whole process, Python and torch with it. Prints a line of JSON a job.
 """
 
 from __future__ import annotations

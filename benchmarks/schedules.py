@@ -1,6 +1,6 @@
 """Every schedule on this launch over 30 shapes: measured, predicted, and what ``auto`` would have taken.
 
-    mpirun -n 8 python -m mpi4py -m benchmarks.schedules [--leaf-file FILE] [--json FILE] [--shapes N] [--repeat N]
+    mpirun -n 8 python -m mpi4py -m benchmarks.schedules [--leaf-file FILE] [--json FILE] [--kv-heads N] [--shapes N]
 
 Prefill of 1,024 to 4,096 tokens, and extension by 1 to 4,096 tokens after 1,024 to 65,536, with 8 query heads and 8 or
 1 KV heads. Prints a line per shape; ``docs/schedules.md`` holds such a table from the emulated cluster.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,10 @@ def measure(bench: AttentionBench, shapes: list[tuple[int, int, int]], repeat: i
         rates = bench.comm.bcast(bench.rates(heads))
         choice = choose(bench.topology, shape, rates)
         row: dict[str, Any] = {"new": new, "stored": stored, "kv_heads": kv_heads, "auto": choice.schedule.kind}
-        row["predicted"], row["measured"] = {}, {}
-        for schedule in candidates(bench.topology, shape.asking(bench.topology.world)):
-            row["predicted"][schedule.kind] = price(schedule, bench.topology, shape, rates).total_s
-            row["measured"][schedule.kind] = bench.run(schedule, shape, DTYPE, repeat, alone=False).total_s
+        schedules = candidates(bench.topology, shape.asking(bench.topology.world))
+        row["predicted"] = {s.kind: price(s, bench.topology, shape, rates).total_s for s in schedules}
+        row["measured"] = bench.race(schedules, shape, DTYPE, repeat)
+        row["rates"] = asdict(rates)
         rows.append(row)
     return rows
 
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--leaf-file", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="measure every so many-th part of them only")
+    parser.add_argument("--kv-heads", type=int, choices=(8, 1), help="only shapes with so many KV heads")
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
     comm = MPI.COMM_WORLD
@@ -87,7 +89,8 @@ def main() -> None:
     topology = discover(comm, leaf_file=options.leaf_file)
     device = torch.device("cpu")
     bench = AttentionBench(comm, topology, select(device, DTYPE, head_dim=HEAD_DIM), device)
-    picked = SHAPES[:: max(1, len(SHAPES) // options.shapes)]
+    known = [shape for shape in SHAPES if options.kv_heads in (None, shape[2])]
+    picked = known[:: max(1, len(known) // options.shapes)]
     rows = measure(bench, picked, options.repeat)
     bench.close()
     if comm.rank == 0:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from cpmpi.execute import Execution, Heads, Keys, Queries, Rule
 from cpmpi.kernels.backend import Backend, Contribution
-from cpmpi.layout import Piece
 from cpmpi.rates import Rates, measure_together
 from cpmpi.schedule import Schedule
 from cpmpi.shape import AttentionShape
@@ -26,6 +26,9 @@ from cpmpi.transport import MPITransport, Pending, Transport
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+PAUSE_S = 0.0002
+CLOSE = 1.25  # medians of a few turns that may come out the other way round after more
 
 
 class Done:
@@ -145,41 +148,22 @@ class AttentionBench:
             repeat: repetitions, after one that warms up.
             alone: whether computing and moving are measured on their own too; else these count as nothing.
         """
-        rank, world = self.comm.rank, self.comm.size
-        heads = Heads(
-            query_heads=shape.query_heads, kv_heads=shape.kv_heads, key_dim=shape.key_dim, value_dim=shape.value_dim,
-            dtype=dtype,
-        )  # fmt: skip
+        trial = Trial(self, schedule, shape, dtype)
         silent = Backend(name="none", reason="transfers alone", contributions=no_contributions)
-        real: Transport = self.transport
-        free: Transport = NoTransport()
-        ways = [(real, self.backend), (free, self.backend), (real, silent)][: 3 if alone else 1]
+        ways: list[tuple[Transport, Backend]] = [
+            (self.transport, self.backend), (NoTransport(), self.backend), (self.transport, silent),
+        ]  # fmt: skip
         seconds: list[list[float]] = [[], [], []]
-        pieces = shape.query_layout(world).pieces(rank)
-        keys = Keys.empty(tuple(p for lay in shape.key_layouts(world) for p in lay.pieces(rank)), heads, self.device)
-        for x in (keys.k_SGD, keys.v_SGE):
-            x.normal_()
-        queries = self._queries(pieces, heads)
-        program = schedule.program(rank)
-        rule = Rule(mask=shape.mask, scale=shape.key_dim**-0.5)
-        sent, recorder = 0, Recorder(rank=rank, epoch_s=0.0)
+        sent = 0
+        recorder = Recorder(rank=self.comm.rank, epoch_s=0.0)
         for repetition in range(repeat + 1):  # the first one warms up
-            for way, (transport, backend) in enumerate(ways):
+            for way, (transport, backend) in enumerate(ways[: 3 if alone else 1]):
                 before = self.transport.sent_bytes
-                self.comm.Barrier()
-                begun = time.perf_counter()
-                recorder = recorder if way else Recorder(rank=rank, epoch_s=begun)
-                Execution(
-                    rank=rank, program=program, transport=transport, backend=backend, heads=heads, rule=rule,
-                    query_layout=shape.query_layout(world), key_layouts=shape.key_layouts(world), device=self.device,
-                    recorder=None if way else recorder,
-                ).run(queries, keys)  # fmt: skip
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                took = max(self.comm.allgather(time.perf_counter() - begun))
+                took, notes = trial.once(transport, backend)
                 if repetition:
                     seconds[way].append(took)
-                sent = sent if way else self.transport.sent_bytes - before
+                if way == 0:
+                    sent, recorder = self.transport.sent_bytes - before, notes
         gathered = self.comm.gather(recorder.intervals)
         pairs = shape.mask.pairs(range(shape.stored, shape.tokens), range(shape.tokens))
         return Measured(
@@ -188,9 +172,89 @@ class AttentionBench:
             intervals=tuple(i for intervals in gathered or () for i in intervals),
         )  # fmt: skip
 
-    def _queries(self, pieces: tuple[Piece, ...], heads: Heads) -> Queries:
-        tokens = [torch.randn(p.size, heads.query_heads, heads.key_dim, device=self.device) for p in pieces]
-        return Queries(tuple((p.start, q_THD.to(heads.dtype)) for p, q_THD in zip(pieces, tokens, strict=True)))
+    def race(
+        self, schedules: Sequence[Schedule], shape: AttentionShape, dtype: torch.dtype, repeat: int = 3, most: int = 9
+    ) -> dict[str, tuple[float, ...]]:
+        """Seconds of the whole by each schedule, which take turns, so that a machine that drifts is fair. Collective.
+
+        Args:
+            schedules: of different kinds, for the ranks of this launch.
+            shape: of the attention.
+            dtype: of queries, keys and values.
+            repeat: turns, after one that warms up.
+            most: turns of those schedules whose medians are within ``CLOSE`` of the least one.
+        """
+        trials = {schedule.kind: Trial(self, schedule, shape, dtype) for schedule in schedules}
+        for trial in trials.values():
+            trial.once(self.transport, self.backend)
+        seconds: dict[str, list[float]] = {kind: [] for kind in trials}
+        runners = list(trials)
+        for turn in range(max(repeat, most)):
+            if turn >= repeat:
+                medians = {kind: statistics.median(times) for kind, times in seconds.items()}
+                runners = [kind for kind in trials if medians[kind] < CLOSE * min(medians.values())]
+            if len(runners) == 1:
+                break
+            for kind in runners:
+                seconds[kind].append(trials[kind].once(self.transport, self.backend)[0])
+        return {kind: tuple(times) for kind, times in seconds.items()}
+
+
+class Trial:
+    """One layer of random queries, keys and values, attended to by a schedule as often as one likes.
+
+    Args:
+        bench: whose ranks, kernel and device.
+        schedule: for these ranks.
+        shape: of the attention.
+        dtype: of queries, keys and values.
+    """
+
+    def __init__(self, bench: AttentionBench, schedule: Schedule, shape: AttentionShape, dtype: torch.dtype) -> None:
+        self.bench, self.shape = bench, shape
+        rank, world = bench.comm.rank, bench.comm.size
+        self.heads = Heads(
+            query_heads=shape.query_heads, kv_heads=shape.kv_heads, key_dim=shape.key_dim, value_dim=shape.value_dim,
+            dtype=dtype,
+        )  # fmt: skip
+        held = tuple(p for layout in shape.key_layouts(world) for p in layout.pieces(rank))
+        self.keys = Keys.empty(held, self.heads, bench.device)
+        for x in (self.keys.k_SGD, self.keys.v_SGE):
+            x.normal_()
+        pieces = shape.query_layout(world).pieces(rank)
+        tokens = [torch.randn(p.size, shape.query_heads, shape.key_dim, device=bench.device) for p in pieces]
+        self.queries = Queries(tuple((p.start, q_THD.to(dtype)) for p, q_THD in zip(pieces, tokens, strict=True)))
+        self.program = schedule.program(rank)
+
+    def once(self, transport: Transport, backend: Backend) -> tuple[float, Recorder]:
+        """Seconds of the slowest rank, and what this one did when. Collective."""
+        comm, shape = self.bench.comm, self.shape
+        quietly(comm.Ibarrier())
+        begun = time.perf_counter()
+        recorder = Recorder(rank=comm.rank, epoch_s=begun)
+        Execution(
+            rank=comm.rank, program=self.program, transport=transport, backend=backend, heads=self.heads,
+            rule=Rule(mask=shape.mask, scale=shape.key_dim**-0.5), query_layout=shape.query_layout(comm.size),
+            key_layouts=shape.key_layouts(comm.size), device=self.bench.device, recorder=recorder,
+        ).run(self.queries, self.keys)  # fmt: skip
+        if self.bench.device.type == "cuda":
+            torch.cuda.synchronize(self.bench.device)
+        return slowest(comm, time.perf_counter() - begun), recorder
+
+
+def quietly(request: MPI.Request) -> None:
+    """Wait for a collective asleep: where ranks share cores, those that poll slow down those that still compute."""
+    while not request.Test():
+        time.sleep(PAUSE_S)
+
+
+def slowest(comm: MPI.Intracomm, seconds: float) -> float:
+    """The most seconds of any rank, on all. Collective."""
+    from mpi4py import MPI
+
+    mine, most = np.array([seconds]), np.zeros(1)
+    quietly(comm.Iallreduce(mine, most, MPI.MAX))
+    return float(most[0])
 
 
 def ordered(comm: MPI.Intracomm, topology: Topology) -> MPI.Intracomm:
@@ -227,7 +291,7 @@ def overlap(comm: MPI.Intracomm, transport: Transport, n_bytes: int, device: tor
     a_NN = torch.randn(512, 512, device=device)
 
     def once(calls: int, moving: bool) -> float:
-        comm.Barrier()
+        quietly(comm.Ibarrier())
         begun = time.perf_counter()
         if moving:
             incoming = transport.receive(n_bytes, (comm.rank - 1) % comm.size, 0, device)
@@ -239,7 +303,7 @@ def overlap(comm: MPI.Intracomm, transport: Transport, n_bytes: int, device: tor
         if moving:
             incoming.wait()
             leaving.wait()
-        return float(max(comm.allgather(time.perf_counter() - begun)))
+        return slowest(comm, time.perf_counter() - begun)
 
     def median(calls: int, moving: bool) -> float:
         once(calls, moving)

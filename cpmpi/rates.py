@@ -1,26 +1,30 @@
-"""How fast one rank computes attention: four numbers, measured on the spot or taken from a table."""
+"""How fast one rank computes attention: a few numbers, measured on the spot or taken from a table."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from cpmpi.execute import Heads
+from cpmpi.execute import Heads, flat, unpack
 from cpmpi.kernels.backend import Backend
 from cpmpi.kernels.mask import Mask
+from cpmpi.kernels.partial import Partial
+from cpmpi.transport import MPITransport
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 MEASURED_FLOPS = 5e8  # of the large call by which a kernel is measured
+MEASURED_QUERIES = 256  # at the most in it: a piece of a rank's, against many more keys than a cache holds
 MEASURED_BYTES = 4 << 20  # of the keys that few queries read
-MESSAGE_S = 2e-4  # posting, noticing and unpacking a message, with the progress thread's pauses
-MEASURED_S = 0.06  # for each of the three calls: several time slices, so that ranks that share a core show it
+MESSAGE_BYTES, MESSAGE_ROUNDS = 1024, 20  # small messages by which their overhead is measured
+MERGED_BYTES = 1 << 20  # of a partial
+MEASURED_S = 0.06  # for each of the four calls: several time slices, so that ranks that share a core show it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,29 +42,60 @@ class Rates:
     attention_flops: float
     """FLOP/s of attention over long blocks, of one rank while all compute."""
     memory_gb_per_s: float
-    """At which keys are read for few queries, and partials merged."""
+    """At which keys are read for few queries."""
+    merge_gb_per_s: float | None = None
+    """Of partials that are packed and merged; None: each is read twice and written once at ``memory_gb_per_s``."""
     call_s: float = 1e-5
     """Seconds that a call of the kernel takes beside its work."""
     message_s: float = 1e-5
-    """Seconds that posting a message and noticing its end take a rank, beside the link's latency."""
+    """Seconds from posting a small message to noticing its end, beside the link's latency."""
 
     def __post_init__(self) -> None:
-        for name in ("attention_flops", "memory_gb_per_s"):
-            if not getattr(self, name) > 0:
+        for name in ("attention_flops", "memory_gb_per_s", "merge_gb_per_s"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
         for name in ("call_s", "message_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
 
+    def merge_seconds(self, n_bytes: int) -> float:
+        """What partials of so many bytes take to merge."""
+        return n_bytes / ((self.merge_gb_per_s or self.memory_gb_per_s / 3) * 1e9)
+
 
 def measure_together(comm: MPI.Intracomm, backend: Backend, heads: Heads, device: torch.device) -> Rates:
-    """The median of each rate over ranks that all compute at once. Collective."""
-    everyone: list[Rates] = comm.allgather(measure(backend, heads, device, comm.Barrier))
+    """The median of each rate over ranks that all compute, then all talk, at once. Collective."""
+    mine = measure(backend, heads, device, comm.Barrier)
+    call = _attending(backend, heads, device, 1, 1)
+    mine = replace(mine, message_s=max(0.0, message_seconds(comm, device, call) - mine.call_s))
+    everyone: list[Rates] = comm.allgather(mine)
     return Rates(**{f.name: statistics.median(getattr(r, f.name) for r in everyone) for f in fields(Rates)})
 
 
+def message_seconds(comm: MPI.Intracomm, device: torch.device, call: Callable[[], object]) -> float:
+    """Median seconds of a round in which each rank sends a little to the next and calls the kernel once. Collective.
+
+    With the call, since messages of a schedule travel beside calls: where ranks share cores, they take turns with them.
+    """
+    if comm.size == 1:
+        return 0.0
+    transport = MPITransport(comm)
+    payload_B = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8, device=device)
+    seconds = []
+    for _ in range(MESSAGE_ROUNDS):
+        begun = time.perf_counter()
+        incoming = transport.receive(MESSAGE_BYTES, (comm.rank - 1) % comm.size, 0, device)
+        leaving = transport.send(payload_B, (comm.rank + 1) % comm.size, 0)
+        call()
+        incoming.wait()
+        leaving.wait()
+        seconds.append(time.perf_counter() - begun)
+    transport.close()
+    return statistics.median(seconds)
+
+
 def measure(backend: Backend, heads: Heads, device: torch.device, together: Callable[[], object]) -> Rates:
-    """The rates of this rank's kernel for a layer of these shapes, in a fifth of a second.
+    """The rates of this rank's kernel for a layer of these shapes, in a quarter of a second.
 
     Args:
         backend: the kernel.
@@ -70,29 +105,52 @@ def measure(backend: Backend, heads: Heads, device: torch.device, together: Call
     """
     flops_a_pair = 2 * heads.query_heads * (heads.key_dim + heads.value_dim)
     key_bytes = heads.kv_heads * (heads.key_dim + heads.value_dim) * heads.dtype.itemsize
-    side = max(64, min(2048, int((MEASURED_FLOPS / flops_a_pair) ** 0.5)))
+    pairs = MEASURED_FLOPS / flops_a_pair
+    rows = max(64, min(MEASURED_QUERIES, int(pairs**0.5)))
+    columns = max(64, min(1 << 14, int(pairs / rows)))
     many = max(256, min(1 << 17, MEASURED_BYTES // key_bytes))
+    calls = [_attending(backend, heads, device, *size) for size in ((1, 1), (1, many), (rows, columns))]
+    partial_bytes = heads.query_heads * (heads.value_dim + 1) * torch.float32.itemsize
+    tokens = max(1, MERGED_BYTES // partial_bytes)
     seconds = []
-    for queries, keys in ((1, 1), (1, many), (side, side)):
+    for call in (*calls, _merging(heads, device, tokens)):
         together()
-        seconds.append(_mean_seconds(backend, heads, device, queries, keys))
-    call_s, reading_s, computing_s = seconds
+        seconds.append(_mean_seconds(call, device))
+    call_s, reading_s, computing_s, merging_s = seconds
     return Rates(
-        attention_flops=flops_a_pair * side * side / max(computing_s - call_s, 1e-9),
+        attention_flops=flops_a_pair * rows * columns / max(computing_s - call_s, 1e-9),
         memory_gb_per_s=key_bytes * many / max(reading_s - call_s, 1e-9) / 1e9,
+        merge_gb_per_s=partial_bytes * tokens / merging_s / 1e9,
         call_s=call_s,
-        message_s=MESSAGE_S,
     )
 
 
-def _mean_seconds(backend: Backend, heads: Heads, device: torch.device, queries: int, keys: int) -> float:
-    """Mean seconds of a call where every query sees every key, over ``MEASURED_S``."""
+def _attending(backend: Backend, heads: Heads, device: torch.device, queries: int, keys: int) -> Callable[[], object]:
+    """A call where every query sees every key."""
     q_THD = torch.randn(queries, heads.query_heads, heads.key_dim, device=device).to(heads.dtype)
     k_SGD = torch.randn(keys, heads.kv_heads, heads.key_dim, device=device).to(heads.dtype)
     v_SGE = torch.randn(keys, heads.kv_heads, heads.value_dim, device=device).to(heads.dtype)
+    scale = heads.key_dim**-0.5
+    return lambda: backend.attend(q_THD, k_SGD, v_SGE, q_start=keys, k_start=0, mask=Mask(), scale=scale)
+
+
+def _merging(heads: Heads, device: torch.device, tokens: int) -> Callable[[], object]:
+    """A call that packs the partial of so many tokens as for a message and merges it into another."""
+    mine, other = (Partial(tokens, heads.query_heads, heads.value_dim, device=device) for _ in range(2))
+    shapes = (other.out_THE.shape, other.lse_TH.shape)
+
+    def call() -> None:
+        out_THE, lse_TH = unpack(flat([other.out_THE, other.lse_TH]), shapes, torch.float32)
+        mine.merge_(out_THE, lse_TH)
+
+    return call
+
+
+def _mean_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Mean seconds of a call over ``MEASURED_S``."""
     calls, begun = -1, time.perf_counter()  # the first call warms up
     while calls < 1 or time.perf_counter() - begun < MEASURED_S:
-        backend.attend(q_THD, k_SGD, v_SGE, q_start=keys, k_start=0, mask=Mask(), scale=heads.key_dim**-0.5)
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         calls += 1

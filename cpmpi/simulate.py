@@ -2,8 +2,8 @@
 
 An event simulation in the order of time. A rank enters a round, posts its messages, computes; a message leaves once
 both ends have posted it (a rendezvous) and queues on every wire of its way; a round ends when its own computing and the
-messages that are due have. What the simulation leaves out: packing and unpacking, congestion inside a switch, and that
-messages take turns on a wire in packets rather than one after the other.
+messages that are due have. What the simulation leaves out: the cores' time that moving bytes takes,
+congestion inside a switch, and that messages take turns on a wire in packets rather than one after the other.
 """
 
 from __future__ import annotations
@@ -111,14 +111,12 @@ class _Player:
     def enter(self, now: float, rank: int, i: int) -> None:
         """A rank posts the messages of its round and computes."""
         this = self.programs[rank][i]
-        posts = 0
         ready: list[tuple[_Post, _Post, int]] = []
         for mine, theirs, incoming in ((self.receives, self.sends, True), (self.sends, self.receives, False)):
             for transfer in this.receives if incoming else this.sends:
                 n_bytes = self.sizes.bytes(transfer.items)
                 if not n_bytes:
                     continue
-                posts += 1
                 self.open[rank][transfer.due] += 1
                 post = _Post(rank, transfer, i)
                 way = (transfer.peer, rank, transfer.channel) if incoming else (rank, transfer.peer, transfer.channel)
@@ -127,7 +125,7 @@ class _Player:
                     ready.append((other, post, n_bytes) if incoming else (post, other, n_bytes))
                 else:
                     mine[way].append(post)
-        busy = posts * self.rates.message_s + sum(self.seconds[query][key] for query, key in this.attends)
+        busy = sum(self.seconds[query][key] for query, key in this.attends)
         self.played.busy_s[rank] += busy
         self.begun[rank], self.computed[rank] = now, now + busy
         for send, receive, n_bytes in ready:
@@ -143,16 +141,13 @@ class _Player:
             self.free[wire] = max(self.free[wire], now) + n_bytes / self.links.capacity[wire]
             stop = max(stop, self.free[wire])
             self.played.wire_bytes[wire] += n_bytes
-        stop += route.latency_s
+        stop += route.latency_s + self.rates.message_s
         for post in (send, receive):
             rank, due = post.rank, post.transfer.due
             self.open[rank][due] -= 1
             self.arrived[rank][due] = max(self.arrived[rank][due], stop)
         partials = [item for item in receive.transfer.items if item.kind == "partial"]
-        # Merging reads what arrived, and reads and writes the accumulator.
-        self.merge_s[receive.rank][receive.transfer.due] += (
-            3 * self.sizes.bytes(partials) / (self.rates.memory_gb_per_s * 1e9)
-        )
+        self.merge_s[receive.rank][receive.transfer.due] += self.rates.merge_seconds(self.sizes.bytes(partials))
         self.note(receive.rank, "transfer", receive.posted_in, start, stop, send.rank, n_bytes)
         self.leave(send.rank)
         self.leave(receive.rank)
