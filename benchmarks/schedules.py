@@ -22,7 +22,6 @@ from mpi4py import MPI
 from cpmpi.auto import candidates, choose
 from cpmpi.bench import AttentionBench
 from cpmpi.cost import price, seconds_text
-from cpmpi.execute import Heads
 from cpmpi.kernels.select import select
 from cpmpi.shape import AttentionShape
 from cpmpi.table import table
@@ -30,7 +29,7 @@ from cpmpi.topology.discover import discover
 
 TOKENS = [(new, 0) for new in (1024, 2048, 4096)] + list(product((1, 32, 512, 4096), (1024, 8192, 65536)))
 SHAPES = [(new, stored, kv) for new, stored in TOKENS for kv in (8, 1)]
-QUERY_HEADS, HEAD_DIM = 8, 16
+QUERY_HEADS, HEAD_DIM = 8, 64
 DTYPE = torch.float32
 
 
@@ -47,10 +46,7 @@ def measure(bench: AttentionBench, shapes: list[tuple[int, int, int]], repeat: i
     rows = []
     for new, stored, kv_heads in shapes:
         shape = shape_of(new, stored, kv_heads)
-        heads = Heads(
-            query_heads=QUERY_HEADS, kv_heads=kv_heads, key_dim=HEAD_DIM, value_dim=HEAD_DIM, dtype=DTYPE
-        )  # fmt: skip
-        rates = bench.comm.bcast(bench.rates(heads))
+        rates = bench.comm.bcast(bench.rates(shape, DTYPE))
         choice = choose(bench.topology, shape, rates)
         row: dict[str, Any] = {"new": new, "stored": stored, "kv_heads": kv_heads, "auto": choice.schedule.kind}
         schedules = candidates(bench.topology, shape.asking(bench.topology.world))

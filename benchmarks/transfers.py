@@ -20,7 +20,6 @@ from mpi4py import MPI
 from cpmpi.auto import schedule_on
 from cpmpi.bench import AttentionBench, Measured
 from cpmpi.cost import price, seconds_text
-from cpmpi.execute import Heads
 from cpmpi.kernels.select import select
 from cpmpi.shape import AttentionShape
 from cpmpi.table import table
@@ -45,10 +44,7 @@ def measure(bench: AttentionBench, repeat: int) -> list[dict[str, Any]]:
             new=new, stored=stored, query_heads=QUERY_HEADS, kv_heads=kv_heads, key_dim=HEAD_DIM, value_dim=HEAD_DIM,
             itemsize=DTYPE.itemsize,
         )  # fmt: skip
-        heads = Heads(
-            query_heads=QUERY_HEADS, kv_heads=kv_heads, key_dim=HEAD_DIM, value_dim=HEAD_DIM, dtype=DTYPE
-        )  # fmt: skip
-        rates = bench.comm.bcast(bench.rates(heads))
+        rates = bench.comm.bcast(bench.rates(shape, DTYPE))
         schedule = schedule_on(kind, bench.topology)
         measured = bench.run(schedule, shape, DTYPE, repeat)
         predicted = price(schedule, bench.topology, shape, rates)

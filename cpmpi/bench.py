@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 PAUSE_S = 0.0002
+FAR = 2.0  # times that after one turn no more turns would mend
 CLOSE = 1.25  # medians of a few turns that may come out the other way round after more
 
 
@@ -132,9 +133,10 @@ class AttentionBench:
         self.transport.close()
         self.comm.Free()
 
-    def rates(self, heads: Heads) -> Rates:
-        """The rates of a typical rank while all compute. Collective."""
-        return measure_together(self.comm, self.backend, heads, self.device)
+    def rates(self, shape: AttentionShape, dtype: torch.dtype) -> Rates:
+        """The rates of a typical rank while all compute, for blocks of a shape. Collective."""
+        block = shape.block(self.comm.size)
+        return measure_together(self.comm, self.backend, heads_of(shape, dtype), self.device, block)
 
     def run(
         self, schedule: Schedule, shape: AttentionShape, dtype: torch.dtype, repeat: int = 3, alone: bool = True
@@ -181,7 +183,7 @@ class AttentionBench:
             schedules: of different kinds, for the ranks of this launch.
             shape: of the attention.
             dtype: of queries, keys and values.
-            repeat: turns, after one that warms up.
+            repeat: turns, after one that warms up; a schedule that took more than ``FAR`` times the least drops out.
             most: turns of those schedules whose medians are within ``CLOSE`` of the least one.
         """
         trials = {schedule.kind: Trial(self, schedule, shape, dtype) for schedule in schedules}
@@ -190,10 +192,11 @@ class AttentionBench:
         seconds: dict[str, list[float]] = {kind: [] for kind in trials}
         runners = list(trials)
         for turn in range(max(repeat, most)):
-            if turn >= repeat:
+            if turn:
                 medians = {kind: statistics.median(times) for kind, times in seconds.items()}
-                runners = [kind for kind in trials if medians[kind] < CLOSE * min(medians.values())]
-            if len(runners) == 1:
+                limit = (CLOSE if turn >= repeat else FAR) * min(medians.values())
+                runners = [kind for kind in trials if medians[kind] < limit]
+            if len(runners) == 1 and turn >= repeat:
                 break
             for kind in runners:
                 seconds[kind].append(trials[kind].once(self.transport, self.backend)[0])
@@ -213,10 +216,7 @@ class Trial:
     def __init__(self, bench: AttentionBench, schedule: Schedule, shape: AttentionShape, dtype: torch.dtype) -> None:
         self.bench, self.shape = bench, shape
         rank, world = bench.comm.rank, bench.comm.size
-        self.heads = Heads(
-            query_heads=shape.query_heads, kv_heads=shape.kv_heads, key_dim=shape.key_dim, value_dim=shape.value_dim,
-            dtype=dtype,
-        )  # fmt: skip
+        self.heads = heads_of(shape, dtype)
         held = tuple(p for layout in shape.key_layouts(world) for p in layout.pieces(rank))
         self.keys = Keys.empty(held, self.heads, bench.device)
         for x in (self.keys.k_SGD, self.keys.v_SGE):
@@ -240,6 +240,14 @@ class Trial:
         if self.bench.device.type == "cuda":
             torch.cuda.synchronize(self.bench.device)
         return slowest(comm, time.perf_counter() - begun), recorder
+
+
+def heads_of(shape: AttentionShape, dtype: torch.dtype) -> Heads:
+    """The heads of a shape."""
+    return Heads(
+        query_heads=shape.query_heads, kv_heads=shape.kv_heads, key_dim=shape.key_dim, value_dim=shape.value_dim,
+        dtype=dtype,
+    )  # fmt: skip
 
 
 def quietly(request: MPI.Request) -> None:

@@ -116,7 +116,7 @@ def choose_schedule(
     if len(places) == 1:
         return schedule_on("ring", topology).of(places), f"ring: one rank{' a head group' * (grid.tp > 1)}"
     shape = shape_of(layers[0], tokens, segments, grid)
-    measured = rates.measure_together(ranks.comm, backends[0], layers[0].heads, device)
+    measured = rates.measure_together(ranks.comm, backends[0], layers[0].heads, device, shape.block(len(places)))
 
     def decide() -> tuple[str, str]:
         try:

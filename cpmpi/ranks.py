@@ -28,6 +28,12 @@ LAUNCHED_RANKS = {
 }
 
 
+# Open MPI reads these when it starts; a user's own values hold. Ranks that wait yield their core. Over TCP messages go
+# in fragments: as one piece (the default) a large one keeps the other direction's permission to send waiting behind
+# itself, and two ranks that exchange large messages take turns, each at half the link's rate.
+OPEN_MPI = {"OMPI_MCA_mpi_yield_when_idle": "1", "OMPI_MCA_btl_tcp_flags": "1"}
+
+
 class AgreedError(UserError):
     """A user's error that every rank has raised together: rank 0 reports it, all exit with status 1."""
 
@@ -97,7 +103,8 @@ def start() -> Ranks:
         UserError: there is no MPI library, or it takes no calls from several threads, or a launcher started several
             ranks but MPI sees a world of one (each rank would do all the work).
     """
-    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    for name, value in OPEN_MPI.items():
+        os.environ.setdefault(name, value)
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

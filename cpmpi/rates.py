@@ -19,8 +19,8 @@ from cpmpi.transport import MPITransport
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-MEASURED_FLOPS = 5e8  # of the large call by which a kernel is measured
-MEASURED_QUERIES = 256  # at the most in it: a piece of a rank's, against many more keys than a cache holds
+MEASURED_FLOPS = 2e9  # at most, of the large call by which a kernel is measured
+MEASURED_QUERIES = 1024  # at most in it: more go through a model in several chunks
 MEASURED_BYTES = 4 << 20  # of the keys that few queries read
 MESSAGE_BYTES, MESSAGE_ROUNDS = 1024, 20  # small messages by which their overhead is measured
 MERGED_BYTES = 1 << 20  # of a partial
@@ -63,9 +63,11 @@ class Rates:
         return n_bytes / ((self.merge_gb_per_s or self.memory_gb_per_s / 3) * 1e9)
 
 
-def measure_together(comm: MPI.Intracomm, backend: Backend, heads: Heads, device: torch.device) -> Rates:
-    """The median of each rate over ranks that all compute, then all talk, at once. Collective."""
-    mine = measure(backend, heads, device, comm.Barrier)
+def measure_together(
+    comm: MPI.Intracomm, backend: Backend, heads: Heads, device: torch.device, block: tuple[int, int]
+) -> Rates:
+    """The median of each rate over ranks that all compute, then all talk, at once. Collective; see `measure`."""
+    mine = measure(backend, heads, device, comm.Barrier, block)
     call = _attending(backend, heads, device, 1, 1)
     mine = replace(mine, message_s=max(0.0, message_seconds(comm, device, call) - mine.call_s))
     everyone: list[Rates] = comm.allgather(mine)
@@ -94,7 +96,9 @@ def message_seconds(comm: MPI.Intracomm, device: torch.device, call: Callable[[]
     return statistics.median(seconds)
 
 
-def measure(backend: Backend, heads: Heads, device: torch.device, together: Callable[[], object]) -> Rates:
+def measure(
+    backend: Backend, heads: Heads, device: torch.device, together: Callable[[], object], block: tuple[int, int]
+) -> Rates:
     """The rates of this rank's kernel for a layer of these shapes, in a quarter of a second.
 
     Args:
@@ -102,12 +106,12 @@ def measure(backend: Backend, heads: Heads, device: torch.device, together: Call
         heads: the layer's shapes.
         device: of the tensors.
         together: a barrier: ranks that share cores measure at the same time, as they will compute at the same time.
+        block: queries and keys that a call typically gets: kernels are slower for few of either.
     """
     flops_a_pair = 2 * heads.query_heads * (heads.key_dim + heads.value_dim)
     key_bytes = heads.kv_heads * (heads.key_dim + heads.value_dim) * heads.dtype.itemsize
-    pairs = MEASURED_FLOPS / flops_a_pair
-    rows = max(64, min(MEASURED_QUERIES, int(pairs**0.5)))
-    columns = max(64, min(1 << 14, int(pairs / rows)))
+    rows = max(2, min(MEASURED_QUERIES, block[0]))
+    columns = max(64, min(block[1], int(MEASURED_FLOPS / flops_a_pair / rows)))
     many = max(256, min(1 << 17, MEASURED_BYTES // key_bytes))
     calls = [_attending(backend, heads, device, *size) for size in ((1, 1), (1, many), (rows, columns))]
     partial_bytes = heads.query_heads * (heads.value_dim + 1) * torch.float32.itemsize
@@ -117,9 +121,12 @@ def measure(backend: Backend, heads: Heads, device: torch.device, together: Call
         together()
         seconds.append(_mean_seconds(call, device))
     call_s, reading_s, computing_s, merging_s = seconds
+    read_s = max(reading_s - call_s, 1e-9) / (key_bytes * many)  # of a byte
+    # What the model counts as reading is no computing; at least half of a large call is.
+    multiplying_s = max(computing_s - call_s - columns * key_bytes * read_s, computing_s / 2)
     return Rates(
-        attention_flops=flops_a_pair * rows * columns / max(computing_s - call_s, 1e-9),
-        memory_gb_per_s=key_bytes * many / max(reading_s - call_s, 1e-9) / 1e9,
+        attention_flops=flops_a_pair * rows * columns / multiplying_s,
+        memory_gb_per_s=1 / read_s / 1e9,
         merge_gb_per_s=partial_bytes * tokens / merging_s / 1e9,
         call_s=call_s,
     )

@@ -112,6 +112,12 @@ class AttentionShape:
         askers = frozenset(rank for rank in range(world) if layout.size(rank))
         return None if len(askers) == world else askers
 
+    def block(self, world: int) -> tuple[int, int]:
+        """Queries and keys of a block of this attention on so many ranks: a piece of each."""
+        pieces = max(world // self.copies, 1) * self.segments
+        keys = self.stored // (world * self.stored_segments) if self.stored else self.new // (world * self.segments)
+        return max(1, self.new // pieces), max(1, keys)
+
     def pairs(self, world: int) -> tuple[Counts, Counts, Counts]:
         """Visible (query, key) pairs, blocks with any, and keys read by these, for each two ranks: (N, N) each.
 

@@ -22,7 +22,6 @@ def measure(leaf_file: str) -> None:
     from cpmpi.auto import schedule_on
     from cpmpi.bench import AttentionBench
     from cpmpi.cost import price
-    from cpmpi.execute import Heads
     from cpmpi.kernels.select import select
     from cpmpi.shape import AttentionShape
     from cpmpi.timeline_plot import PAPER, draw_on
@@ -30,10 +29,9 @@ def measure(leaf_file: str) -> None:
 
     torch.set_num_threads(1)
     device, shape = torch.device("cpu"), AttentionShape(**SHAPE, itemsize=4)
-    heads = Heads(query_heads=8, kv_heads=8, key_dim=64, value_dim=64, dtype=torch.float32)
     topology = discover(MPI.COMM_WORLD, leaf_file=leaf_file)
     bench = AttentionBench(MPI.COMM_WORLD, topology, select(device, torch.float32, head_dim=64), device)
-    rates = bench.rates(heads)
+    rates = bench.rates(shape, torch.float32)
     panels = []
     for kind in ("ring", "hybrid"):
         schedule = schedule_on(kind, topology)

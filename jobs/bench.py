@@ -68,7 +68,6 @@ def attention(
     from cpmpi.auto import choose, schedule_on
     from cpmpi.bench import AttentionBench
     from cpmpi.cost import price, seconds_text
-    from cpmpi.execute import Heads
     from cpmpi.kernels.select import select
     from cpmpi.machine import choose_device, set_threads
     from cpmpi.schedule import KINDS
@@ -90,10 +89,9 @@ def attention(
         )  # fmt: skip
 
     shape = ranks.together(_users, make_shape)
-    heads = Heads(query_heads=query_heads, kv_heads=kv_heads, key_dim=head_dim, value_dim=head_dim, dtype=number)
     topology = _topology(ranks, topology_file, leaf_file)
     bench = AttentionBench(ranks.comm, topology, select(on, number, head_dim=head_dim), on)
-    rates = bench.rates(heads)
+    rates = bench.rates(shape, number)
     if attention == "auto":
         choice = ranks.together(_users, lambda: choose(topology, shape, rates))
         kinds = (choice.schedule.kind,)

@@ -23,7 +23,6 @@ def test_every_schedule_sends_the_bytes_of_its_formula():
 
     from cpmpi.auto import schedule_on
     from cpmpi.bench import AttentionBench
-    from cpmpi.execute import Heads
     from cpmpi.kernels.select import named
     from cpmpi.shape import AttentionShape
     from cpmpi.simulate import Sizes
@@ -32,8 +31,7 @@ def test_every_schedule_sends_the_bytes_of_its_formula():
     topology = synthetic("machine=cpu-2s,ranks=2/1")
     shape = AttentionShape(new=31, stored=50, query_heads=4, kv_heads=2, key_dim=8, value_dim=8, itemsize=4)
     bench = AttentionBench(MPI.COMM_WORLD, topology, named("reference"), torch.device("cpu"))
-    heads = Heads(query_heads=4, kv_heads=2, key_dim=8, value_dim=8, dtype=torch.float32)
-    rates = bench.rates(heads)
+    rates = bench.rates(shape, torch.float32)
     assert rates.attention_flops > 0
     assert MPI.COMM_WORLD.allgather(rates) == [rates] * 3
     sizes = Sizes(shape, 3)

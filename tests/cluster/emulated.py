@@ -14,9 +14,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from cpmpi.ranks import OPEN_MPI
 
 from ..conftest import clean_environment
 
@@ -84,13 +86,16 @@ class Cluster:
         """
         return self.script("on", host, *command, timeout_s=timeout_s, **environment)
 
-    def mpirun(self, *command: str, timeout_s: float = 60, **environment: str) -> str:
-        """What ``python -m mpi4py COMMAND`` prints on 4 nodes x 2 ranks, started by Open MPI's mpirun on n1."""
+    def mpirun(
+        self, *command: str, nodes: Sequence[str] = NODES, ranks: int = RANKS_PER_NODE, timeout_s: float = 60,
+        **environment: str,
+    ) -> str:  # fmt: skip
+        """What ``python -m mpi4py COMMAND`` prints on nodes of so many ranks, started by Open MPI's mpirun on n1."""
         launcher = Path(sys.executable).with_name("mpirun")
-        hosts = ",".join(f"{node}:{RANKS_PER_NODE}" for node in NODES)
+        hosts = ",".join(f"{node}:{ranks}" for node in nodes)
         line = [str(launcher) if launcher.exists() else "mpirun", "--bind-to", "none", "--host", hosts]
         line += ["--mca", "plm", "ssh", "--mca", "plm_ssh_agent", f"{SCRIPT} rsh"]
-        line += ["-n", str(len(NODES) * RANKS_PER_NODE), sys.executable, "-m", "mpi4py", *command]
+        line += ["-n", str(len(nodes) * ranks), sys.executable, "-m", "mpi4py", *command]
         return self.on("n1", *line, timeout_s=timeout_s, **self._mpi(environment))
 
     def srun(self, *command: str, timeout_s: float = 60, **environment: str) -> str:
@@ -129,8 +134,8 @@ class Cluster:
 
     @staticmethod
     def _mpi(environment: dict[str, str]) -> dict[str, str]:
-        """Every node thinks the machine's cores are its own: ranks that wait must not spin."""
-        return {"OMPI_MCA_mpi_yield_when_idle": "1", **environment}
+        """What `cpmpi.ranks.start` sets, for commands that start MPI by themselves."""
+        return {**OPEN_MPI, **environment}
 
     def script(self, *arguments: str, timeout_s: float = 60, **environment: str) -> str:
         """What the script ``cluster`` prints.

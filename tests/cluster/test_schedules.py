@@ -36,7 +36,6 @@ def uplink_bytes():
 comm = MPI.COMM_WORLD
 topology = discover(comm, leaf_file=sys.argv[1])
 shape = AttentionShape(new=32, stored=16384, query_heads=8, kv_heads=8, key_dim=64, value_dim=64, itemsize=4)
-heads = Heads(query_heads=8, kv_heads=8, key_dim=64, value_dim=64, dtype=torch.float32)
 bench = AttentionBench(comm, topology, select(torch.device("cpu"), torch.float32, head_dim=64), torch.device("cpu"))
 send, crossed = bench.transport.send, [0]
 
@@ -46,7 +45,7 @@ def counted(payload_B, peer, channel):
     return send(payload_B, peer, channel)
 
 bench.transport.send = counted
-rates = bench.rates(heads)
+rates = bench.rates(shape, torch.float32)
 found = {}
 for kind in ("tree", "ring"):
     schedule = schedule_on(kind, topology)
