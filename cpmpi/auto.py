@@ -13,6 +13,7 @@ from cpmpi.shape import AttentionShape
 from cpmpi.topology.derive import node_order, rings, tree
 from cpmpi.topology.describe import Topology
 
+ALIKE = 1.05  # times the least price: not told apart; of these, the one that sends the least: networks vary the most
 ALL_PRICED = 64  # ranks up to which every candidate is priced; beyond, those that might be the cheapest
 
 
@@ -93,7 +94,9 @@ def choose(
     if not fitting:
         needs = ", ".join(f"{kind} {p.resident_bytes / 1e9:.3g} GB" for kind, p in prices.items())
         raise ValueError(f"no schedule fits into {(memory or 0) / 1e9:.3g} GB for a layer's attention: {needs}")
-    best = min(fitting, key=lambda kind: prices[kind].total_s)
+    least = min(prices[kind].total_s for kind in fitting)
+    alike = [kind for kind in fitting if prices[kind].total_s <= ALIKE * least]
+    best = min(alike, key=lambda kind: (prices[kind].busiest_bytes, prices[kind].total_s))
     words = [reason(best, prices, memory)]
     words += [f"{kind}: at least {seconds_text(bound)}" for kind, bound in bounds.items() if kind not in prices]
     return Choice(next(s for s in schedules if s.kind == best), "; ".join(words), prices)

@@ -39,6 +39,11 @@ class Price:
     intervals: tuple[Interval, ...] = field(default=(), repr=False)
     extrapolated: bool = False
 
+    @property
+    def busiest_bytes(self) -> int:
+        """Bytes over the wire that carries the most."""
+        return max(self.link_bytes.values(), default=0)
+
     def __str__(self) -> str:
         return f"{seconds_text(self.total_s)}, of it {seconds_text(self.exposed_s)} exposed"
 

@@ -29,9 +29,13 @@ LAUNCHED_RANKS = {
 
 
 # Open MPI reads these when it starts; a user's own values hold. Ranks that wait yield their core. Over TCP messages go
-# in fragments: as one piece (the default) a large one keeps the other direction's permission to send waiting behind
-# itself, and two ranks that exchange large messages take turns, each at half the link's rate.
-OPEN_MPI = {"OMPI_MCA_mpi_yield_when_idle": "1", "OMPI_MCA_btl_tcp_flags": "1"}
+# in fragments and the socket takes 1 MiB at a time: else the permission for the other direction to send waits behind a
+# large message, and two ranks that exchange some take turns, each at half the link's rate.
+OPEN_MPI = {
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "OMPI_MCA_btl_tcp_flags": "1",
+    "OMPI_MCA_btl_tcp_sndbuf": str(1 << 20),
+}
 
 
 class AgreedError(UserError):

@@ -1,6 +1,6 @@
 """Messages between ranks that travel while the rank computes.
 
-MPI moves large messages only inside MPI calls, so a thread tests the pending requests every half millisecond while the
+MPI moves large messages only inside MPI calls, so a thread tests the pending requests every millisecond while the
 main thread sits in a kernel that has released the interpreter lock (a call that waits inside MPI would spin on a core
 that a compute thread needs). CUDA tensors go through host memory: MPI libraries from wheels do not know devices.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CHANNELS = 2
 LARGEST_MESSAGE = 1 << 30  # bytes; counts from 2^31 on fail in some MPI libraries
-POLL_S = 0.0005
+POLL_S = 0.001
 LONGEST_PAUSE_S = 0.001
 
 

@@ -45,7 +45,7 @@ class LinkClass:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a ping-pong between ranks ``a`` < ``b`` gave."""
+    """What ranks ``a`` < ``b`` got talking with each other; bandwidth one way, with as much the other way."""
 
     a: int
     b: int

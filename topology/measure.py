@@ -1,5 +1,8 @@
 """Measure point-to-point latency and bandwidth of a sample of links, in bounded time at any scale.
 
+Latency is half of a round trip. Bandwidth is that of one direction while as much goes the other way, as in a ring: the
+acknowledgements of one share the wire with the data of the other.
+
 The sample grows like the number of nodes: the pairs inside each node (all of them up to 8 ranks, the links of the ring
 beyond) and one pair per edge of the tree. Pairs are dealt into rounds in which no rank occurs twice and no leaf uplink
 carries two pairs; all pairs of a round run at once. There are about ``7 + log2(nodes)`` rounds, and they share the time
@@ -25,7 +28,7 @@ LIMIT_S = 2.0
 GRACE_S = 0.25  # what a round may overrun before a silent peer is given up
 SMALL = 8
 SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
-LATENCY_TRIPS, BANDWIDTH_TRIPS = 20, 5
+LATENCY_TRIPS, BANDWIDTH_TRIPS, PARTS = 20, 5, 4
 MAX_NOTES = 8
 FAILED = "could not measure"
 
@@ -98,7 +101,7 @@ def measure(comm: MPI.Comm, topology: Topology, *, limit_s: float = LIMIT_S) -> 
 
 
 def lead(talk: _Talk, budget_s: float) -> tuple[float, float]:
-    """Ping-pong with a peer that follows: (GB/s, latency in us), medians, within about ``budget_s`` seconds.
+    """Talk with a peer that follows: (GB/s a way, latency in us), medians, within about ``budget_s`` seconds.
 
     Messages grow until the next size would not fit into the time that is left."""
     end = time.perf_counter() + budget_s
@@ -106,15 +109,15 @@ def lead(talk: _Talk, budget_s: float) -> tuple[float, float]:
     trips = max(1, min(LATENCY_TRIPS, int(0.2 * budget_s / connect_s)))
     latency_s = statistics.median(talk.trips(SMALL, trips)) / 2
     for size, bigger in zip(SIZES, (*SIZES[1:], None)):
-        trip_s = talk.trips(size, 1)[0]
+        trip_s = talk.trips(size, 1, both_ways=True)[0]
         left_s = end - time.perf_counter()
         if bigger is None or trip_s * bigger / size > left_s:
             break
     trips = min(BANDWIDTH_TRIPS, int(left_s / trip_s))
     if trips > 0:
-        trip_s = statistics.median(talk.trips(size, trips))
+        trip_s = statistics.median(talk.trips(size, trips, both_ways=True))
     talk.finish()
-    return size / (trip_s / 2) / 1e9, latency_s * 1e6
+    return size / trip_s / 1e9, latency_s * 1e6
 
 
 def follow(talk: _Talk) -> None:
@@ -133,30 +136,44 @@ class _Talk:
     deadline: float
     buffers: tuple[np.ndarray, np.ndarray]
 
-    def trips(self, size: int, count: int) -> list[float]:
-        """Seconds of each of ``count`` round trips of ``size`` bytes."""
-        self._send(np.array([size, count], np.int64))
+    def trips(self, size: int, count: int, *, both_ways: bool = False) -> list[float]:
+        """Seconds of each of ``count`` round trips of ``size`` bytes, or of as many exchanges both ways at once."""
+        self._send(np.array([size, count, both_ways], np.int64))
         seconds = []
         for _ in range(count):
             begin = time.perf_counter()
-            self._send(self.buffers[0][:size])
-            self._receive(self.buffers[1][:size])
+            if both_ways:
+                self._exchange(size)
+            else:
+                self._send(self.buffers[0][:size])
+                self._receive(self.buffers[1][:size])
             seconds.append(time.perf_counter() - begin)
         return seconds
 
     def finish(self) -> None:
         """Tell the peer that there is no more."""
-        self._send(np.zeros(2, np.int64))
+        self._send(np.zeros(3, np.int64))
 
     def answer(self) -> bool:
         """Answer one call of :meth:`trips`; False once the peer has finished."""
-        order = np.zeros(2, np.int64)
+        order = np.zeros(3, np.int64)
         self._receive(order)
-        size, count = int(order[0]), int(order[1])
+        size, count, both_ways = order.tolist()
         for _ in range(count):
-            self._receive(self.buffers[1][:size])
-            self._send(self.buffers[0][:size])
-        return count > 0
+            if both_ways:
+                self._exchange(size)
+            else:
+                self._receive(self.buffers[1][:size])
+                self._send(self.buffers[0][:size])
+        return bool(count)
+
+    def _exchange(self, size: int) -> None:
+        """Send and receive ``size`` bytes at once, in parts, so that the agreement on one hides behind another."""
+        parts = [slice(size * i // PARTS, size * (i + 1) // PARTS) for i in range(PARTS)]
+        requests = [self.comm.Irecv(self.buffers[1][part], self.peer, self.tag) for part in parts]
+        requests += [self.comm.Isend(self.buffers[0][part], self.peer, self.tag) for part in parts]
+        for request in requests:
+            self._wait(request)
 
     def _send(self, data: np.ndarray) -> None:
         self._wait(self.comm.Isend(data, self.peer, self.tag))

@@ -134,8 +134,8 @@ class Cluster:
 
     @staticmethod
     def _mpi(environment: dict[str, str]) -> dict[str, str]:
-        """What `cpmpi.ranks.start` sets, for commands that start MPI by themselves."""
-        return {**OPEN_MPI, **environment}
+        """What `cpmpi.ranks.start` sets, for commands that start MPI by themselves; sockets as fits a slow uplink."""
+        return {**OPEN_MPI, "OMPI_MCA_btl_tcp_sndbuf": str(256 << 10), **environment}
 
     def script(self, *arguments: str, timeout_s: float = 60, **environment: str) -> str:
         """What the script ``cluster`` prints.
