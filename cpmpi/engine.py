@@ -24,6 +24,7 @@ from cpmpi.layout import Layout, Piece
 from cpmpi.probe import Layer
 from cpmpi.progress import Progress
 from cpmpi.schedule import Schedule
+from cpmpi.timeline import Recorder
 from cpmpi.transport import Transport
 from cpmpi.weights import Weights
 
@@ -56,6 +57,7 @@ class Engine:
         backends: the attention kernel of each layer.
         grid: how ranks share heads and tokens.
         summing: among the ranks that share the weights, where they do; the model's sums go over it.
+        recorder: notes what happens when, where a timeline is wanted.
         chunk_tokens: tokens that go through the model at a time.
         check_finite: whether layers are searched for NaN and infinities.
     """
@@ -70,6 +72,7 @@ class Engine:
     progress: Progress
     grid: Grid = field(default_factory=Grid)
     summing: Transport | None = None
+    recorder: Recorder | None = None
     chunk_tokens: int = 1024
     check_finite: bool = False
 
@@ -93,11 +96,12 @@ class Engine:
         kept = rows_of(layout.pieces(position), parts)
         program = self.schedule.program(position)
         self.progress.start(name, layout.n_tokens, len(self.layers))
-        attending = 0.0
+        attending, gone_on = 0.0, started
 
         def attend(layer: int, calls: list[Call]) -> Sequence[torch.Tensor]:
-            nonlocal attending
+            nonlocal attending, gone_on
             begun = time.perf_counter()
+            self._note_layers(layer, gone_on, begun)
             if self.check_finite:
                 for part, call in zip(parts, calls, strict=False):
                     for what, tensor in (("queries", call.q_1HCD), ("keys", call.k_1GCD), ("values", call.v_1GCE)):
@@ -114,12 +118,13 @@ class Engine:
             execution = Execution(
                 rank=position, program=program, transport=self.transport, backend=self.backends[layer], heads=heads,
                 rule=rule, query_layout=computed, key_layouts=(layout,), device=self.device,
-                tick=lambda done: self.progress.update(layer + done),
+                tick=lambda done: self.progress.update(layer + done), recorder=self.recorder,
             )  # fmt: skip
             out_THE = execution.run(Queries(tuple(runs)), keys)
             self.weights.enter(layer + 1)
             self.progress.update(layer + 1)
-            attending += time.perf_counter() - begun
+            gone_on = time.perf_counter()
+            attending += gone_on - begun
             if not parts:  # a rank without tokens walks along with the first token, whose result nobody takes
                 return [out_THE.new_zeros(1, heads.query_heads, heads.value_dim)]
             return torch.split(out_THE, [part.size for part in parts])
@@ -131,10 +136,17 @@ class Engine:
         self.weights.close()
         decoded = time.perf_counter()
         positions, logprobs, last_hidden = self._head(ids_T, parts, states)
+        self._note_layers(len(self.layers), gone_on, time.perf_counter())
         return Scores(
             positions=positions, logprobs=logprobs, last_hidden=last_hidden,
             seconds={"attention": attending, "decoder": decoded - started, "head": time.perf_counter() - decoded},
         )  # fmt: skip
+
+    def _note_layers(self, layer: int, start_s: float, stop_s: float) -> None:
+        """For a timeline: the model has computed up to the attention of ``layer``, which comes now."""
+        if self.recorder is not None:
+            self.recorder.layer = layer
+            self.recorder.note("layers", 0, start_s, stop_s)
 
     def close(self) -> None:
         """Give back what the transports hold. Collective."""

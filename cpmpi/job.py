@@ -7,6 +7,7 @@ import logging
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from cpmpi.schedule import Schedule
 from cpmpi.shard import prepare_shard
 from cpmpi.table import table
 from cpmpi.tensor_parallel import Sharing, share
+from cpmpi.timeline import Interval, Recorder, save_trace
 from cpmpi.topology.describe import Topology
 from cpmpi.topology.text import summary as topology_summary
 from cpmpi.transport import MPITransport
@@ -83,6 +85,10 @@ def run(options: JobOptions) -> dict[int, float]:
     """
     ranks = start()
     job = prepare(options, ranks)
+    recorder = None
+    if options.trace or options.plot:
+        ranks.comm.Barrier()
+        recorder = Recorder(rank=ranks.rank, epoch_s=time.perf_counter())
     with ExitStack() as stack:
         if ranks.is_root:
             stack.enter_context(resume.only_writer(options.output))
@@ -90,15 +96,17 @@ def run(options: JobOptions) -> dict[int, float]:
         stack.enter_context(rank_log(RunPaths(options.output).log, ranks))
         writer = None
         if spec.kv is not None:
-            writer = stack.enter_context(open_writer(job, index, spec, finished))
+            writer = stack.enter_context(open_writer(job, index, spec, finished, recorder))
         todo = [i for i in range(len(job.documents)) if i not in finished]
         if todo:
-            engine = load_engine(job)
+            engine = load_engine(job, recorder)
             for i in todo:
                 score_document(job, engine, index, writer, i)
             engine.close()
         if index is not None:
             index.finish()
+    if recorder is not None:
+        save_timeline(options, ranks.comm.gather(recorder.intervals))
     if ranks.is_root:
         report(job)
     return job.seconds
@@ -110,6 +118,8 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
     device = ranks.together(choose_device, ranks, options.device)
     threads = set_threads(ranks)
     ranks.on_root(resume.check_folder, options.output)
+    if options.plot is not None:
+        ranks.on_root(_check_drawing, options.plot)
     checkpoint = ranks.together(Checkpoint, options.model)
     documents = ranks.on_root(_read_documents, options, checkpoint, progress)
     dtype = checkpoint.compute_dtype(options.dtype, device)
@@ -268,16 +278,19 @@ def open_run_folder(job: Job) -> tuple[RunIndex | None, run_spec.RunSpec, frozen
     return next(iter(opened), None), spec, finished
 
 
-def open_writer(job: Job, index: RunIndex | None, spec: run_spec.RunSpec, finished: frozenset[int]) -> ShardWriter:
+def open_writer(
+    job: Job, index: RunIndex | None, spec: run_spec.RunSpec, finished: frozenset[int], recorder: Recorder | None
+) -> ShardWriter:
     """Lay out or check this rank's shard, and record the sizes of all."""
     ranks = job.ranks
     path = ranks.together(prepare_shard, job.options.output, spec, ranks.rank, finished)
     sizes = ranks.comm.gather(path.stat().st_size)
     ranks.on_root(lambda: index.write_manifest(sizes) if index is not None and sizes is not None else None)
-    return ShardWriter(path, spec, ranks.rank, queue_bytes=0)  # one layer: more would not make the disk faster
+    # One layer may wait: a longer queue would not make the disk faster.
+    return ShardWriter(path, spec, ranks.rank, queue_bytes=0, recorder=recorder)
 
 
-def load_engine(job: Job) -> Engine:
+def load_engine(job: Job, recorder: Recorder | None = None) -> Engine:
     """Read the weights and open the transports."""
     options, ranks = job.options, job.ranks
     began = time.perf_counter()
@@ -299,7 +312,7 @@ def load_engine(job: Job) -> Engine:
     return Engine(
         rank=ranks.rank, weights=weights, layers=job.layers, schedule=job.schedule, transport=MPITransport(group),
         backends=job.backends, device=job.device, progress=job.progress, grid=job.grid, summing=summing,
-        chunk_tokens=options.chunk_tokens, check_finite=options.check_finite,
+        recorder=recorder, chunk_tokens=options.chunk_tokens, check_finite=options.check_finite,
     )  # fmt: skip
 
 
@@ -340,6 +353,28 @@ def _log(job: Job, scores: Scores, writer: ShardWriter | None, name: str) -> Non
     parts = {**scores.seconds, **({"writer blocked": writer.stats.blocked_s} if writer is not None else {})}
     text = ", ".join(f"{what} {seconds:.3f} s" for what, seconds in parts.items())
     logging.getLogger("cpmpi").info("document %r: %d tokens here; %s", name, len(scores.positions), text)
+
+
+def save_timeline(options: JobOptions, everyone: list[list[Interval]] | None) -> None:
+    """What every rank did when, as a trace and as a picture, where they are asked for; on rank 0."""
+    if everyone is None:
+        return
+    intervals = [interval for rank in everyone for interval in rank]
+    if options.trace is not None:
+        save_trace(intervals, options.trace)
+    if options.plot is not None and intervals:
+        from cpmpi.timeline_plot import draw
+
+        draw(intervals, options.plot, title=f"{options.output.name}, measured")
+
+
+def _check_drawing(path: Path) -> None:
+    from cpmpi.topology.plot import require_matplotlib
+
+    try:
+        require_matplotlib(path)
+    except ValueError as problem:
+        raise UserError(f"--plot: {problem}") from problem
 
 
 def report(job: Job) -> None:

@@ -51,6 +51,10 @@ class JobOptions:
     """Whether documents may be longer than the checkpoint's positions."""
     overwrite: bool = False
     """Whether a run in the output folder is deleted first."""
+    trace: Path | None = None
+    """File for what every rank did when, in the Trace Event Format."""
+    plot: Path | None = None
+    """File for a picture of it."""
     quiet: bool = False
     """Whether progress is left out."""
     command: str = ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-KINDS = ("compute", "merge", "wait", "transfer", "io")
+KINDS = ("layers", "compute", "merge", "wait", "transfer", "io")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +17,8 @@ class Interval:
 
     Attributes:
         rank: whose; of a transfer, the receiver's.
-        what: ``compute`` (attention), ``merge`` (of partials), ``wait`` (for a transfer: what was not hidden),
-            ``transfer`` (a message under way), ``io`` (writing keys and values).
+        what: ``layers`` (all but attention), ``compute`` (attention), ``merge`` (of partials), ``wait`` (for a
+            transfer: what was not hidden), ``transfer`` (a message under way), ``io`` (writing keys and values).
         start_s, stop_s: from the start of the whole.
         round: of the schedule.
         layer: of the model.
@@ -56,13 +56,16 @@ class Recorder:
     layer: int = 0
     intervals: list[Interval] = field(default_factory=list)
 
-    def note(self, what: str, i: int, start_s: float, stop_s: float, peer: int | None = None, n_bytes: int = 0) -> None:
-        """Something that took place in round ``i`` of the schedule."""
+    def note(
+        self, what: str, i: int, start_s: float, stop_s: float, peer: int | None = None, n_bytes: int = 0,
+        layer: int | None = None,
+    ) -> None:  # fmt: skip
+        """Something that took place in round ``i`` of the schedule, in the present layer unless one is given."""
         start_s, stop_s = start_s - self.epoch_s, stop_s - self.epoch_s
         self.intervals.append(
             Interval(
-                rank=self.rank, what=what, start_s=start_s, stop_s=stop_s, round=i, layer=self.layer, peer=peer,
-                n_bytes=n_bytes,
+                rank=self.rank, what=what, start_s=start_s, stop_s=stop_s, round=i, peer=peer, n_bytes=n_bytes,
+                layer=self.layer if layer is None else layer,
             )
         )  # fmt: skip
 
@@ -80,7 +83,7 @@ def chrome_trace(intervals: Iterable[Interval]) -> str:
 
     A process is a rank; its threads are what it computes, what arrives and what is written.
     """
-    tracks = {"compute": 0, "merge": 0, "wait": 0, "transfer": 1, "io": 2}
+    tracks = {"layers": 0, "compute": 0, "merge": 0, "wait": 0, "transfer": 1, "io": 2}
     names = ("compute", "arriving", "writing")
     events: list[dict[str, Any]] = []
     seen: set[tuple[int, int]] = set()

@@ -13,14 +13,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, SOFT, PAPER, STRIPE = "#1e293b", "#64748b", "#ffffff", "#f8fafc"
-COLOURS = {"compute": "#2563eb", "merge": "#7c3aed", "wait": "#fdba74", "transfer": "#14b8a6", "io": "#a3a3a3"}
+COLOURS = {
+    "layers": "#bfdbfe", "compute": "#2563eb", "merge": "#7c3aed", "wait": "#fdba74", "transfer": "#14b8a6",
+    "io": "#a3a3a3",
+}  # fmt: skip
 WORDS = {
-    "compute": "computes", "merge": "merges partials", "wait": "waits (exposed)", "transfer": "a message arrives",
-    "io": "writes keys and values",
+    "layers": "computes the rest of a layer", "compute": "attends", "merge": "merges partials",
+    "wait": "waits (exposed)", "transfer": "a message arrives", "io": "writes keys and values",
 }  # fmt: skip
 # Of a row: bottom and height of each kind's bar. Rows are one unit apart, rank 0 on top.
 BARS = {
-    "compute": (-0.1, 0.5), "merge": (-0.1, 0.5), "wait": (-0.1, 0.5), "transfer": (-0.33, 0.2), "io": (-0.45, 0.1),
+    "layers": (-0.1, 0.5), "compute": (-0.1, 0.5), "merge": (-0.1, 0.5), "wait": (-0.1, 0.5),
+    "transfer": (-0.33, 0.2), "io": (-0.45, 0.1),
 }  # fmt: skip
 MOST_RANKS = 32
 

@@ -26,6 +26,7 @@ from cpmpi.errors import UserError
 from cpmpi.hdf5 import RawArray, pwrite_all
 from cpmpi.run_spec import RunSpec, human_bytes
 from cpmpi.shard import ShardFile
+from cpmpi.timeline import Recorder
 
 # What fits a core's own cache, so that bytes are read from memory once to be summed and written.
 CHUNK_BYTES = 1 << 20
@@ -65,7 +66,9 @@ class ShardWriter:
     An error in the thread is raised by the next call; after it the writer takes nothing more.
     """
 
-    def __init__(self, path: Path, spec: RunSpec, rank: int, *, queue_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self, path: Path, spec: RunSpec, rank: int, *, queue_bytes: int = 1 << 30, recorder: Recorder | None = None
+    ) -> None:
         """Open the shard at ``path`` that ``prepare_shard`` laid out.
 
         Args:
@@ -73,12 +76,13 @@ class ShardWriter:
             spec: of the run, with the run id that is in ``run.h5``.
             rank: whose shard it is.
             queue_bytes: tensors that may wait to be written before ``put`` blocks; one layer may always wait.
+            recorder: notes when layers are written, where a timeline is wanted.
 
         Raises:
             UserError: the file is missing or belongs to another run or rank.
         """
         assert spec.kv is not None
-        self.stats = WriterStats()
+        self.stats, self._recorder = WriterStats(), recorder
         self._path, self._kv, self._queue_bytes = path, spec.kv, queue_bytes
         self._dtype: torch.dtype = getattr(torch, spec.kv.dtype)
         self._shard = ShardFile(path, spec.run_id, rank)
@@ -216,8 +220,11 @@ class ShardWriter:
                 error = self._explain(problem)
             except BaseException as problem:
                 error = problem
+            ended = time.perf_counter()
+            if self._recorder is not None:
+                self._recorder.note("io", 0, began, ended, n_bytes=item.nbytes, layer=item.layer)
             with self._changed:
-                self.stats.busy_s += time.perf_counter() - began
+                self.stats.busy_s += ended - began
                 self._waiting -= 1
                 self._waiting_bytes -= item.nbytes
                 self._error = error

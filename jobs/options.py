@@ -53,6 +53,8 @@ SHARED = [
     ),
     click.option("--allow-longer", is_flag=True, help="Allow documents beyond the checkpoint's position limit."),
     click.option("--overwrite", is_flag=True, help="Delete a run that is in the output folder first."),
+    click.option("--trace", type=FOLDER, help="Write what every rank did when, for chrome://tracing."),
+    click.option("--plot", type=FOLDER, help="Draw it: FILE.png, FILE.svg or FILE.pdf."),
     click.option("--quiet", is_flag=True, help="No progress, results only."),
 ]  # fmt: skip
 

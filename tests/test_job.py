@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -94,3 +95,24 @@ def test_score_keeps_no_kv_and_says_what_it_does(tmp_path):
     assert len(logs) == 3
     for rank, log in enumerate(logs):
         assert all(re.match(rf"\S+ \S+ {rank}/3 INFO ", line) for line in log.read_text().splitlines())
+
+
+def test_a_run_can_be_drawn(tmp_path):
+    """Every rank's layers, attention, waits, arrivals and writes, as a trace and a picture."""
+    save_llama(tmp_path / "model", 2, layers=3)
+    save_documents(tmp_path / "documents", (500,))
+    trace, plot = tmp_path / "trace.json", tmp_path / "run.png"
+    line = [*prefill(tmp_path, tmp_path / "run"), "--trace", str(trace), "--plot", str(plot)]
+    done = mpirun(2, *line)
+    assert done.returncode == 0, done.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
+    for rank in (0, 1):
+        found = {(event["name"], event["args"]["layer"]) for event in events if event["pid"] == rank}
+        assert found >= {
+            (what, layer) for what in ("layers", "compute", "wait", "transfer", "io") for layer in range(3)
+        }
+    refused = mpirun(2, *prefill(tmp_path, tmp_path / "other"), "--plot", str(tmp_path / "run.gif"))
+    assert refused.returncode == 1
+    assert "error: --plot: " in refused.stdout
+    assert not (tmp_path / "other").exists()

@@ -76,7 +76,9 @@ def test_what_is_not_drawn(intervals, tmp_path):
         draw(intervals, tmp_path / "a.bmp", title="")
     with pytest.raises(ValueError, match="without intervals"):
         draw([], tmp_path / "a.png", title="")
-    with pytest.raises(ValueError, match=r"unknown kind of interval 'sleep': choose one of compute, merge, wait"):
+    with pytest.raises(
+        ValueError, match=r"unknown kind of interval 'sleep': choose one of layers, compute, merge, wait"
+    ):
         Interval(rank=0, what="sleep", start_s=0, stop_s=1)
     with pytest.raises(ValueError, match="before it starts"):
         Interval(rank=0, what="wait", start_s=1, stop_s=0)

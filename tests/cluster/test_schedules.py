@@ -92,23 +92,20 @@ def test_extending_by_a_tree_spares_the_uplink(cluster: Cluster, repeat, bound, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_heads", [8, 1])
-def test_auto_takes_the_fastest_schedule(cluster: Cluster, tmp_path, kv_heads, capsys):
-    """Within 1.05 of the fastest in at least 12 of 15 shapes, and nowhere beyond 1.3; docs/schedules.md says why.
+def test_auto_takes_the_fastest_schedule(cluster: Cluster, tmp_path, capsys):
+    """Within 1.05 of the fastest in each of 30 shapes, on two ranks with a core each, one under each leaf.
 
-    A shape counts as missed where the times of the repetitions do not overlap.
+    Where the times of the repetitions overlap, the machine was not quiet enough to tell.
     """
     out = cluster.mpirun(
-        "-m", "benchmarks.schedules", "--leaf-file", str(cluster.leaf_file), "--kv-heads", str(kv_heads),
-        "--json", str(tmp_path / "found.json"), timeout_s=900,
+        "-m", "benchmarks.schedules", "--leaf-file", str(cluster.leaf_file), "--json", str(tmp_path / "found.json"),
+        nodes=("n1", "n3"), ranks=1, timeout_s=900,
     )  # fmt: skip
     with capsys.disabled():
         print("\n" + out)
-    missed = 0
-    for row in json.loads((tmp_path / "found.json").read_text()):
+    rows = json.loads((tmp_path / "found.json").read_text())
+    assert len(rows) == 30
+    for row in rows:
         taken = row["measured"][row["auto"]]
         best = min(row["measured"].values(), key=statistics.median)
-        ratio = statistics.median(taken) / statistics.median(best)
-        assert ratio < 1.3, f"{row}"
-        missed += ratio > 1.05 and min(taken) > max(best)
-    assert missed <= 3
+        assert statistics.median(taken) <= 1.05 * statistics.median(best) or min(taken) <= max(best), row
