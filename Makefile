@@ -40,6 +40,9 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(RUN)/python -m benchmarks.main_job
 	$(RUN)/python benchmarks/kv_write.py
+	$(RUN)/python -m benchmarks.long_document
+	$(RUN)/python benchmarks/memory.py
+	$(RUN)/python -m benchmarks.weights
 
 docs: $(STAMP)
 	$(RUN)/python docs/make_cli.py

@@ -69,7 +69,8 @@ def choose(
     memory: int | None = None,
     kinds: Sequence[str] | None = None,
 ) -> Choice:
-    """The schedule that takes the least time for one layer's attention.
+    """The schedule that takes the least time for one layer's attention; of several that take as good as that, the one
+    that sends the least over its busiest wire.
 
     Args:
         topology: the machine, with its bandwidths.

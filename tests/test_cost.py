@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpmpi import cost
-from cpmpi.auto import ALL_PRICED, candidates, choose, least_seconds, schedule_on
+from cpmpi.auto import ALIKE, ALL_PRICED, candidates, choose, least_seconds, schedule_on
 from cpmpi.cost import price
 from cpmpi.kernels.mask import Mask
 from cpmpi.links import Links
@@ -131,7 +131,7 @@ def test_bytes_over_node_boundaries_follow_the_formulas(sizes, new, stored, segm
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(1, 3000), st.integers(0, 9000), st.booleans())
-def test_no_price_is_below_the_bound_and_the_choice_is_the_cheapest(sizes, new, stored, fast):
+def test_no_price_is_below_the_bound_and_none_is_clearly_below_the_choice(sizes, new, stored, fast):
     topology, rates = synthetic(f"machine=cpu-2s,ranks={'/'.join(map(str, sizes))}"), FAST if fast else GPU
     s, links = shape(new, stored), Links(topology)
     choice = choose(topology, s, rates)
@@ -139,7 +139,9 @@ def test_no_price_is_below_the_bound_and_the_choice_is_the_cheapest(sizes, new, 
         p = price(schedule, topology, s, rates)
         assert p == choice.prices[schedule.kind]
         assert p.total_s >= least_seconds(schedule, s, rates, links) * (1 - 1e-9)
-        assert choice.prices[choice.schedule.kind].total_s <= p.total_s
+        chosen = choice.prices[choice.schedule.kind]
+        assert chosen.total_s <= ALIKE * p.total_s
+        assert chosen.total_s <= p.total_s or chosen.busiest_bytes <= p.busiest_bytes
         assert p.total_s >= p.compute_s > 0
         waits = sum(i.seconds for i in p.intervals if i.what == "wait")
         assert p.exposed_s <= waits + 1e-12 or waits == 0
