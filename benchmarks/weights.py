@@ -28,7 +28,7 @@ def main() -> None:
     """Measure both ways and print a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--layers", type=int, default=38)
+    parser.add_argument("--layers", type=int, default=44)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--one", choices=["resident", "stream"], help=argparse.SUPPRESS)
