@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -72,6 +73,23 @@ def show(rows: list[dict[str, Any]]) -> str:
     return table(header, lines)
 
 
+def report(
+    measured: Callable[[AttentionBench], list[dict[str, Any]]], shown: Callable[[list[dict[str, Any]]], str],
+    leaf_file: Path | None, file: Path | None,
+) -> None:  # fmt: skip
+    """Measure on this launch, one thread a rank; rank 0 prints the rows and writes them to ``file``, if any."""
+    comm, device = MPI.COMM_WORLD, torch.device("cpu")
+    torch.set_num_threads(1)
+    topology = discover(comm, leaf_file=leaf_file)
+    bench = AttentionBench(comm, topology, select(device, DTYPE, head_dim=HEAD_DIM), device)
+    rows = measured(bench)
+    bench.close()
+    if comm.rank == 0:
+        print(shown(rows))
+        if file is not None:
+            file.write_text(json.dumps(rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--leaf-file", type=Path)
@@ -80,19 +98,9 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, choices=(8, 1), help="only shapes with so many KV heads")
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
-    comm = MPI.COMM_WORLD
-    torch.set_num_threads(1)
-    topology = discover(comm, leaf_file=options.leaf_file)
-    device = torch.device("cpu")
-    bench = AttentionBench(comm, topology, select(device, DTYPE, head_dim=HEAD_DIM), device)
     known = [shape for shape in SHAPES if options.kv_heads in (None, shape[2])]
     picked = known[:: max(1, len(known) // options.shapes)]
-    rows = measure(bench, picked, options.repeat)
-    bench.close()
-    if comm.rank == 0:
-        print(show(rows))
-        if options.json is not None:
-            options.json.write_text(json.dumps(rows))
+    report(lambda bench: measure(bench, picked, options.repeat), show, options.leaf_file, options.json)
 
 
 if __name__ == "__main__":

@@ -9,24 +9,16 @@ Made for links of 200 Mbit/s between leaves: there every case below waits for it
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from mpi4py import MPI
-
+from benchmarks.schedules import DTYPE, report, shape_of
 from cpmpi.auto import schedule_on
 from cpmpi.bench import AttentionBench, Measured
 from cpmpi.cost import price, seconds_text
-from cpmpi.kernels.select import select
-from cpmpi.shape import AttentionShape
 from cpmpi.table import table
-from cpmpi.topology.discover import discover
 
-QUERY_HEADS, HEAD_DIM = 8, 64
-DTYPE = torch.float32
 # Schedule, new tokens, stored tokens, KV heads.
 CASES = (
     ("ring", 32, 8192, 8), ("ring", 32, 16384, 8), ("ring", 512, 16384, 8), ("ring", 2048, 0, 8),
@@ -40,10 +32,7 @@ def measure(bench: AttentionBench, repeat: int) -> list[dict[str, Any]]:
     """What was measured and predicted of each case. Collective."""
     rows = []
     for kind, new, stored, kv_heads in CASES:
-        shape = AttentionShape(
-            new=new, stored=stored, query_heads=QUERY_HEADS, kv_heads=kv_heads, key_dim=HEAD_DIM, value_dim=HEAD_DIM,
-            itemsize=DTYPE.itemsize,
-        )  # fmt: skip
+        shape = shape_of(new, stored, kv_heads)
         rates = bench.comm.bcast(bench.rates(shape, DTYPE))
         schedule = schedule_on(kind, bench.topology)
         measured = bench.run(schedule, shape, DTYPE, repeat)
@@ -78,17 +67,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
-    comm = MPI.COMM_WORLD
-    torch.set_num_threads(1)
-    topology = discover(comm, leaf_file=options.leaf_file)
-    device = torch.device("cpu")
-    bench = AttentionBench(comm, topology, select(device, DTYPE, head_dim=HEAD_DIM), device)
-    rows = measure(bench, options.repeat)
-    bench.close()
-    if comm.rank == 0:
-        print(show(rows))
-        if options.json is not None:
-            options.json.write_text(json.dumps(rows))
+    report(lambda bench: measure(bench, options.repeat), show, options.leaf_file, options.json)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,11 @@ from dataclasses import dataclass, replace
 from cpmpi.layout import Layout
 
 
+def shares_heads(tp: int, query_heads: int, kv_heads: int) -> bool:
+    """Whether ``tp`` ranks can share a layer's heads evenly, each head whole."""
+    return not query_heads % tp and not (kv_heads % tp and tp % kv_heads)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """Where a rank stands.

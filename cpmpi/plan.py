@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from cpmpi.auto import choose
 from cpmpi.checkpoint import DTYPES
 from cpmpi.cost import Price, seconds_text
-from cpmpi.grid import Grid
+from cpmpi.grid import Grid, shares_heads
 from cpmpi.hardware import Hardware
 from cpmpi.memory import parts_of
 from cpmpi.model_size import LayerKind, ModelSize
@@ -176,7 +176,7 @@ def grid_of(kind: LayerKind, tp: int) -> Grid:
     Raises:
         ValueError: they cannot share them evenly.
     """
-    if not _shares(tp, kind):
+    if not shares_heads(tp, kind.query_heads, kind.kv_heads):
         raise ValueError(
             f"tensor parallelism ({tp}) must divide the {kind.query_heads} query heads, and divide the "
             f"{kind.kv_heads} KV heads or be a multiple of them"
@@ -217,7 +217,7 @@ def mends(model: ModelSize, request: Request, topology: Topology, hardware: Hard
     sharing = [
         t
         for t in range(request.tp, largest + 1)
-        if largest % t == 0 and all(_shares(t, kind) for kind, _ in model.layers)
+        if largest % t == 0 and all(shares_heads(t, k.query_heads, k.kv_heads) for k, _ in model.layers)
     ]
     for tp in sharing:
         if _weights(model, tp) * itemsize >= room:
@@ -247,11 +247,6 @@ def mends(model: ModelSize, request: Request, topology: Topology, hardware: Hard
             f"devices with more than {human_bytes(least)}: the weights are {weights}, and a "
             f"node's {largest} ranks can share them at most {most} ways"
         )
-
-
-def _shares(tp: int, kind: LayerKind) -> bool:
-    """Whether ``tp`` ranks can share a layer's heads evenly."""
-    return not kind.query_heads % tp and not (kind.kv_heads % tp and tp % kind.kv_heads)
 
 
 def describe(p: Plan, model: ModelSize, request: Request, topology: Topology, hardware: Hardware) -> str:

@@ -21,7 +21,7 @@ import torch
 
 from cpmpi.errors import UserError
 from cpmpi.execute import Heads
-from cpmpi.grid import Grid
+from cpmpi.grid import Grid, shares_heads
 from cpmpi.probe import Layer, probe
 
 STYLES = ("colwise", "rowwise", "packed_colwise", "moe_tp_experts", "replicated_with_grad_allreduce")
@@ -206,7 +206,7 @@ def _makes_kv(module_name: str, width: int, layers: Sequence[Layer]) -> bool:
 def _divides(tp: int, heads: Iterable[Heads], parts: Iterable[_Part]) -> bool:
     """Whether a model can be shared by ``tp`` ranks: heads stay whole, and all ranks get as much."""
     groups = {min(tp, h.kv_heads) for h in heads}
-    if len(groups) > 1 or any(h.query_heads % tp or (h.kv_heads % tp and tp % h.kv_heads) for h in heads):
+    if len(groups) > 1 or not all(shares_heads(tp, h.query_heads, h.kv_heads) for h in heads):
         return False
     (group,) = groups
     return all(p.size % ((group if p.of_kv_heads else tp) * (2 if p.packed else 1)) == 0 for p in parts)
