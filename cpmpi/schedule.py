@@ -137,7 +137,9 @@ def hybrid_program(nodes: Nodes, parents: Parents, askers: Iterable[int], rank: 
     arrival = {o: 0 if o == rank else hop if o in inside[m] else up + hop for o in mine}
     foreign = [o for o in asking if home[o][0] != m]
     turns = size + (0 if not foreign else up + hop if any(home[o][0] not in below[m] for o in foreign) else hop)
-    legs = 2 + (parent is not None) if children else 1
+    # A root of one child has nothing to pass on from above or beside: both ways go at once.
+    passes_on = parent is not None or len(children) > 1
+    legs = 1 + (parent is not None and bool(children)) + (bool(children) and passes_on)
     turn_back = max(turns, legs * hop)
     program = [Round() for _ in range(turn_back + legs if len(nodes) > 1 else turns)]
 
@@ -165,7 +167,7 @@ def hybrid_program(nodes: Nodes, parents: Parents, askers: Iterable[int], rank: 
             at += length if children else 0
             program[at].sends += along(parent, near[m], at)
             program[at].receives += along(parent, far[m], at)
-        at += length
+        at += length if passes_on else 0
         for c in children:
             program[at].sends += along(c, far[c], at)
 
