@@ -149,17 +149,22 @@ def node_name() -> str:
     return platform.node().split(".")[0]
 
 
+def connected() -> bool:
+    """Whether MPI runs, and this rank is not alone in its world."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and mpi.Is_initialized() and mpi.COMM_WORLD.size > 1
+
+
 def abort(message: str, *, alone: bool = True) -> None:
     """Report an error that only this rank knows of, and end all ranks.
 
     Returns only where the world is this rank, then having reported only if ``alone`` (several launched worlds of one
     rank each should not repeat a message).
     """
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is None or not mpi.Is_initialized() or mpi.COMM_WORLD.size == 1:
+    if not connected():
         if alone:
             print(f"error: {message}", file=sys.stderr, flush=True)
         return
-    world = mpi.COMM_WORLD
+    world = sys.modules["mpi4py.MPI"].COMM_WORLD
     print(f"error: rank {world.rank}/{world.size} on {node_name()}: {message}", file=sys.stderr, flush=True)
     world.Abort(1)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
+from typing import NoReturn
 
 import click
 
@@ -26,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("cpmpi.jobs.plan", "Time, memory and disk that a job will take on a machine."),
     "topology": ("cpmpi.jobs.topology", "What the machine is: discover, measure, save, draw."),
 }
+RANK_0_SPEAKS_S = 5.0
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
@@ -92,9 +95,9 @@ def main() -> None:
         elif first_of_launch():
             hint = f" (see {context.command_path} --help)" if context else ""
             click.echo(f"error: {problem.format_message()}{hint}", err=True)
-        sys.exit(problem.exit_code)
+        leave(problem.exit_code)
     except click.Abort:
-        sys.exit(130)
+        leave(130)
     except Exception as problem:
         if debug and (first_of_launch() or not isinstance(problem, ranks.AgreedError)):
             import traceback
@@ -108,5 +111,18 @@ def main() -> None:
         else:
             text = " ".join(str(problem).split())
             ranks.abort(f"{type(problem).__name__}: {text} (--debug shows where)", alone=first_of_launch())
-        sys.exit(1)
+        leave(1)
+    sys.exit(status)
+
+
+def leave(status: int) -> NoReturn:
+    """Exit with a status that is not 0, having said why.
+
+    A launcher ends all ranks when it sees one that failed. Where no MPI holds them together, those that say nothing
+    give rank 0 the time to speak.
+    """
+    from cpmpi import ranks
+
+    if not (first_of_launch() or ranks.connected()):
+        time.sleep(RANK_0_SPEAKS_S)
     sys.exit(status)

@@ -31,10 +31,10 @@ def clean_environment(**more: str) -> dict[str, str]:
 def mpirun(
     n: int, *command: str, timeout_s: float = 300, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m mpi4py COMMAND`` on n ranks in a process group that is killed at the timeout."""
+    """Run ``python COMMAND`` on n ranks in a process group that is killed at the timeout."""
     launcher = Path(sys.executable).with_name("mpirun")
     mpirun_path = str(launcher) if launcher.exists() else "mpirun"
-    line = [mpirun_path, "--oversubscribe", "--bind-to", "none", "-n", str(n), sys.executable, "-m", "mpi4py", *command]
+    line = [mpirun_path, "--oversubscribe", "--bind-to", "none", "-n", str(n), sys.executable, *command]
     process = subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
         env=clean_environment(**(environment or {})), start_new_session=True,
@@ -59,8 +59,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if not n or INNER in os.environ:
         return None
     done = mpirun(
-        n, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", pyfuncitem.nodeid, environment={INNER: "1"}
-    )
+        n, "-m", "mpi4py", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", pyfuncitem.nodeid,
+        environment={INNER: "1"},
+    )  # fmt: skip
     if done.returncode:
         pytest.fail(f"on {n} ranks:\n{done.stdout}", pytrace=False)
     return True

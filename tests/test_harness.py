@@ -14,5 +14,6 @@ def test_an_mpi_test_runs_on_its_ranks():
 
 
 def test_a_failing_rank_ends_all_ranks():
-    done = mpirun(2, "-c", "from mpi4py import MPI; c = MPI.COMM_WORLD; assert c.rank; c.recv()", timeout_s=60)
+    code = "from mpi4py import MPI; c = MPI.COMM_WORLD; assert c.rank; c.recv()"
+    done = mpirun(2, "-m", "mpi4py", "-c", code, timeout_s=60)
     assert done.returncode != 0

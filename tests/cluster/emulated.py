@@ -90,20 +90,18 @@ class Cluster:
         self, *command: str, nodes: Sequence[str] = NODES, ranks: int = RANKS_PER_NODE, timeout_s: float = 60,
         **environment: str,
     ) -> str:  # fmt: skip
-        """What ``python -m mpi4py COMMAND`` prints on nodes of so many ranks, started by Open MPI's mpirun on n1."""
+        """What ``python COMMAND`` prints on nodes of so many ranks, started by Open MPI's mpirun on n1."""
         launcher = Path(sys.executable).with_name("mpirun")
         hosts = ",".join(f"{node}:{ranks}" for node in nodes)
         line = [str(launcher) if launcher.exists() else "mpirun", "--bind-to", "none", "--host", hosts]
         line += ["--mca", "plm", "ssh", "--mca", "plm_ssh_agent", f"{SCRIPT} rsh"]
-        line += ["-n", str(len(nodes) * ranks), sys.executable, "-m", "mpi4py", *command]
+        line += ["-n", str(len(nodes) * ranks), sys.executable, *command]
         return self.on("n1", *line, timeout_s=timeout_s, **self._mpi(environment))
 
     def srun(self, *command: str, timeout_s: float = 60, **environment: str) -> str:
-        """What ``python -m mpi4py COMMAND`` prints on 4 nodes x 2 ranks, started by Slurm's srun on ``login``."""
+        """What ``python COMMAND`` prints on 4 nodes x 2 ranks, started by Slurm's srun on ``login``."""
         line = ["srun", "-K1", "--mpi=pmix", f"-N{len(NODES)}", f"--ntasks-per-node={RANKS_PER_NODE}"]
-        return self.slurm(
-            *line, sys.executable, "-m", "mpi4py", *command, timeout_s=timeout_s, **self._mpi(environment)
-        )
+        return self.slurm(*line, sys.executable, *command, timeout_s=timeout_s, **self._mpi(environment))
 
     def slurm(self, *command: str, timeout_s: float = 60, **environment: str) -> str:
         """What a Slurm command prints on ``login``; the first call starts the daemons."""

@@ -74,7 +74,7 @@ def test_extending_by_a_tree_spares_the_uplink(cluster: Cluster, repeat, bound, 
 
     The short form is for a busy machine: the tree takes a small part of the ring's time there too.
     """
-    out = cluster.mpirun("-c", EXTENSION, str(cluster.leaf_file), str(repeat), timeout_s=240)
+    out = cluster.mpirun("-m", "mpi4py", "-c", EXTENSION, str(cluster.leaf_file), str(repeat), timeout_s=240)
     found = json.loads(next(line for line in out.splitlines() if line.startswith("FOUND"))[6:])
     tree, ring = found["tree"], found["ring"]
     formula = 16 * 8 * (64 * 4 + 65 * 4)
@@ -98,8 +98,8 @@ def test_auto_takes_the_fastest_schedule(cluster: Cluster, tmp_path, capsys):
     Where the times of the repetitions overlap, the machine was not quiet enough to tell.
     """
     out = cluster.mpirun(
-        "-m", "benchmarks.schedules", "--leaf-file", str(cluster.leaf_file), "--json", str(tmp_path / "found.json"),
-        nodes=("n1", "n3"), ranks=1, timeout_s=900,
+        "-m", "mpi4py", "-m", "benchmarks.schedules", "--leaf-file", str(cluster.leaf_file),
+        "--json", str(tmp_path / "found.json"), nodes=("n1", "n3"), ranks=1, timeout_s=900,
     )  # fmt: skip
     with capsys.disabled():
         print("\n" + out)

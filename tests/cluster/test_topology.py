@@ -11,7 +11,6 @@ from .emulated import NODES, UPLINK_MBIT, Cluster
 
 pytestmark = pytest.mark.cluster
 
-MAIN = "from cpmpi.jobs.cli import main; main()"
 DISCOVER = """
 import sys, time
 from mpi4py import MPI
@@ -63,7 +62,7 @@ def times(output: str) -> tuple[float, float]:
 
 
 def test_mpirun_with_a_leaf_file(cluster: Cluster, tmp_path, capsys):
-    out = cluster.mpirun("-c", DISCOVER, str(tmp_path / "topology.json"), str(cluster.leaf_file))
+    out = cluster.mpirun("-m", "mpi4py", "-c", DISCOVER, str(tmp_path / "topology.json"), str(cluster.leaf_file))
     look_s, measured_s = times(out)
     topology = Topology.load(tmp_path / "topology.json")
     check(topology)
@@ -75,13 +74,13 @@ def test_mpirun_with_a_leaf_file(cluster: Cluster, tmp_path, capsys):
 
 
 def test_slurm_tells_the_leaves(slurm_cluster: Cluster, tmp_path):
-    slurm_cluster.srun("-c", DISCOVER, str(tmp_path / "topology.json"))
+    slurm_cluster.srun("-m", "mpi4py", "-c", DISCOVER, str(tmp_path / "topology.json"))
     check(Topology.load(tmp_path / "topology.json"))
 
 
 def test_mpirun_without_a_word_about_leaves(cluster: Cluster, tmp_path):
     begin = time.monotonic()
-    cluster.mpirun("-c", MAIN, "topology", "--json", str(tmp_path / "topology.json"))
+    cluster.mpirun("-m", "cpmpi", "topology", "--json", str(tmp_path / "topology.json"))
     topology = Topology.load(tmp_path / "topology.json")
     assert [node.leaf for node in topology.nodes] == [None] * 4
     assert {topology.kind(m.a, m.b) for m in topology.measured} <= {"numa", "node", "network"}
@@ -93,6 +92,6 @@ def test_a_leaf_file_without_a_node_ends_in_one_line(cluster: Cluster, tmp_path)
     short = tmp_path / "topology.conf"
     short.write_text("SwitchName=leaf1 Nodes=n[1-3]\n")
     with pytest.raises(RuntimeError) as failure:
-        cluster.mpirun("-c", MAIN, "topology", "--leaf-file", str(short))
+        cluster.mpirun("-m", "cpmpi", "topology", "--leaf-file", str(short))
     lines = [line for line in str(failure.value).splitlines() if line.startswith("error:")]
     assert lines == [f"error: {short}: no switch for node n4; the file names n1, n2, n3"]

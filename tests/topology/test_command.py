@@ -47,16 +47,16 @@ def test_one_process_without_a_launcher(tmp_path):
 
 
 def test_under_mpirun_rank_0_speaks_and_a_wrong_description_is_refused(tmp_path):
-    done = mpirun(3, "-c", MAIN, "topology", "--json", str(tmp_path / "t.json"))
+    done = mpirun(3, "-m", "cpmpi", "topology", "--json", str(tmp_path / "t.json"))
     assert done.returncode == 0
     assert done.stdout.count("topology: 3 ranks, 1 node (discovered)") == 1
     assert len(Topology.load(tmp_path / "t.json").measured) == 3
-    done = mpirun(2, "-c", MAIN, "topology", "--read", str(tmp_path / "t.json"))
+    done = mpirun(2, "-m", "cpmpi", "topology", "--read", str(tmp_path / "t.json"))
     assert done.returncode == 1
     lines = [line for line in done.stdout.splitlines() if line.startswith("error:")]
     assert lines == ["error: the topology describes 3 ranks, but 2 were launched"]
     assert "Traceback" not in done.stdout
-    done = mpirun(2, "-c", MAIN, "topology", "--synthetic", "nodes=none")
+    done = mpirun(2, "-m", "cpmpi", "topology", "--synthetic", "nodes=none")
     assert (done.returncode, done.stdout.count("error: ")) == (1, 1)
 
 
