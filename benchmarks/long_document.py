@@ -51,7 +51,7 @@ def sizes() -> Sizes:
 def cpmpi_worker(document: Path) -> None:
     """The job itself, KV written to disk included."""
     from benchmarks.memory import peak_bytes
-    from cpmpi.job import prepare, run
+    from cpmpi.job import prepare, run_prepared
     from cpmpi.job_options import JobOptions
     from cpmpi.ranks import start
 
@@ -59,11 +59,11 @@ def cpmpi_worker(document: Path) -> None:
     options = JobOptions(
         model=CHECKPOINT, inputs=(str(document),), output=document.parent / "run", overwrite=True, quiet=True
     )
-    formula = prepare(options, ranks).memory.total
-    (seconds,) = run(options).values()
+    job = prepare(options, ranks)
+    (seconds,) = run_prepared(job).values()
     peaks = ranks.comm.gather(peak_bytes())
     if ranks.is_root and peaks is not None:
-        emit(seconds=seconds, peak_bytes=max(peaks), formula_bytes=formula)
+        emit(seconds=seconds, peak_bytes=max(peaks), formula_bytes=job.memory.total)
 
 
 def main() -> None:

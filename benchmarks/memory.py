@@ -59,7 +59,7 @@ def measure(folder: Path, tokens: int, weights: str) -> None:
     import numpy as np
     from mpi4py import MPI
 
-    from cpmpi.job import prepare, run
+    from cpmpi.job import prepare, run_prepared
     from cpmpi.job_options import JobOptions
     from cpmpi.ranks import start
 
@@ -72,8 +72,9 @@ def measure(folder: Path, tokens: int, weights: str) -> None:
         model=folder, inputs=(str(document),), output=output, weights=weights, attention="ring", quiet=True,
         overwrite=True,
     )  # fmt: skip
-    formula = prepare(options, start()).memory
-    run(options)
+    job = prepare(options, start())
+    run_prepared(job)
+    formula = job.memory
     peaks = comm.gather(peak_bytes())
     totals = comm.gather(formula.total)
     if comm.rank == 0:

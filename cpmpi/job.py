@@ -83,8 +83,12 @@ def run(options: JobOptions) -> dict[int, float]:
     Raises:
         UserError: something the user can mend; before any work where it can be known then.
     """
-    ranks = start()
-    job = prepare(options, ranks)
+    return run_prepared(prepare(options, start()))
+
+
+def run_prepared(job: Job) -> dict[int, float]:
+    """Run a job that nothing was found against; what `run` returns. Collective."""
+    options, ranks = job.options, job.ranks
     recorder = None
     if options.trace or options.plot:
         ranks.comm.Barrier()

@@ -22,11 +22,11 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 @dataclass(frozen=True, kw_only=True)
 class WeightBytes:
-    """Bytes of a model's weights: all of them, those outside of layers, and those of the largest stage."""
+    """Bytes of a model's weights: all of them, those outside of layers, and most of what streaming the rest holds."""
 
     total: int
     lasting: int
-    stage: int
+    streamed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def plan(parts: dict[str, int], weights: WeightBytes, *, choice: str, limit: int
         UserError: the limit is below what is needed at least; the number is named.
     """
     held = Memory(parts={"program": resident_set_bytes(), **parts, "weights": weights.total}, stream=False)
-    streamed = Memory(parts={**held.parts, "weights": weights.lasting + weights.stage}, stream=True)
+    streamed = Memory(parts={**held.parts, "weights": weights.lasting + weights.streamed}, stream=True)
     fits = held.total <= (available if limit is None else limit)
     chosen = streamed if choice == "stream" or (choice == "auto" and not fits) else held
     if limit is not None and chosen.total > limit:

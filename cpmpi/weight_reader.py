@@ -1,12 +1,14 @@
 """Read weights from a checkpoint into a model that has none: all of them, some of them, or a rank's share of them.
 
 Keys of the checkpoint become parameters by transformers' own renamings and conversions. Files are memory-mapped: where
-the type fits, a weight is a view of the page cache, which the ranks of a node share. Of a weight that is cut among
-ranks (see `cpmpi.tensor_parallel`) only the rank's part is read.
+the type fits, a weight is a view of the page cache, which the ranks of a node share. It is read before it is handed
+out, not where the model first touches it. Of a weight that is cut among ranks (see `cpmpi.tensor_parallel`) only the
+rank's part is read.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -59,6 +61,7 @@ class WeightReader:
                 f"{folder}: keeps some weights in float32, which neither --weights stream nor --tp can; use resident"
             )
         self.meta = dict(model.state_dict(keep_vars=True))
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._cuts = {} if sharing is None else sharing.cuts
         self._file_of = _files_of_keys(folder)
         self.groups = _groups(model, self._file_of)
@@ -93,10 +96,21 @@ class WeightReader:
                 if tensor.shape != self.meta[name].shape:
                     shapes = f"{tuple(tensor.shape)}, not {tuple(self.meta[name].shape)}"
                     raise UserError(f"{self.folder}: tensor {name} has the wrong shape: {shapes}")
-                made[name] = tensor.to(self.device)
+                made[name] = self._bring(tensor)
                 if self.check_finite:
                     finite(made[name], f"{self.folder}: tensor {name}")
         return made
+
+    def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that is in the device's memory when this returns, without waiting for what the device computes."""
+        if self._stream is None:
+            dense = tensor.detach().contiguous()
+            dense.reshape(-1).view(torch.uint8).numpy()[:: mmap.PAGESIZE].sum()  # reads a byte of every page
+            return dense
+        with torch.cuda.stream(self._stream):
+            brought = tensor.to(self.device)
+        brought.record_stream(torch.cuda.default_stream(self.device))  # where it is used, and when it may be freed
+        return brought
 
     def install(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put parameters and buffers in their places in the model."""

@@ -2,15 +2,15 @@
 
 The chunks of a document meet at every attention, so the time between two meetings is a *stage*: the second half of one
 layer and the first half of the next, for all chunks. Stage s lies before attention s; a model of L attentions has
-stages 0 to L. A probe without weights shows in which stages each module runs. While attention s is computed, the
-weights that end with stage s are freed and those that begin with stage s + 1 are read, so about one layer is in memory
-at a time.
+stages 0 to L. A probe without weights shows in which stages each module runs. While stage s and attention s are
+computed, a thread reads the weights that begin with stage s + 1; those that end with stage s are freed when it is done.
+So about two layers are in memory at a time.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -76,22 +76,19 @@ class StreamedWeights(Weights):
                 self._spans.append((Span(min(s.first for s in found), max(s.last for s in found)), group))
             else:
                 lasting.append(group)
-        self._thread = ThreadPoolExecutor(1, "cpmpi-weights")
+        self._thread = ThreadPoolExecutor(1, "cpmpi-weights", torch.set_num_threads, (1,))  # the cores are computing
         self._coming: Future[dict[str, torch.Tensor]] | None = None
         reader.load(lasting)
 
     def enter(self, stage: int) -> None:
         """The weights of ``stage`` are in place when this returns."""
-        if self._coming is None:
-            self._prefetch(stage)
-        assert self._coming is not None
-        self._weights.install(self._coming.result())
-        self._coming = None
+        coming = self._coming or self._read(stage)
+        self._weights.install(coming.result())
+        self._coming = self._read(stage + 1)
 
     def leave(self, stage: int) -> None:
-        """``stage`` is done: free what ends with it and start to read what begins with the next."""
+        """``stage`` is done: free what ends with it."""
         self._free([group for span, group in self._spans if span.last == stage])
-        self._prefetch(stage + 1)
 
     def close(self) -> None:
         """Free all streamed weights."""
@@ -101,9 +98,9 @@ class StreamedWeights(Weights):
     def _free(self, groups: Sequence[Group]) -> None:
         self._weights.install({name: self._weights.meta[name] for group in groups for name in group.targets})
 
-    def _prefetch(self, stage: int) -> None:
+    def _read(self, stage: int) -> Future[dict[str, torch.Tensor]]:
         groups = [group for span, group in self._spans if span.first == stage]
-        self._coming = self._thread.submit(self._weights.read, groups)
+        return self._thread.submit(self._weights.read, groups)
 
 
 @torch.inference_mode()
@@ -140,16 +137,18 @@ def spans_of(causal_lm: torch.nn.Module) -> dict[str, Span]:
 def weight_bytes(model: torch.nn.Module) -> WeightBytes:
     """Bytes of a model's weights, from a model without weights; tied ones count once."""
     spans = spans_of(model)
-    lasting, at = 0, defaultdict[int, int](int)
+    lasting, used, begun = 0, Counter[int](), Counter[int]()
     for name, weight in model.named_parameters():
         span = _streamed_span(name, spans)
         if span is None:
             lasting += weight.nbytes
         else:
+            begun[span.first] += weight.nbytes
             for stage in range(span.first, span.last + 1):
-                at[stage] += weight.nbytes
+                used[stage] += weight.nbytes
     total = sum(weight.nbytes for weight in model.parameters())
-    return WeightBytes(total=total, lasting=lasting, stage=max(at.values(), default=0))
+    streamed = max((size + begun[stage + 1] for stage, size in used.items()), default=0)
+    return WeightBytes(total=total, lasting=lasting, streamed=streamed)
 
 
 def _streamed_span(target: str, spans: dict[str, Span]) -> Span | None:

@@ -17,8 +17,9 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("weights", ["resident", "stream"])
 @pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.mpi(n)) for n in (1, 3)])
-def test_job_on_cuda_equals_transformers_on_the_cpu(ranks, tmp_path):
+def test_job_on_cuda_equals_transformers_on_the_cpu(ranks, weights, tmp_path):
     from mpi4py import MPI
 
     import cpmpi
@@ -35,7 +36,7 @@ def test_job_on_cuda_equals_transformers_on_the_cpu(ranks, tmp_path):
     run(
         JobOptions(
             model=checkpoint, inputs=(str(documents),), output=folder / "run", dtype="float32", device="cuda",
-            kv_dtype="float32", chunk_tokens=300, quiet=True,
+            kv_dtype="float32", chunk_tokens=300, weights=weights, quiet=True,
         )
     )  # fmt: skip
     if comm.rank == 0:
