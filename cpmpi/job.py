@@ -28,8 +28,8 @@ from cpmpi.job_options import JobOptions
 from cpmpi.kernels.backend import Backend
 from cpmpi.layout import Layout
 from cpmpi.log import rank_log
-from cpmpi.machine import choose_device, local_rank, set_threads
-from cpmpi.memory import Memory, available_bytes, plan
+from cpmpi.machine import available_bytes, choose_device, set_threads
+from cpmpi.memory import Memory, plan
 from cpmpi.placement import check_grid, choose_schedule, document_memory, place, split
 from cpmpi.probe import Layer, backends_of, probe
 from cpmpi.progress import Progress, duration
@@ -148,10 +148,10 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
         vocabulary=checkpoint.vocab_size, chunk_tokens=options.chunk_tokens,
         stored_itemsize=spec.kv.stored.itemsize if spec.kv else 0,
     )  # fmt: skip
-    available = available_bytes(device, local_rank(ranks)[1])
     memory = ranks.together(
-        plan, parts, weight_bytes(model), choice=options.weights, limit=options.memory_limit, available=available
-    )
+        plan, parts, weight_bytes(model), choice=options.weights, limit=options.memory_limit,
+        available=available_bytes(ranks, device),
+    )  # fmt: skip
     job = Job(
         options=options, ranks=ranks, topology=topology, device=device, threads=threads, progress=progress,
         checkpoint=checkpoint, documents=documents, dtype=dtype, layers=layers, backends=backends, sharing=sharing,

@@ -1,13 +1,20 @@
-"""This rank's share of its node: device and compute threads."""
+"""This rank's share of its node: device, compute threads, memory."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cpmpi.errors import UserError
+from cpmpi.node_memory import node_memory_bytes
 from cpmpi.ranks import Ranks
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 def choose_device(ranks: Ranks, wanted: str) -> torch.device:
@@ -20,28 +27,39 @@ def choose_device(ranks: Ranks, wanted: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device on this node; choose cpu or auto")
-    device = torch.device("cuda", local_rank(ranks)[0] % torch.cuda.device_count())
+    with node_of(ranks) as node:
+        device = torch.device("cuda", node.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
 
 def set_threads(ranks: Ranks) -> int:
     """Give this rank its share of the node's cores as threads, unless OMP_NUM_THREADS says how many. Collective."""
-    _, ranks_here = local_rank(ranks)
+    cores = os.sched_getaffinity(0)
+    with node_of(ranks) as node:
+        sharers = sum(not cores.isdisjoint(others) for others in node.allgather(cores))  # one where ranks are bound
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    cores = len(os.sched_getaffinity(0))
-    # A rank bound to its own cores sees only these; one that is not bound sees the whole node.
-    bound = cores * ranks_here <= (os.cpu_count() or cores)
-    threads = int(asked) if asked.isdigit() and int(asked) else max(1, cores if bound else cores // ranks_here)
+    threads = int(asked) if asked.isdigit() and int(asked) else max(1, len(cores) // sharers)
     torch.set_num_threads(threads)
     return threads
 
 
-def local_rank(ranks: Ranks) -> tuple[int, int]:
-    """This rank's place among the ranks of its node, and their number. Collective."""
+def available_bytes(ranks: Ranks, device: torch.device) -> int:
+    """What this rank can have of its device's memory, or of its node's where ranks compute on the CPU. Collective."""
+    with node_of(ranks) as node:
+        ranks_here = node.size
+    if device.type == "cpu":
+        return node_memory_bytes() // ranks_here
+    return int(torch.cuda.mem_get_info(device)[0]) // -(-ranks_here // torch.cuda.device_count())
+
+
+@contextmanager
+def node_of(ranks: Ranks) -> Iterator[MPI.Intracomm]:
+    """The ranks of this node. Collective."""
     from mpi4py import MPI
 
-    node = ranks.comm.Split_type(MPI.COMM_TYPE_SHARED)
-    place = node.rank, node.size
-    node.Free()
-    return place
+    node: Any = ranks.comm.Split_type(MPI.COMM_TYPE_SHARED)
+    try:
+        yield node
+    finally:
+        node.Free()

@@ -10,8 +10,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from cpmpi.errors import UserError
 from cpmpi.shape import PARTIAL_ITEMSIZE, AttentionShape
 
@@ -31,10 +29,11 @@ class WeightBytes:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What a rank needs at most, in bytes by part, and whether weights are streamed."""
+    """What a rank needs at most, in bytes by part, whether weights are streamed, and what the rank can have."""
 
     parts: dict[str, int]
     stream: bool
+    available: int
 
     @property
     def total(self) -> int:
@@ -44,7 +43,10 @@ class Memory:
     def __str__(self) -> str:
         listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts.items() if size >= 5e6)
         how = "streamed" if self.stream else "resident"
-        return f"memory per rank: about {self.total / 1e9:.2f} GB (weights {how}; {listed})"
+        text = f"memory per rank: about {self.total / 1e9:.2f} GB (weights {how}; {listed})"
+        if self.total > self.available:
+            text += f"; warning: a rank can have {self.available / 1e9:.2f} GB here, use more ranks or nodes"
+        return text
 
 
 def parts_of(
@@ -94,8 +96,11 @@ def plan(parts: dict[str, int], weights: WeightBytes, *, choice: str, limit: int
     Raises:
         UserError: the limit is below what is needed at least; the number is named.
     """
-    held = Memory(parts={"program": resident_set_bytes(), **parts, "weights": weights.total}, stream=False)
-    streamed = Memory(parts={**held.parts, "weights": weights.lasting + weights.streamed}, stream=True)
+    rest = {"program": resident_set_bytes(), **parts}
+    held, streamed = (
+        Memory(parts={**rest, "weights": size}, stream=stream, available=available)
+        for size, stream in ((weights.total, False), (weights.lasting + weights.streamed, True))
+    )
     fits = held.total <= (available if limit is None else limit)
     chosen = streamed if choice == "stream" or (choice == "auto" and not fits) else held
     if limit is not None and chosen.total > limit:
@@ -126,10 +131,3 @@ def resident_set_bytes() -> int:
     """What this process holds in memory now."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
-
-
-def available_bytes(device: torch.device, ranks_here: int) -> int:
-    """What a rank can have of the device's memory, or of the node's where ranks compute on the CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_here

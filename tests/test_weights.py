@@ -124,6 +124,10 @@ def test_the_plan_keeps_weights_where_they_fit():
     assert plan({}, weights, choice="auto", limit=None, available=little).stream
     assert plan({}, weights, choice="auto", limit=little, available=plenty).stream
     assert plan({}, weights, choice="stream", limit=None, available=plenty).stream
+    assert "warning: a rank can have 100.00 GB here" in str(
+        plan({}, weights, choice="resident", limit=None, available=little)
+    )
+    assert "warning" not in str(plan({}, weights, choice="auto", limit=None, available=little))
     with pytest.raises(UserError, match=r"resident needs at least 100\d\.\d\d GB, --weights stream 11\.\d\d GB"):
         plan({}, weights, choice="resident", limit=little, available=plenty)
     with pytest.raises(UserError, match=r"--memory-limit 1\.00 GB .* stream needs at least 11\.\d\d GB"):

@@ -1,0 +1,75 @@
+"""This rank's share of its node: threads, and memory within the limits of control groups."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpmpi.machine import available_bytes, set_threads
+from cpmpi.node_memory import CONTROL_GROUPS, group_limits
+from cpmpi.ranks import start
+
+GB = 10**9
+V1 = "9:name=systemd:/\n4:cpu,memory:/slurm/job_7/step_0\n0::/\n"
+V2 = "0::/system.slice/slurmstepd.scope/job_7/step_0/user/task_0\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits"),
+    [
+        (V1, {"memory/slurm/job_7/memory.limit_in_bytes": "8000000000", "memory/memory.limit_in_bytes": "99" * 9}),
+        (V2, {"system.slice/slurmstepd.scope/job_7/memory.max": "8000000000", "system.slice/memory.max": "max"}),
+    ],
+)
+def test_the_least_limit_of_the_groups_around_holds(groups, limits, tmp_path):
+    for name, limit in limits.items():
+        file = tmp_path / "cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{limit}\n")
+    (tmp_path / "memory.max").write_text("1\n")  # not a control group's
+    assert min(group_limits(groups, tmp_path / "cgroup")) == 8 * GB
+    assert group_limits("0::/\n", tmp_path / "nowhere") == []
+
+
+def test_a_real_control_group(tmp_path):
+    folder = next((f for f in (CONTROL_GROUPS / "memory", CONTROL_GROUPS) if (f / "cgroup.procs").exists()), None)
+    if folder is None or not os.access(folder, os.W_OK):
+        pytest.skip("control groups cannot be made here")
+    group = folder / f"cpmpi-test-{os.getpid()}"
+    with contextlib.ExitStack() as stack:
+        try:
+            group.mkdir()
+            stack.callback(group.rmdir)
+            limit = "memory.limit_in_bytes" if folder.name == "memory" else "memory.max"
+            (group / limit).write_text(str(1 << 30))
+        except OSError as error:
+            pytest.skip(f"control groups cannot be made here: {error}")
+        code = "from cpmpi.node_memory import node_memory_bytes; print(node_memory_bytes())"
+        line = f'echo $$ > {group}/cgroup.procs && exec "$0" -c "{code}"'
+        done = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 1 << 30
+
+
+@pytest.mark.mpi(2)
+def test_ranks_share_the_cores_and_the_memory(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    ranks, cpu = start(), torch.device("cpu")
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("one core")
+    assert set_threads(ranks) == len(cores) // 2
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < available_bytes(ranks, cpu) <= total / 2
+    try:
+        os.sched_setaffinity(0, cores[ranks.rank :: 2])
+        assert set_threads(ranks) == len(cores[ranks.rank :: 2])
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def test_what_this_machine_says():
+    assert all(limit > 0 for limit in group_limits(Path("/proc/self/cgroup").read_text()))
