@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -15,13 +16,14 @@ from unittest import mock
 import torch
 
 from cpmpi.attention_call import ATTENTION
-from cpmpi.errors import UserError
+from cpmpi.errors import UserError, one_line
 from cpmpi.fingerprint import check_whole, weight_files
 from cpmpi.finite import finite
 from cpmpi.forward import register
+from cpmpi.stages import spans_of
 from cpmpi.tensor_parallel import Sharing
 from cpmpi.weight_reader import WeightReader
-from cpmpi.weights import StreamedWeights, Weights, spans_of
+from cpmpi.weights import StreamedWeights, Weights
 
 # Layer types of configs that mix tokens by other means than attention; `cpmpi.probe` finds those with other names.
 UNSUPPORTED_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm", "rwkv", "short_conv")
@@ -58,6 +60,10 @@ class Checkpoint:
                 f"{self.folder}: weights only as pickle ({pickled[0]}), which can run code when read; "
                 "convert the checkpoint to safetensors"
             )
+        if (self.folder / "adapter_config.json").exists():
+            raise UserError(
+                f"{self.folder}: an adapter (adapter_config.json) is not applied; merge it into the weights"
+            )
         for file in weight_files(self.folder):
             check_whole(file)
 
@@ -73,6 +79,13 @@ class Checkpoint:
         odd = [t for t in dict.fromkeys(self.text_config_value("layer_types") or ()) if t in UNSUPPORTED_LAYERS]
         if odd:
             raise UserError(f"{name} has layers of type {', '.join(odd)}; cpmpi runs layers with attention only")
+        quantized = getattr(config, "quantization_config", None) or self.text_config_value("quantization_config")
+        if quantized:
+            method = quantized.get("quant_method", "") if isinstance(quantized, dict) else quantized.quant_method
+            raise UserError(
+                f"{name} has quantized weights ({getattr(method, 'value', method)}); cpmpi runs float32, bfloat16 and "
+                "float16 weights: dequantize the checkpoint"
+            )
         if self.text_config_value("is_causal") is False:
             raise UserError(f"{name} is not causal (is_causal is false in its config)")
 
@@ -140,35 +153,46 @@ class Checkpoint:
             raise UserError(
                 f"{self.folder}: {self.config.model_type} cannot be made with cpmpi's attention ({reason})"
             ) from error
+        _keep_in_float32(model, dtype)
         if sharing is not None:
             sharing.narrow(model)
         return model.eval()
 
-    def weights(
-        self, dtype: torch.dtype, device: torch.device, *, stream: bool, sharing: Sharing | None = None,
+    def reader(
+        self, probed: Any, device: torch.device, *, sharing: Sharing | None = None,
         check_finite: bool = False,
-    ) -> Weights:  # fmt: skip
-        """The causal-LM model with cpmpi's attention, in evaluation mode, with its weights.
+    ) -> WeightReader:  # fmt: skip
+        """What reads the weights; the files' headers are checked here.
 
         Args:
-            dtype: type to compute in.
+            probed: the model without weights, to learn from, with this rank's share.
             device: where to compute.
-            stream: whether weights come when they are used, and go.
             sharing: this rank's share of the weights; None: all.
             check_finite: whether weights are searched for NaN and infinities when they are read.
 
         Raises:
-            UserError: a file is damaged, tensors are missing or of the wrong shape (named), or the weights cannot be
-                streamed or shared (why).
+            UserError: tensors are missing, of the wrong shape or of a type that is not read (named), or the weights
+                cannot be shared (why).
         """
-        if not stream and sharing is None:
-            return Weights(self.load(dtype, device, check_finite=check_finite))
-        model = self.skeleton(dtype, probed=False, sharing=sharing)
-        reader = WeightReader(model, self.folder, device, sharing=sharing, check_finite=check_finite)
+        model = self.skeleton(probed.config.dtype, probed=False, sharing=sharing)
+        return WeightReader(model, self.folder, device, spans_of(probed), sharing=sharing, check_finite=check_finite)
+
+    def weights(self, reader: WeightReader, *, stream: bool) -> Weights:
+        """The causal-LM model with cpmpi's attention, in evaluation mode, with its weights.
+
+        Args:
+            reader: of the weights, from `reader`.
+            stream: whether weights come when they are used, and go.
+
+        Raises:
+            UserError: a file is damaged, or a tensor is not finite (named).
+        """
         if stream:
-            return StreamedWeights(reader, spans_of(self.skeleton(dtype, sharing=sharing)))
+            return StreamedWeights(reader)
+        if reader.sharing is None:
+            return Weights(self.load(reader.model.config.dtype, reader.device, check_finite=reader.check_finite))
         reader.load(reader.groups)
-        return Weights(model)
+        return Weights(reader.model)
 
     def load(self, dtype: torch.dtype, device: torch.device, *, check_finite: bool = False) -> torch.nn.Module:
         """The causal-LM model with cpmpi's attention, in evaluation mode.
@@ -200,13 +224,22 @@ class Checkpoint:
         return module
 
 
+def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
+    """Make float32 what the model keeps so whatever the type of the rest, as transformers does when it loads."""
+    if plan := model._get_dtype_plan(dtype):
+        kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in plan))
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if kept.search(name):
+                tensor.data = tensor.data.float()
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Within it, modules are made without memory for their parameters."""
     register_parameter = torch.nn.Module.register_parameter
 
     def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None:
+        if parameter is not None and not parameter.is_meta:  # tied ones stay one
             parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
         register_parameter(module, name, parameter)
 
@@ -227,12 +260,6 @@ class Blueprint(Checkpoint):
     def config_file(self) -> Path:
         """The model's description."""
         return self.folder / "config.json" if self.folder.is_dir() else self.folder
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text in one line, at most 300 characters of it."""
-    text = " ".join(str(error).split())
-    return (text[:300] + "..." if len(text) > 300 else text) or type(error).__name__
 
 
 def _some(names: Iterable[Any], most: int = 4) -> str:

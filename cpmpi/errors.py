@@ -3,3 +3,9 @@
 
 class UserError(ValueError):
     """A problem that the user can act on: one line that names the file, the numbers and the choices."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text in one line, at most 300 characters of it."""
+    text = " ".join(str(error).split())
+    return (text[:300] + "..." if len(text) > 300 else text) or type(error).__name__

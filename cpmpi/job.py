@@ -29,7 +29,7 @@ from cpmpi.kernels.backend import Backend
 from cpmpi.layout import Layout
 from cpmpi.log import rank_log
 from cpmpi.machine import available_bytes, choose_device, set_threads
-from cpmpi.memory import Memory, plan
+from cpmpi.memory import Memory, plan, resident_set_bytes
 from cpmpi.placement import check_grid, choose_schedule, document_memory, place, split
 from cpmpi.probe import Layer, backends_of, probe
 from cpmpi.progress import Progress, duration
@@ -45,6 +45,7 @@ from cpmpi.timeline import Interval, Recorder, save_trace
 from cpmpi.topology.describe import Topology
 from cpmpi.topology.text import summary as topology_summary
 from cpmpi.transport import MPITransport
+from cpmpi.weight_reader import WeightReader
 from cpmpi.weights import weight_bytes
 from cpmpi.writer import ShardWriter
 
@@ -65,6 +66,7 @@ class Job:
     layers: tuple[Layer, ...]
     backends: tuple[Backend, ...]
     sharing: Sharing | None
+    reader: WeightReader
     schedule: Schedule
     reason: str
     memory: Memory
@@ -135,6 +137,7 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
     sharing, model = None, whole
     if options.tp > 1:
         sharing, model, layers = ranks.together(_share, options, checkpoint, whole, layers, topology, ranks.rank)
+    reader = ranks.together(checkpoint.reader, model, device, sharing=sharing, check_finite=options.check_finite)
     grid = Grid() if sharing is None else sharing.grid
     spec = ranks.on_root(make_spec, options, topology, checkpoint, documents, dtype, heads, grid)
     backends = backends_of(layers, device)
@@ -149,13 +152,13 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
         stored_itemsize=spec.kv.stored.itemsize if spec.kv else 0,
     )  # fmt: skip
     memory = ranks.together(
-        plan, parts, weight_bytes(model), choice=options.weights, limit=options.memory_limit,
-        available=available_bytes(ranks, device),
+        plan, parts, weight_bytes(reader), choice=options.weights, limit=options.memory_limit,
+        available=available_bytes(ranks, device), program=resident_set_bytes() if device.type == "cpu" else 0,
     )  # fmt: skip
     job = Job(
         options=options, ranks=ranks, topology=topology, device=device, threads=threads, progress=progress,
         checkpoint=checkpoint, documents=documents, dtype=dtype, layers=layers, backends=backends, sharing=sharing,
-        schedule=schedule, reason=reason, memory=memory, spec=spec,
+        reader=reader, schedule=schedule, reason=reason, memory=memory, spec=spec,
     )  # fmt: skip
     introduce(job)
     needed = ranks.comm.allreduce(run_spec.bytes_to_write(options.output, spec, ranks.rank))
@@ -164,13 +167,13 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
 
 
 def _share(
-    options: JobOptions, checkpoint: Checkpoint, whole: torch.nn.Module, layers: tuple[Layer, ...],
+    options: JobOptions, checkpoint: Checkpoint, whole: Any, layers: tuple[Layer, ...],
     topology: Topology, rank: int,
 ) -> tuple[Sharing, torch.nn.Module, tuple[Layer, ...]]:  # fmt: skip
     """This rank's share of the weights, the model without weights that it makes, and the layers of that."""
     check_grid(topology, options.tp)
     sharing = share(whole, layers, options.tp, rank % options.tp)
-    model = checkpoint.skeleton(next(whole.parameters()).dtype, sharing=sharing)
+    model = checkpoint.skeleton(whole.config.dtype, sharing=sharing)
     narrow = sharing.probe(model, layers)
     return sharing, model, narrow
 
@@ -298,10 +301,7 @@ def load_engine(job: Job, recorder: Recorder | None = None) -> Engine:
     """Read the weights and open the transports."""
     options, ranks = job.options, job.ranks
     began = time.perf_counter()
-    weights = ranks.together(
-        job.checkpoint.weights, job.dtype, job.device, stream=job.memory.stream, sharing=job.sharing,
-        check_finite=options.check_finite,
-    )  # fmt: skip
+    weights = ranks.together(job.checkpoint.weights, job.reader, stream=job.memory.stream)
     job.progress.say(f"weights read in {duration(time.perf_counter() - began)}")
     if ranks.is_root:
         summary = {**asdict(job.schedule), "askers": "all", **asdict(job.grid), "segments": options.segments}

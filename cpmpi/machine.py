@@ -11,7 +11,7 @@ import torch
 
 from cpmpi.errors import UserError
 from cpmpi.node_memory import node_memory_bytes
-from cpmpi.ranks import Ranks
+from cpmpi.ranks import Ranks, node_name
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -21,14 +21,18 @@ def choose_device(ranks: Ranks, wanted: str) -> torch.device:
     """The device for this rank: ``cpu``, ``cuda`` (the node's devices dealt over its ranks), or ``auto``. Collective.
 
     Raises:
-        UserError: CUDA is asked for and there is none.
+        UserError: CUDA is asked for and some rank has none, or some ranks have it and others have not.
     """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device on this node; choose cpu or auto")
     with node_of(ranks) as node:
-        device = torch.device("cuda", node.rank % torch.cuda.device_count())
+        local_rank = node.rank
+    everyone = ranks.comm.allgather((node_name(), torch.cuda.is_available()))
+    lacking = dict.fromkeys(name for name, available in everyone if not available)
+    if wanted == "cpu" or (wanted == "auto" and all(not available for _, available in everyone)):
+        return torch.device("cpu")
+    if lacking:
+        without = f"torch finds no CUDA device on {', '.join(lacking)}"
+        raise UserError(f"--device {wanted}: {without}; choose {'cpu or auto' if wanted == 'cuda' else 'cpu'}")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 

@@ -83,7 +83,9 @@ def parts_of(
     }
 
 
-def plan(parts: dict[str, int], weights: WeightBytes, *, choice: str, limit: int | None, available: int) -> Memory:
+def plan(
+    parts: dict[str, int], weights: WeightBytes, *, choice: str, limit: int | None, available: int, program: int = 0
+) -> Memory:
     """How to hold the weights, and what a rank needs then.
 
     Args:
@@ -92,11 +94,12 @@ def plan(parts: dict[str, int], weights: WeightBytes, *, choice: str, limit: int
         choice: resident, stream, or auto: resident where that fits.
         limit: bytes that the user allows; None: ``available``, which then only decides.
         available: bytes that this rank can have.
+        program: bytes that it has already; 0 where the program is elsewhere, on the host of a device.
 
     Raises:
         UserError: the limit is below what is needed at least; the number is named.
     """
-    rest = {"program": resident_set_bytes(), **parts}
+    rest = {"program": program, **parts}
     held, streamed = (
         Memory(parts={**rest, "weights": size}, stream=stream, available=available)
         for size, stream in ((weights.total, False), (weights.lasting + weights.streamed, True))

@@ -11,7 +11,7 @@ from cpmpi.checkpoint import DTYPES, Blueprint
 from cpmpi.forward import decoder_of
 from cpmpi.kernels.mask import Mask
 from cpmpi.probe import probe
-from cpmpi.weights import IN_LAYER
+from cpmpi.stages import IN_LAYER
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,12 @@ class Cut(NamedTuple):
         cut[self.dim] //= self.parts
         return cut
 
+    def whole(self, part: Sequence[int]) -> list[int]:
+        """The shape of a tensor whose part is of shape ``part``."""
+        whole = list(part)
+        whole[self.dim] *= self.parts
+        return whole
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:

@@ -59,13 +59,16 @@ class Message:
     requests: list[MPI.Request]
     posted_s: float = field(default_factory=time.perf_counter)
     complete_s: float = 0.0
+    problem: Exception | None = None
 
     def test(self) -> bool:
         """Whether the message is complete; lets MPI make progress. Called with the transport's lock held."""
         if not self.complete_s:
-            left = [request for request in self.requests if not request.Test()]  # every one, so that all make progress
-            self.requests = left
-            if not left:
+            try:
+                self.requests = [r for r in self.requests if not r.Test()]  # every one, so that all make progress
+            except Exception as problem:  # for the wait: the thread that makes progress must go on
+                self.requests, self.problem = [], problem
+            if not self.requests:
                 self.complete_s = time.perf_counter()
         return bool(self.complete_s)
 
@@ -81,6 +84,8 @@ class Message:
             time.sleep(min(LONGEST_PAUSE_S, waited_s / 10) if waited_s > 2e-4 else 0.0)
         self.transport.forget(self)
         self.transport.exposed_s += time.perf_counter() - started
+        if self.problem is not None:
+            raise self.problem
         return self.host_B.to(self.device)
 
 

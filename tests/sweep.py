@@ -126,10 +126,10 @@ def _examine(case: Case, folder: Path) -> Outcome:
     import torch
     from mpi4py import MPI
 
-    from cpmpi.checkpoint import Checkpoint, one_line
-    from cpmpi.errors import UserError
+    from cpmpi.checkpoint import Checkpoint
+    from cpmpi.errors import UserError, one_line
     from cpmpi.probe import probe
-    from cpmpi.weights import weight_bytes
+    from cpmpi.stages import spans_of
     from tests.test_models import LENGTHS, scores, weightless
 
     folder.mkdir()
@@ -145,7 +145,7 @@ def _examine(case: Case, folder: Path) -> Outcome:
         weightless(folder)
         skeleton = Checkpoint(folder).skeleton(torch.float32)
         probe(skeleton)
-        weight_bytes(skeleton)
+        spans_of(skeleton)
     except UserError as refusal:
         return Outcome(case, "refused", str(refusal).removeprefix(f"{folder}: "))
     except Exception as error:
@@ -159,7 +159,7 @@ def _examine(case: Case, folder: Path) -> Outcome:
         return Outcome(case, "not built", f"transformers: {type(error).__name__}: {one_line(error)}")
     try:
         found = scores(MPI.COMM_SELF, folder, make=any_tokens)
-        streamed = _streamed_scores(folder) or found
+        streamed = scores(MPI.COMM_SELF, folder, stream=True, make=any_tokens)
     except UserError as refusal:
         return Outcome(case, "refused", str(refusal).removeprefix(f"{folder}: "))
     except Exception as error:
@@ -167,20 +167,6 @@ def _examine(case: Case, folder: Path) -> Outcome:
     pairs = zip((*found, *streamed), (*expected, *found), strict=True)
     worst = max(np.abs(got - want)[1:].max() for got, want in pairs)
     return Outcome(case, "runs" if worst <= 1e-4 else "wrong", f"{worst:.1e}")
-
-
-def _streamed_scores(folder: Path) -> list[Any]:
-    """The log-probabilities with streamed weights; none where that is refused."""
-    from mpi4py import MPI
-
-    from cpmpi.errors import UserError
-    from tests.test_models import scores
-
-    try:
-        found: list[Any] = scores(MPI.COMM_SELF, folder, stream=True, make=any_tokens)
-        return found
-    except UserError:
-        return []
 
 
 def any_tokens(n_tokens: int) -> Any:

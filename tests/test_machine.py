@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpmpi.machine import available_bytes, set_threads
+from cpmpi.errors import UserError
+from cpmpi.machine import available_bytes, choose_device, set_threads
 from cpmpi.node_memory import CONTROL_GROUPS, group_limits
 from cpmpi.ranks import start
 
@@ -69,6 +70,19 @@ def test_ranks_share_the_cores_and_the_memory(monkeypatch):
         assert set_threads(ranks) == len(cores[ranks.rank :: 2])
     finally:
         os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.mpi(2)
+def test_ranks_agree_on_the_device(monkeypatch):
+    """One rank sees a device and the other does not: no rank waits for one that has gone on."""
+    ranks = start()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: ranks.rank == 0)
+    for wanted, choices in (("auto", "cpu"), ("cuda", "cpu or auto")):
+        with pytest.raises(
+            UserError, match=rf"--device {wanted}: torch finds no CUDA device on \S+; choose {choices}$"
+        ):
+            ranks.together(choose_device, ranks, wanted)
+    assert ranks.together(choose_device, ranks, "cpu").type == "cpu"
 
 
 def test_what_this_machine_says():

@@ -73,8 +73,9 @@ def scores(comm, folder, stream=False, dtype="float32", make=document):
 
     device, dtype = torch.device("cpu"), getattr(torch, dtype)
     checkpoint = Checkpoint(folder)
-    layers = probe(checkpoint.skeleton(dtype))
-    weights = checkpoint.weights(dtype, device, stream=stream)
+    skeleton = checkpoint.skeleton(dtype)
+    layers = probe(skeleton)
+    weights = checkpoint.weights(checkpoint.reader(skeleton, device), stream=stream)
     transport = MPITransport(comm)
     engine = Engine(
         rank=comm.rank, layers=layers, weights=weights, device=device,

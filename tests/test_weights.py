@@ -11,7 +11,9 @@ from cpmpi.checkpoint import Checkpoint
 from cpmpi.errors import UserError
 from cpmpi.memory import WeightBytes, parse_bytes, plan
 from cpmpi.probe import probe
-from cpmpi.weights import spans_of, weight_bytes
+from cpmpi.stages import spans_of
+from cpmpi.weights import weight_bytes
+from tests.sweep import OWN
 from tests.test_models import scores
 from tests.tiny_models import save_tiny, tiny_config
 
@@ -49,8 +51,9 @@ def test_streamed_equals_resident_bit_for_bit(stored, computed, tmp_path):
 
 
 def test_a_stage_and_the_next_are_in_memory_at_a_time(checkpoint):
-    weights = Checkpoint(checkpoint).weights(torch.float32, CPU, stream=True)
-    sizes = weight_bytes(Checkpoint(checkpoint).skeleton(torch.float32))
+    reader = reader_of(checkpoint)
+    sizes = weight_bytes(reader)
+    weights = Checkpoint(checkpoint).weights(reader, stream=True)
 
     def held():
         return sum(p.nbytes for p in weights.model.parameters() if not p.is_meta)
@@ -79,18 +82,78 @@ def test_stages_lie_between_attentions(checkpoint):
     assert "lm_head" not in spans
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_missing_tensor_is_named(checkpoint, stream):
+@pytest.mark.parametrize("model_type", ["ernie4_5_moe", "glm4_moe"])
+def test_what_stays_in_float32_does_so_when_streamed(model_type, tmp_path):
+    """Their routers are computed in float32 whatever the type of the rest."""
+    from mpi4py import MPI
+
+    save_tiny(tmp_path, tiny_config(model_type, **OWN.get(model_type, {})), dtype="bfloat16")
+    kept = [t for t in reader_of(tmp_path, torch.bfloat16).meta.values() if t.dtype == torch.float32]
+    assert kept
+    resident, streamed = (scores(MPI.COMM_SELF, tmp_path, stream, "bfloat16") for stream in (False, True))
+    for a, b in zip(resident, streamed, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_tied_weights_count_once(tmp_path):
+    save_tiny(tmp_path, tiny_config("qwen3", tie_word_embeddings=True))
+    stored = [tensor.nbytes for file in tmp_path.glob("*.safetensors") for tensor in load_file(file).values()]
+    assert weight_bytes(reader_of(tmp_path)).total == sum(stored)
+
+
+def test_a_head_of_its_own_is_not_tied(checkpoint):
+    """As transformers does: what both have, and differs, is not tied; where one is missing it is the other."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    for tied in (False, True):
+        if tied:
+            change(checkpoint, "model.embed_tokens.weight", lambda _: None)
+        resident, streamed = (load(checkpoint, stream) for stream in (False, True))
+        for part in ("lm_head", "model.embed_tokens"):
+            a, b = (model.get_submodule(part).weight for model in (resident, streamed))
+            assert torch.equal(a, b)
+        assert torch.equal(streamed.lm_head.weight, streamed.model.embed_tokens.weight) == tied
+
+
+def test_a_missing_tensor_is_named(checkpoint):
     change(checkpoint, "model.layers.1.mlp.down_proj.weight", lambda _: None)
-    with pytest.raises(UserError, match=r"missing in the weights: model\.layers\.1\.mlp\.down_proj\.weight"):
-        load(checkpoint, stream)
+    with pytest.raises(UserError, match=r"1 tensors missing in the weights: model\.layers\.1\.mlp\.down_proj\.weight"):
+        reader_of(checkpoint)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_tensor_of_the_wrong_shape_is_named(checkpoint, stream):
+def test_a_tensor_of_the_wrong_shape_is_named(checkpoint):
     change(checkpoint, "model.layers.1.mlp.down_proj.weight", lambda w: w[:, :-1].clone())
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
-        load(checkpoint, stream)
+    message = r"model\.layers\.1\.mlp\.down_proj\.weight has the wrong shape: \(32, 47\), not \(32, 48\)"
+    with pytest.raises(UserError, match=message):
+        reader_of(checkpoint)
+
+
+@pytest.mark.parametrize("make", [lambda w: w[:, :-1].clone(), lambda _: None])
+def test_an_expert_that_is_missing_or_of_the_wrong_shape_is_named(make, tmp_path):
+    save_tiny(tmp_path, tiny_config("qwen3_moe"))
+    change(tmp_path, "model.layers.1.mlp.experts.1.down_proj.weight", make)
+    with pytest.raises(UserError, match=r"tensor model\.layers\.1\.mlp\.experts\.down_proj"):
+        reader_of(tmp_path)
+
+
+def test_a_type_that_is_not_read_is_named(checkpoint):
+    change(checkpoint, "model.layers.1.mlp.down_proj.weight", lambda w: w.to(torch.float8_e4m3fn))
+    with pytest.raises(UserError, match=r"mlp\.down_proj\.weight is stored as F8_E4M3; cpmpi reads F64, F"):
+        reader_of(checkpoint)
+
+
+def test_an_adapter_is_refused(checkpoint):
+    (checkpoint / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"an adapter \(adapter_config.json\) is not applied; merge it"):
+        Checkpoint(checkpoint)
+
+
+def test_quantized_weights_are_refused(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"llama has quantized weights \(fp8\); cpmpi runs float32, bfl"):
+        Checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -108,10 +171,13 @@ def test_a_missing_shard_is_named(checkpoint):
         Checkpoint(checkpoint)
 
 
+def reader_of(folder, dtype=torch.float32, **options):
+    checkpoint = Checkpoint(folder)
+    return checkpoint.reader(checkpoint.skeleton(dtype), CPU, **options)
+
+
 def load(folder, stream, **options):
-    if not stream:
-        return Checkpoint(folder).load(torch.float32, CPU, **options)
-    weights = Checkpoint(folder).weights(torch.float32, CPU, stream=True, **options)
+    weights = Checkpoint(folder).weights(reader_of(folder, **options), stream=stream)
     for stage in range(5):
         weights.enter(stage)
     return weights.model
