@@ -150,25 +150,29 @@ class Execution:
                     self.tick((done + part) / calls)
                 done += 1
             self._note("compute", i, begun)
-            for t, pending, incoming in due[i]:
-                begun = time.perf_counter()
-                payload_B = pending.wait()
-                self._note("wait", i, begun)
-                if incoming:
-                    if self.recorder is not None:
-                        self.recorder.note(
-                            "transfer", i, pending.posted_s, pending.complete_s, t.peer, payload_B.numel()
-                        )
-                    for item, part_B in zip(
-                        t.items, torch.split(payload_B, [*map(self._n_bytes, t.items)]), strict=True
-                    ):
-                        if len(part_B):
-                            self._take(item, part_B)
+            while due[i]:  # no message stays, and with it what it brought
+                self._complete(i, *due[i].pop(0))
             for item in released[i]:
                 if item.owner != self.rank:
                     (self.keys if item.kind == "key" else self.queries).pop(item.owner, None)
         out_THE, _ = self._partial(self.rank).finish(self.rule.sinks_H)
         return out_THE
+
+    def _complete(self, i: int, transfer: Transfer, pending: Pending, incoming: bool) -> None:
+        """Wait for a message of round ``i``, and keep what it brings."""
+        begun = time.perf_counter()
+        payload_B = pending.wait()
+        self._note("wait", i, begun)
+        if not incoming:
+            return
+        if self.recorder is not None:
+            n_bytes = payload_B.numel()
+            self.recorder.note("transfer", i, pending.posted_s, pending.complete_s, transfer.peer, n_bytes)
+        for item, part_B in zip(
+            transfer.items, torch.split(payload_B, [*map(self._n_bytes, transfer.items)]), strict=True
+        ):
+            if len(part_B):
+                self._take(item, part_B)
 
     def _note(self, what: str, i: int, begun: float) -> None:
         if self.recorder is not None:

@@ -1,9 +1,17 @@
 """Messages between ranks: large ones, sums, and what MPI refuses."""
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
 
 from cpmpi import transport as module
+from cpmpi.execute import Execution, Heads, Keys, Queries, Rule
+from cpmpi.kernels.mask import Mask
+from cpmpi.kernels.select import named
+from cpmpi.layout import Layout
+from cpmpi.schedule import Schedule
 from cpmpi.transport import MPITransport
 
 CPU = torch.device("cpu")
@@ -48,3 +56,45 @@ def test_what_mpi_refuses_is_raised_by_the_wait(transport):
     with pytest.raises(MPI.Exception, match=r"TRUNCATE|truncated"):
         transport.receive(10, 1, 0, CPU).wait()
     assert transport.receive(10, 1, 0, CPU).wait().sum() == 10
+
+
+class Watched(MPITransport):
+    """Knows how many bytes that it received are in memory."""
+
+    def __init__(self, comm):
+        super().__init__(comm)
+        self.arrays = []
+
+    def receive(self, n_bytes, peer, channel, device):
+        array = np.empty(n_bytes, np.uint8)
+        self.arrays.append(weakref.ref(array))
+        host_B = torch.from_numpy(array)
+        return self._post(host_B, device, [self.channels[channel].Irecv(p, peer) for p in module._parts(host_B)])
+
+    def held(self):
+        return sum(found.nbytes for array in self.arrays if (found := array()) is not None)
+
+
+@pytest.mark.mpi(6)
+def test_a_ring_holds_the_shards_of_its_price():
+    """A shard that was passed on is freed: not all keys of the document gather in a rank's memory."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    heads = Heads(query_heads=2, kv_heads=2, key_dim=8, value_dim=8, dtype=torch.float32)
+    layout = Layout(n_tokens=600, world=6, segments=2)
+    pieces = layout.pieces(comm.rank)
+    for nodes, shards in (([[0, 1, 2, 3, 4, 5]], 2), ([[0, 1, 2], [3, 4, 5]], 3)):
+        schedule = Schedule(kind="ring", nodes=nodes, parents=[None, 0][: len(nodes)])
+        transport, most = Watched(comm), [0]
+        keys = Keys.empty(pieces, heads, CPU)
+        keys.flat_B.zero_()
+        execution = Execution(
+            rank=comm.rank, program=schedule.program(comm.rank), transport=transport, backend=named("reference"),
+            heads=heads, rule=Rule(mask=Mask(), scale=1.0), query_layout=layout, key_layouts=(layout,), device=CPU,
+            tick=lambda _, transport=transport, most=most: most.append(transport.held()),
+        )  # fmt: skip
+        execution.run(Queries(tuple((p.start, torch.zeros(p.size, 2, 8)) for p in pieces)), keys)
+        transport.close()
+        assert len(transport.arrays) == 5
+        assert max(most) <= shards * keys.flat_B.numel()
