@@ -67,6 +67,9 @@ def read_documents(
     """
     files = find_input_files(inputs)
     found = [document for file in files for document in _read(file, vocab_size)]
+    for document in found:
+        _check_name(document.id, f"{document.source!a}: the document's name")
+        _check_name(document.source, f"{document.source!a}: the file's name")
     _check_ids_differ(found)
     characters = sum(len(d.content) for d in found if isinstance(d.content, str))
     tokenizer = load_tokenizer(checkpoint) if characters else None
@@ -188,6 +191,16 @@ def _check_encodable(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair, which is no character
         raise UserError(f"{where} has half a surrogate pair at character {error.start}") from error
+
+
+def _check_name(name: str, where: str) -> None:
+    """Refuse a name that HDF5 cannot hold."""
+    if "\0" in name:
+        raise UserError(f"{where} has a zero byte")
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} is not UTF-8: {name[error.start]!a} at character {error.start}") from error
 
 
 def _checked_integers(values: Any, where: str) -> list[int]:

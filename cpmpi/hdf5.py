@@ -19,7 +19,7 @@ import numpy.typing as npt
 from h5py import h5a, h5d, h5p, h5s, h5t
 
 from cpmpi.errors import UserError
-from cpmpi.publish import published
+from cpmpi.publish import naming, published
 
 LIBVER = ("earliest", "v110")
 ALIGNMENT_BYTES = 4096
@@ -84,8 +84,12 @@ def created_file(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: cannot be laid out ({error})") from error
 
 
-def open_file(path: Path) -> Any:
+def open_file(path: Path, *, locking: bool | str = "best-effort") -> Any:
     """Open an HDF5 file for reading.
+
+    Args:
+        path: the file.
+        locking: False where nobody else's lock may stand in the way.
 
     Raises:
         UserError: there is no such file, or it is not an HDF5 file that can be read.
@@ -93,7 +97,7 @@ def open_file(path: Path) -> Any:
     if not path.exists():
         raise UserError(f"{path}: no such file")
     try:
-        return h5py.File(path, "r", libver=LIBVER, locking="best-effort")
+        return h5py.File(path, "r", libver=LIBVER, locking=locking)
     except OSError as error:
         raise UserError(f"{path}: cannot be read as HDF5 ({error})") from error
 
@@ -104,7 +108,7 @@ def changed_file(path: Path) -> Iterator[Any]:
 
     No lock is taken: with one, somebody who looks at the file while a job runs would make the job fail.
     """
-    with h5py.File(path, "r+", libver=LIBVER, locking=False) as file:
+    with naming(path), h5py.File(path, "r+", libver=LIBVER, locking=False) as file:
         yield file
 
 
@@ -207,7 +211,8 @@ def pread_all(descriptor: int, data: RawArray, offset: int, path: Path) -> None:
     """
     view = _bytes_of(data)
     while view.nbytes:
-        read = os.preadv(descriptor, [view], offset)
+        with naming(path):
+            read = os.preadv(descriptor, [view], offset)
         if read == 0:
             raise UserError(f"{path}: truncated: {view.nbytes} bytes are missing at offset {offset}")
         view, offset = view[read:], offset + read

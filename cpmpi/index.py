@@ -32,7 +32,7 @@ from cpmpi.hdf5 import (
     pwrite_all,
     set_attribute,
 )
-from cpmpi.publish import make_folder, publish_text, sync_path
+from cpmpi.publish import make_folder, naming, publish_text, sync_path
 from cpmpi.run_paths import RunPaths, document_name, shard_name
 from cpmpi.run_spec import DocumentSpec, RunSpec, token_digest
 from cpmpi.shard import LABELS
@@ -219,16 +219,19 @@ class RunIndex:
 
     def _write_datasets(self, group: str, arrays: dict[str, RawArray]) -> None:
         """Write whole datasets at their offsets, past HDF5, and make them durable."""
-        with open_file(self._paths.index) as file:
+        with open_file(self._paths.index, locking=False) as file:
+            if file.attrs["run_id"] != self.spec.run_id:
+                raise UserError(f"{self._paths.index}: another job has started this run anew; nothing more is written")
             places = {name: file[f"{group}/{name}"] for name in arrays}
             for name, array in arrays.items():
                 assert places[name].shape == array.shape, (name, places[name].shape, array.shape)
             offsets = {name: dataset_offset(place) for name, place in places.items()}
         descriptor = os.open(self._paths.index, os.O_WRONLY)
         try:
-            for name, array in arrays.items():
-                pwrite_all(descriptor, np.ascontiguousarray(array), offsets[name])
-            os.fsync(descriptor)
+            with naming(self._paths.index):
+                for name, array in arrays.items():
+                    pwrite_all(descriptor, np.ascontiguousarray(array), offsets[name])
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -267,7 +270,7 @@ def perplexity(nll: float, n_tokens: int) -> float:
 
 def _summary(file: Any) -> str:
     text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
+    table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     table.writerow(SUMMARY_COLUMNS)
     for index in range(len(file["documents"])):
         attributes = file[document_name(index)].attrs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cpmpi.ranks import Ranks, node_name
@@ -20,6 +20,7 @@ def rank_log(folder: Path, ranks: Ranks) -> Iterator[logging.Logger]:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.addHandler(handler)
+    logging.raiseExceptions = False  # a full disk is told of by what must be written, in one line
     try:
         from mpi4py import MPI
 
@@ -28,4 +29,5 @@ def rank_log(folder: Path, ranks: Ranks) -> Iterator[logging.Logger]:
         yield logger
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()

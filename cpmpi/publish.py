@@ -32,7 +32,7 @@ def published(path: Path) -> Iterator[Path]:
 
 def publish_text(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8) to ``path`` at once, and durably."""
-    with published(path) as temporary:
+    with published(path) as temporary, naming(path):
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -54,6 +54,17 @@ def sync_path(path: Path) -> None:
     """fsync a file or a folder by its path."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within it, errors of calls that know a file by its descriptor alone get its name."""
+    try:
+        yield
+    except OSError as problem:
+        problem.filename = problem.filename or str(path)
+        raise

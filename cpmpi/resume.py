@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +64,7 @@ def check_folder(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file, not a folder; choose another --output")
-    foreign = RunPaths(folder).foreign()
+    foreign = [path.relative_to(folder).as_posix() for path in RunPaths(folder).contents()[1]]
     if foreign:
         more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
         raise UserError(
@@ -81,34 +79,36 @@ def check_folder(folder: Path) -> None:
 def delete_run(folder: Path) -> None:
     """Delete the files of a run but its logs; ``run.h5`` first, so that no half-deleted run is taken for a run."""
     paths = RunPaths(folder)
-    for path in (paths.index, paths.summary, paths.topology, paths.schedule):
-        path.unlink(missing_ok=True)
-    for folder_of_run in (paths.shards, paths.checkpoints, paths.report):
-        if folder_of_run.exists():
-            shutil.rmtree(folder_of_run)
+    if folder.is_dir():
+        ours, _ = paths.contents()
+        for path in sorted(ours, key=lambda path: path != paths.index):
+            path.unlink(missing_ok=True)
+        for emptied in (paths.shards, paths.report):
+            with suppress(OSError):
+                emptied.rmdir()
 
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold the run folder for this process, so that a second job does not write the same run. On rank 0.
 
-    The lock goes with the process however it ends. Where the file system has no locks on folders, none is taken.
+    The lock goes with the process however it ends, and holds across the nodes of a network file system. Where the file
+    system has no locks, none is taken.
 
     Raises:
         UserError: another process holds it.
     """
-    make_folder(folder)
-    descriptor = os.open(folder, os.O_RDONLY)
+    lock = RunPaths(folder).lock
+    make_folder(lock.parent)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
     try:
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as problem:
-                if problem.errno == errno.EWOULDBLOCK:
-                    raise UserError(
-                        f"{folder}: another process is writing this run; wait for it or choose another --output"
-                    ) from problem
-                raise
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as problem:
+            if problem.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{folder}: another process is writing this run; wait for it or choose another --output"
+                ) from problem
         yield
     finally:
         os.close(descriptor)

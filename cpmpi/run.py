@@ -25,6 +25,8 @@ from cpmpi.run_paths import RunPaths, document_name
 from cpmpi.run_spec import DocumentSpec
 from cpmpi.shard import ShardFile
 
+MOST_OPEN = 64  # shards: each takes two descriptors, of which a process may have some 1,000
+
 
 def open_run(path: str | os.PathLike[str]) -> Run:
     """Open a run folder (or its ``run.h5``) for reading. Use as a context manager, or call ``close``.
@@ -84,12 +86,14 @@ class Run:
         return int(self.file["shards/size"][rank])
 
     def shard(self, rank: int) -> ShardFile:
-        """The shard of ``rank``, opened once.
+        """The shard of ``rank``; it stays open until many others have been asked for.
 
         Raises:
             UserError: it is missing, truncated, or belongs to another run.
         """
         if rank not in self._shards:
+            while len(self._shards) >= MOST_OPEN:
+                self._shards.pop(next(iter(self._shards))).close()
             run_id, size = self.file.attrs["run_id"], self.shard_size(rank)
             self._shards[rank] = ShardFile(self.paths.shard(rank), run_id, rank, size)
         return self._shards[rank]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from cpmpi.publish import TEMPORARY_SUFFIX
+
+OURS = re.compile(r"run\.h5|(topology|schedule)\.json|summary\.csv|shards/rank-\d{5,}\.h5|report/surprisal-\d{6,}\.png")
 
 
 @dataclass(frozen=True)
@@ -49,27 +52,28 @@ class RunPaths:
         return self.folder / "log"
 
     @property
-    def checkpoints(self) -> Path:
-        """The folder of hidden states from which an unfinished document goes on; empty when the run is complete."""
-        return self.folder / "checkpoints"
-
-    @property
     def report(self) -> Path:
         """The folder of the pictures."""
         return self.folder / "report"
 
-    def foreign(self) -> list[str]:
-        """Names in the folder, sorted, that no run puts there (what a killed run left behind is not foreign)."""
-        files = [path.name for path in (self.index, self.topology, self.schedule, self.summary)]
-        ours = {
-            self.shards.name,
-            self.log.name,
-            self.report.name,
-            self.checkpoints.name,
-            *files,
-            *(name + TEMPORARY_SUFFIX for name in files),
-        }
-        return sorted(path.name for path in self.folder.iterdir() if path.name not in ours)
+    @property
+    def lock(self) -> Path:
+        """What the one job holds that may write."""
+        return self.log / "lock"
+
+    def contents(self) -> tuple[list[Path], list[Path]]:
+        """The files in the folder that runs put there (or a killed one left behind), and all others, both sorted.
+
+        Logs, which may be anything, and what a network file system keeps of a deleted file that is open (``.nfs...``)
+        are neither.
+        """
+        found = [p for p in self.folder.iterdir() if p not in (self.shards, self.log, self.report) or not p.is_dir()]
+        for folder in (self.shards, self.report):
+            if folder.is_dir():
+                found += folder.iterdir()
+        names = [(path, path.relative_to(self.folder).as_posix().removesuffix(TEMPORARY_SUFFIX)) for path in found]
+        ours = sorted(path for path, name in names if OURS.fullmatch(name))
+        return ours, sorted({*found} - {*ours} - {path for path in found if path.name.startswith(".nfs")})
 
 
 def shard_name(rank: int) -> str:

@@ -55,7 +55,7 @@ def draw(document: Document, path: Path, title: str) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(axis="y", color="#e6e6e6")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(title, loc="left", fontsize=11, parse_math=False)
     axes.legend(loc="upper right", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from cpmpi.errors import UserError
+from cpmpi.errors import UserError, one_line
 from cpmpi.hdf5 import STORED_FLOATS, RawArray
 from cpmpi.index import OUTPUTS, outputs_digest, perplexity, sum_nll
 from cpmpi.run import Document, Run, open_run
@@ -61,7 +62,8 @@ def verify_run(path: Path, *, quick: bool = False, threads: int = 4) -> Verifica
         if run.complete and not run.paths.summary.exists():
             found.problems.append(f"{run.paths.summary}: no such file")
         for document in complete:
-            found.problems += output_problems(document)
+            with _noted(found, run.paths.index):
+                found.problems += output_problems(document)
         if run.kv_dtype is not None and complete:
             _check_shards(run, complete, found, quick, threads)
         return found
@@ -94,17 +96,23 @@ def output_problems(document: Document) -> Iterator[str]:
 def _check_shards(run: Run, documents: list[Document], found: Verification, quick: bool, threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
         for rank in range(run.world_size):
-            try:
+            with _noted(found, run.paths.shard(rank)):
                 shard = run.shard(rank)
-            except UserError as problem:
-                found.problems.append(str(problem))
-                continue
-            found.shards += 1
-            for document in documents:
-                try:
-                    _check_shard_document(shard, rank, document, found, None if quick else pool)
-                except UserError as problem:
-                    found.problems.append(str(problem))
+                found.shards += 1
+                for document in documents:
+                    with _noted(found, shard.path):
+                        _check_shard_document(shard, rank, document, found, None if quick else pool)
+
+
+@contextmanager
+def _noted(found: Verification, path: Path) -> Iterator[None]:
+    """Within it, what a damaged file leads to is a problem that is found, and not the end."""
+    try:
+        yield
+    except UserError as problem:
+        found.problems.append(str(problem))
+    except (OSError, KeyError, RuntimeError, ValueError) as problem:
+        found.problems.append(f"{path}: cannot be read: {one_line(problem)}")
 
 
 def _check_shard_document(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import threading
 import time
 from collections import deque
@@ -215,9 +214,10 @@ class ShardWriter:
             began = time.perf_counter()
             error: BaseException | None = None
             try:
-                self._write(item)
-            except OSError as problem:
-                error = self._explain(problem)
+                try:
+                    self._write(item)
+                except OSError as problem:
+                    raise self._explain(problem) from problem
             except BaseException as problem:
                 error = problem
             ended = time.perf_counter()
@@ -283,9 +283,9 @@ class ShardWriter:
         if problem.errno not in NO_SPACE:
             problem.filename = str(self._path)
             return problem
-        status = os.fstat(self._descriptor)
+        status, system = os.fstat(self._descriptor), os.fstatvfs(self._descriptor)
         needed = max(0, status.st_size - status.st_blocks * 512)
-        free = shutil.disk_usage(self._path).free
+        free = system.f_bavail * system.f_frsize
         return UserError(
             f"{self._path}: no space left ({problem.strerror}): {human_bytes(needed)} ({needed} bytes) of it are still "
             f"to be written, {human_bytes(free)} ({free} bytes) are free; make room and start the same command again"

@@ -22,6 +22,9 @@ def command(run: Path, folder: Path | None) -> None:
             if not document.complete:
                 click.echo(f"document {document.id!r} is not finished", err=True)
                 continue
+            if document.n_tokens < 2:
+                click.echo(f"document {document.id!r} has one token: there is no surprisal to draw", err=True)
+                continue
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"surprisal-{i:06d}.png"
             title = f"{document.id}: {document.n_tokens:,} tokens, perplexity {document.perplexity:.3f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,14 @@ def test_a_jsonl_file_with_bad_bytes_or_nothing(folder: Path) -> None:
     assert refusal("d.jsonl") == "d.jsonl: no documents: all lines are blank"
     write("d.jsonl", b'{"id": "x", "token_ids": [' + b"9" * 5000 + b"]}")
     assert refusal("d.jsonl").startswith("d.jsonl:1: not JSON that can be read: Exceeds the limit (4300 digits)")
+
+
+def test_names_that_cannot_be_stored(folder: Path) -> None:
+    write("d.jsonl", b'{"id": "a\\u0000b", "token_ids": [1]}')
+    assert refusal("d.jsonl") == "'d.jsonl:1': the document's name has a zero byte"
+    name = os.fsdecode(b"r\xe9sum\xe9.npy")
+    np.save(name, np.array([1, 2]))
+    assert refusal(name) == "'r\\udce9sum\\udce9.npy': the document's name is not UTF-8: '\\udce9' at character 1"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import csv
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +224,21 @@ def test_what_a_killed_start_leaves_behind_is_no_obstacle(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "shards/other.h5", "report/mine.png", "checkpoints/model.safetensors"])
+def test_overwriting_deletes_nothing_that_no_run_wrote(name, tmp_path):
+    make_run(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    found = name.split("/")[0] if name.startswith("checkpoints") else name
+    with pytest.raises(UserError, match=rf"is not a run folder \(it holds {found}\)"):
+        start_index(tmp_path, make_spec(), overwrite=True)
+    assert verify_run(tmp_path).problems == []
+    (tmp_path / name).rename(tmp_path / ".nfs0001")
+    if name.startswith("checkpoints"):
+        (tmp_path / "checkpoints").rmdir()
+    start_index(tmp_path, make_spec(), overwrite=True)
+
+
 def test_a_shard_that_changed_its_size_stops_a_resume(tmp_path):
     spec = make_run(tmp_path, stop_after=1)
     index = open_index_for_resume(tmp_path, spec)
@@ -232,10 +249,23 @@ def test_a_shard_that_changed_its_size_stops_a_resume(tmp_path):
 
 
 def test_one_writer_at_a_time(tmp_path):
-    with only_writer(tmp_path), pytest.raises(UserError, match="another process is writing this run"):
-        only_writer(tmp_path).__enter__()
+    code = (
+        "import sys, pathlib; from cpmpi.resume import only_writer; only_writer(pathlib.Path(sys.argv[1])).__enter__()"
+    )
+    other = [sys.executable, "-c", code, str(tmp_path)]
     with only_writer(tmp_path):
-        pass
+        done = subprocess.run(other, capture_output=True, text=True, check=False)
+        assert "UserError: " in done.stderr
+        assert "another process is writing this run" in done.stderr
+    subprocess.run(other, check=True)
+
+
+def test_a_job_does_not_write_into_a_run_that_another_began_anew(tmp_path):
+    spec = make_spec()
+    index = start_index(tmp_path, spec)
+    start_index(tmp_path, replace(make_spec(), run_id="another"), overwrite=True)
+    with pytest.raises(UserError, match="another job has started this run anew"):
+        index.write_outputs(0, **outputs_of(0, spec.documents[0].n_tokens), digests=[0] * spec.world_size)
 
 
 def test_outputs_that_cannot_be_right(tmp_path):
