@@ -7,7 +7,6 @@ import logging
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,8 @@ from cpmpi.schedule import Schedule
 from cpmpi.shard import prepare_shard
 from cpmpi.table import table
 from cpmpi.tensor_parallel import Sharing, share
-from cpmpi.timeline import Interval, Recorder, save_trace
+from cpmpi.timeline import Recorder
+from cpmpi.timeline_files import check_files, save_files
 from cpmpi.topology.describe import Topology
 from cpmpi.topology.text import summary as topology_summary
 from cpmpi.transport import MPITransport
@@ -61,7 +61,7 @@ class Job:
     threads: int
     progress: Progress
     checkpoint: Checkpoint
-    documents: list[Document]
+    documents: list[Document]  # on rank 0 only: they may be large
     dtype: torch.dtype
     layers: tuple[Layer, ...]
     backends: tuple[Backend, ...]
@@ -103,7 +103,7 @@ def run_prepared(job: Job) -> dict[int, float]:
         writer = None
         if spec.kv is not None:
             writer = stack.enter_context(open_writer(job, index, spec, finished, recorder))
-        todo = [i for i in range(len(job.documents)) if i not in finished]
+        todo = [i for i in range(len(spec.documents)) if i not in finished]
         if todo:
             engine = load_engine(job, recorder)
             for i in todo:
@@ -112,7 +112,10 @@ def run_prepared(job: Job) -> dict[int, float]:
         if index is not None:
             index.finish()
     if recorder is not None:
-        save_timeline(options, ranks.comm.gather(recorder.intervals))
+        everyone = ranks.comm.gather(recorder.intervals)
+        if everyone is not None:
+            intervals = [interval for rank in everyone for interval in rank]
+            save_files(intervals, plot=options.plot, trace=options.trace, title=f"{options.output.name}, measured")
     if ranks.is_root:
         report(job)
     return job.seconds
@@ -124,10 +127,10 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
     device = ranks.together(choose_device, ranks, options.device)
     threads = set_threads(ranks)
     ranks.on_root(resume.check_folder, options.output)
-    if options.plot is not None:
-        ranks.on_root(_check_drawing, options.plot)
+    ranks.on_root(check_files, plot=options.plot, trace=options.trace, run_folder=options.output)
     checkpoint = ranks.together(Checkpoint, options.model)
-    documents = ranks.on_root(_read_documents, options, checkpoint, progress)
+    documents: list[Document] = []
+    ranks.on_root(lambda: documents.extend(_read_documents(options, checkpoint, progress)))
     dtype = checkpoint.compute_dtype(options.dtype, device)
     whole = ranks.together(checkpoint.skeleton, dtype)
     layers = ranks.together(probe, whole)
@@ -322,22 +325,22 @@ def load_engine(job: Job, recorder: Recorder | None = None) -> Engine:
 
 def score_document(job: Job, engine: Engine, index: RunIndex | None, writer: ShardWriter | None, i: int) -> None:
     """One document: compute, store, mark as finished."""
-    document, ranks = job.documents[i], job.ranks
+    document, ranks = job.spec.documents[i], job.ranks
     began = time.perf_counter()
+    token_ids = ranks.spread(job.documents[i].token_ids if ranks.is_root else None)
 
     def keep(layer: int, k_TGD: torch.Tensor, v_TGE: torch.Tensor) -> None:
         assert writer is not None
         writer.put(i, layer, k_TGD.cpu(), v_TGE.cpu())
 
-    layout = job.spec.documents[i].layout
-    scores = engine.score(document.token_ids, layout, document.id, keep if writer is not None else None)
+    scores = engine.score(token_ids, document.layout, document.id, keep if writer is not None else None)
     digest = writer.finish(i) if writer is not None else 0
     everyone = ranks.comm.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
     if index is not None:
         assert everyone is not None
-        logprobs, last_hidden = assemble(everyone, len(document.token_ids))
+        logprobs, last_hidden = assemble(everyone, document.n_tokens)
         index.write_outputs(
-            i, token_ids=document.token_ids, logprobs=logprobs, last_hidden=last_hidden,
+            i, token_ids=token_ids, logprobs=logprobs, last_hidden=last_hidden,
             digests=[digest for *_, digest in everyone] if writer is not None else (),
         )  # fmt: skip
     job.seconds[i] = time.perf_counter() - began
@@ -357,28 +360,6 @@ def _log(job: Job, scores: Scores, writer: ShardWriter | None, name: str) -> Non
     parts = {**scores.seconds, **({"writer blocked": writer.stats.blocked_s} if writer is not None else {})}
     text = ", ".join(f"{what} {seconds:.3f} s" for what, seconds in parts.items())
     logging.getLogger("cpmpi").info("document %r: %d tokens here; %s", name, len(scores.positions), text)
-
-
-def save_timeline(options: JobOptions, everyone: list[list[Interval]] | None) -> None:
-    """What every rank did when, as a trace and as a picture, where they are asked for; on rank 0."""
-    if everyone is None:
-        return
-    intervals = [interval for rank in everyone for interval in rank]
-    if options.trace is not None:
-        save_trace(intervals, options.trace)
-    if options.plot is not None and intervals:
-        from cpmpi.timeline_plot import draw
-
-        draw(intervals, options.plot, title=f"{options.output.name}, measured")
-
-
-def _check_drawing(path: Path) -> None:
-    from cpmpi.topology.plot import require_matplotlib
-
-    try:
-        require_matplotlib(path)
-    except ValueError as problem:
-        raise UserError(f"--plot: {problem}") from problem
 
 
 def report(job: Job) -> None:

@@ -103,7 +103,7 @@ class Links:
 
     def _device(self, node: int) -> float:
         """Bytes/s of all network devices of a node."""
-        return self._pair[node] * max(1, len(self.topology.nodes[node].networks))
+        return self._pair[node] * max(1, len(self.topology.nodes[node].fast_networks))
 
     @cached_property
     def _pair(self) -> list[float]:

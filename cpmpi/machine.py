@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cpmpi.control_groups import node_cpus, node_memory_bytes
 from cpmpi.errors import UserError
-from cpmpi.node_memory import node_memory_bytes
 from cpmpi.ranks import Ranks, node_name
 
 if TYPE_CHECKING:
@@ -43,18 +43,18 @@ def set_threads(ranks: Ranks) -> int:
     with node_of(ranks) as node:
         sharers = sum(not cores.isdisjoint(others) for others in node.allgather(cores))  # one where ranks are bound
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    threads = int(asked) if asked.isdigit() and int(asked) else max(1, len(cores) // sharers)
+    threads = int(asked) if asked.isdigit() and int(asked) else max(1, node_cpus(len(cores)) // sharers)
     torch.set_num_threads(threads)
     return threads
 
 
 def available_bytes(ranks: Ranks, device: torch.device) -> int:
     """What this rank can have of its device's memory, or of its node's where ranks compute on the CPU. Collective."""
+    cuda = device.type == "cuda"
+    mine = str(torch.cuda.get_device_properties(device).uuid) if cuda else "the node's"
     with node_of(ranks) as node:
-        ranks_here = node.size
-    if device.type == "cpu":
-        return node_memory_bytes() // ranks_here
-    return int(torch.cuda.mem_get_info(device)[0]) // -(-ranks_here // torch.cuda.device_count())
+        sharers = node.allgather(mine).count(mine)
+    return (int(torch.cuda.mem_get_info(device)[0]) if cuda else node_memory_bytes()) // sharers
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from cpmpi.cost import resident_bytes
 from cpmpi.errors import UserError
 from cpmpi.grid import Grid
 from cpmpi.kernels.backend import Backend
+from cpmpi.kernels.mask import Mask
 from cpmpi.memory import parts_of
 from cpmpi.model_size import inner_width
 from cpmpi.probe import Layer
@@ -88,9 +89,9 @@ def head_group(topology: Topology, grid: Grid) -> Topology:
             count = len(node.ranks)
             raise ValueError(f"tensor parallelism ({grid.tp}) must divide the {count} ranks of node {node.name}")
         kept = [replace(place, rank=grid.position(place.rank)) for place in node.ranks if not grid.group(place.rank)]
-        networks = node.networks[:: min(grid.head_groups, len(node.networks) or 1)]
+        networks = node.fast_networks[:: min(grid.head_groups, len(node.fast_networks) or 1)]
         nodes.append(replace(node, ranks=tuple(kept), networks=networks))
-    devices = min(max(1, len(node.networks)) for node in topology.nodes)
+    devices = min(max(1, len(node.fast_networks)) for node in topology.nodes)
     share = min(1.0, devices / grid.head_groups)
     measured = []
     for m in topology.measured:
@@ -115,8 +116,11 @@ def choose_schedule(
         return schedule_on(kind, topology).of(places), f"{kind}: as asked for"
     if len(places) == 1:
         return schedule_on("ring", topology).of(places), f"ring: one rank{' a head group' * (grid.tp > 1)}"
-    shape = shape_of(layers[0], tokens, segments, grid)
-    measured = rates.measure_together(ranks.comm, backends[0], layers[0].heads, device, shape.block(len(places)))
+    priced = min(range(len(layers)), key=lambda i: layers[i].rule.mask != Mask())  # one that sees all, where one does
+    shape = shape_of(layers[priced], tokens, segments, grid)
+    measured = rates.measure_together(
+        ranks.comm, backends[priced], layers[priced].heads, device, shape.block(len(places))
+    )
 
     def decide() -> tuple[str, str]:
         try:

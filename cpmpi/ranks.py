@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cpmpi.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from mpi4py import MPI
 
 T = TypeVar("T")
@@ -36,6 +37,9 @@ OPEN_MPI = {
     "OMPI_MCA_btl_tcp_flags": "1",
     "OMPI_MCA_btl_tcp_sndbuf": str(1 << 20),
 }
+
+
+SPREAD_NUMBERS = 1 << 26  # of a message: counts of bytes from 2^31 on fail in some MPI libraries
 
 
 class AgreedError(UserError):
@@ -98,6 +102,17 @@ class Ranks:
             raise AgreedError(text if len(problems) == self.size else f"rank {rank}/{self.size}: {text}")
         value: T = result  # type: ignore[assignment]
         return value
+
+    def spread(self, array_N: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+        """A one-dimensional array of rank 0, given to all in messages that every MPI library can count. Collective."""
+        import numpy as np
+
+        size, dtype = self.comm.bcast(None if array_N is None else (len(array_N), array_N.dtype))
+        if array_N is None:
+            array_N = np.empty(size, dtype)
+        for first in range(0, size, SPREAD_NUMBERS):
+            self.comm.Bcast(array_N[first : first + SPREAD_NUMBERS])
+        return array_N
 
 
 def start() -> Ranks:

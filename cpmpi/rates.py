@@ -19,7 +19,7 @@ from cpmpi.transport import MPITransport
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-MEASURED_FLOPS = 2e9  # at most, of the large call by which a kernel is measured
+MEASURED_FLOPS = {"cpu": 2e9, "cuda": 1e12}  # at most, of the large call by which a kernel is measured
 MEASURED_QUERIES = 1024  # at most in it: more go through a model in several chunks
 MEASURED_BYTES = 4 << 20  # of the keys that few queries read
 MESSAGE_BYTES, MESSAGE_ROUNDS = 1024, 20  # small messages by which their overhead is measured
@@ -111,7 +111,7 @@ def measure(
     flops_a_pair = 2 * heads.query_heads * (heads.key_dim + heads.value_dim)
     key_bytes = heads.kv_heads * (heads.key_dim + heads.value_dim) * heads.dtype.itemsize
     rows = max(2, min(MEASURED_QUERIES, block[0]))
-    columns = max(64, min(block[1], int(MEASURED_FLOPS / flops_a_pair / rows)))
+    columns = max(64, min(block[1], int(MEASURED_FLOPS[device.type] / flops_a_pair / rows)))
     many = max(256, min(1 << 17, MEASURED_BYTES // key_bytes))
     calls = [_attending(backend, heads, device, *size) for size in ((1, 1), (1, many), (rows, columns))]
     partial_bytes = heads.query_heads * (heads.value_dim + 1) * torch.float32.itemsize

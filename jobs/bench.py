@@ -197,15 +197,17 @@ def _require_drawing(path: Path) -> None:
 
 def _topology(ranks: Ranks, topology_file: Path | None, leaf_file: Path | None) -> Topology:
     """The saved description, or the one discovered and measured now. Collective."""
-    from cpmpi.topology.describe import Topology
+    from cpmpi.jobs.topology import load
+    from cpmpi.ranks import AgreedError
     from cpmpi.topology.discover import discover, require_match
 
-    def find() -> Topology:
+    try:
         if topology_file is None:
             return discover(ranks.comm, leaf_file=leaf_file)
-        topology = Topology.load(topology_file)
+        topology: Topology = ranks.on_root(load, topology_file)
         require_match(ranks.comm, topology)
         return topology
-
-    found: Topology = ranks.together(_users, find)
-    return found
+    except AgreedError:
+        raise
+    except ValueError as error:  # of all ranks
+        raise AgreedError(str(error)) from error

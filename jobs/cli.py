@@ -96,8 +96,14 @@ def main() -> None:
             hint = f" (see {context.command_path} --help)" if context else ""
             click.echo(f"error: {problem.format_message()}{hint}", err=True)
         leave(problem.exit_code)
-    except click.Abort:
+    except click.Abort as stop:  # what click makes of two exceptions
+        cause = stop.__cause__
+        ranks.abort(f"{type(cause).__name__}: {cause}" if isinstance(cause, EOFError) else "interrupted")
         leave(130)
+    except SystemExit as stop:  # of click, where standard output was closed
+        if stop.code and ranks.connected():
+            ranks.abort("standard output was closed")
+        raise
     except Exception as problem:
         if debug and (first_of_launch() or not isinstance(problem, ranks.AgreedError)):
             import traceback

@@ -41,7 +41,7 @@ def kernel(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See fused.Kernel. Takes GQA and strided views; lse is (n, H, T, 1) or (n, H, T), by torch's version."""
     n, heads, tokens, _ = q_nHTD.shape
-    if tokens == 1:  # several cuDNN versions refuse one query
+    if 1 in (tokens, k_nGSD.shape[2]):  # torch refuses one key, and several cuDNN versions one query
         return flash.kernel(q_nHTD, k_nGSD, v_nGSE, causal=causal, scale=scale)
     out_nHTE, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q_nHTD, k_nGSD, v_nGSE, None, True, 0.0, causal, False, scale=scale

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from .conftest import clean_environment, mpirun
 from .test_exact import save_llama, shared_folder
@@ -43,12 +44,17 @@ def prepare(folder: Path) -> None:
         ("encoder-decoder", {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}),
         ("unknown", {"model_type": "nonesuch"}),
         ("remote", {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}),
+        ("quantized", {"quantization_config": {"quant_method": "fp8"}}),
         ("hybrid", {"model_type": "qwen3_next", "num_hidden_layers": 1, "layer_types": ["linear_attention"]}),
     ):
         shutil.copytree(folder / "model", folder / name)
         config = json.loads((folder / name / "config.json").read_text())
         config = {"model_type": change["model_type"]} | change if "model_type" in change else config | change
         (folder / name / "config.json").write_text(json.dumps(config))
+    shutil.copytree(folder / "model", folder / "holes")
+    tensors = load_file(folder / "model" / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "holes" / "model.safetensors", {"format": "pt"})
     shutil.copytree(folder / "model", folder / "truncated")
     weights = (folder / "truncated" / "model.safetensors").read_bytes()
     (folder / "truncated" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -82,6 +88,16 @@ CASES = [
         r"truncated/model\.safetensors: has \d+ bytes where its header asks for \d+",
         1,
     ),
+    ("quantized weights", ["--model", "{f}/quantized"], r"quantized: llama has quantized weights \(fp8\)", 1),
+    ("missing tensor", ["--model", "{f}/holes"], r"1 tensors missing in the weights: model\.layers\.1\.mlp\.up_pr", 1),
+    (
+        "missing tensor, overwriting",
+        ["--model", "{f}/holes", "--output", "{f}/run", "--overwrite"],
+        r"1 tensors missing in the weights: model\.layers\.1\.mlp\.up_pr",
+        1,
+    ),
+    ("trace in the run", ["--trace", "{f}/new/trace.json"], r"--trace .*new/trace\.json: is in the run folder", 1),
+    ("no folder for a trace", ["--trace", "{f}/none/trace.json"], r"--trace .*trace\.json: no folder .*/none", 1),
     ("not a run", ["--output", "{f}/not-a-run"], r"not-a-run: .*thesis\.tex", 1),
     ("other model", ["--output", "{f}/run", "--model", "{f}/other"], r"holds a run with model_sha256 .*--overwrite", 1),
     (
@@ -191,20 +207,27 @@ def test_a_layer_that_overflows_is_named(ranks, weights, tmp_path):
     assert len(set(re.findall(r"output of \S+", done.stdout))) == 1, done.stdout
 
 
-def test_an_error_on_one_rank_ends_all(tmp_path):
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        ("RuntimeError('disk on fire')", r"RuntimeError: disk on fire \(--debug shows"),
+        ("KeyboardInterrupt", "interrupted"),
+    ],
+)
+def test_an_error_on_one_rank_ends_all(raised, told):
     code = (
         "import sys; from cpmpi import ranks; from cpmpi.jobs import cli; import click\n"
         "@click.command()\n"
         "def fail():\n"
         "    r = ranks.start()\n"
-        "    if r.rank == 1: raise RuntimeError('disk on fire')\n"
+        f"    if r.rank == 1: raise {raised}\n"
         "    r.comm.recv()\n"
         "cli.cli.resolve_command = lambda *_: ('fail', fail, [])\n"
         "sys.argv = ['cpmpi', 'fail']; cli.main()\n"
     )
     done = mpirun(3, "-c", code, timeout_s=60)
     assert done.returncode != 0
-    assert re.search(r"error: rank 1/3 on \S+: RuntimeError: disk on fire \(--debug shows where\)", done.stdout)
+    assert re.search(rf"error: rank 1/3 on \S+: {told}", done.stdout)
     assert "Traceback" not in done.stdout
 
 

@@ -101,6 +101,9 @@ def test_what_cannot_be_measured(options, problem, monkeypatch):
         def allgather(self, one):
             return [one]
 
+        def bcast(self, one):
+            return one
+
     monkeypatch.setattr(ranks, "start", lambda: ranks.Ranks(Alone()))
     monkeypatch.setattr("cpmpi.machine.choose_device", lambda *_: "cpu")
     monkeypatch.setattr("cpmpi.machine.set_threads", lambda _: 1)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpmpi.control_groups import CONTROL_GROUPS, cpu_limits, memory_limits
 from cpmpi.errors import UserError
 from cpmpi.machine import available_bytes, choose_device, set_threads
-from cpmpi.node_memory import CONTROL_GROUPS, group_limits
 from cpmpi.ranks import start
 
 GB = 10**9
@@ -32,8 +32,8 @@ def test_the_least_limit_of_the_groups_around_holds(groups, limits, tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{limit}\n")
     (tmp_path / "memory.max").write_text("1\n")  # not a control group's
-    assert min(group_limits(groups, tmp_path / "cgroup")) == 8 * GB
-    assert group_limits("0::/\n", tmp_path / "nowhere") == []
+    assert min(memory_limits(groups, tmp_path / "cgroup")) == 8 * GB
+    assert memory_limits("0::/\n", tmp_path / "nowhere") == []
 
 
 def test_a_real_control_group(tmp_path):
@@ -49,10 +49,21 @@ def test_a_real_control_group(tmp_path):
             (group / limit).write_text(str(1 << 30))
         except OSError as error:
             pytest.skip(f"control groups cannot be made here: {error}")
-        code = "from cpmpi.node_memory import node_memory_bytes; print(node_memory_bytes())"
+        code = "from cpmpi.control_groups import node_memory_bytes; print(node_memory_bytes())"
         line = f'echo $$ > {group}/cgroup.procs && exec "$0" -c "{code}"'
         done = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 1 << 30
+
+
+def test_limits_on_processor_time(tmp_path):
+    for name, text in (("a/cpu.max", "max 100000"), ("cpu.max", "250000 100000"), ("cpu/b/cpu.cfs_quota_us", "150000")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    (tmp_path / "cpu/b/cpu.cfs_period_us").write_text("100000\n")
+    assert cpu_limits("0::/a\n", tmp_path) == [2.5]
+    assert cpu_limits("4:cpu,cpuacct:/b\n", tmp_path) == [1.5]
+    (tmp_path / "cpu/b/cpu.cfs_quota_us").write_text("-1\n")
+    assert cpu_limits("4:cpu,cpuacct:/b\n", tmp_path) == []
 
 
 @pytest.mark.mpi(2)
@@ -86,4 +97,4 @@ def test_ranks_agree_on_the_device(monkeypatch):
 
 
 def test_what_this_machine_says():
-    assert all(limit > 0 for limit in group_limits(Path("/proc/self/cgroup").read_text()))
+    assert all(limit > 0 for limit in memory_limits(Path("/proc/self/cgroup").read_text()))

@@ -97,10 +97,10 @@ class Topology:
         for rank, count in sorted(ranks.items()):
             if count > 1:
                 raise ValueError(f"rank {rank} is placed {count} times")
-        missing = sorted(set(range(max(ranks) + 1)) - set(ranks))
-        if missing:
+        missing = next((rank for rank in range(self.world) if rank not in ranks), None)
+        if missing is not None:
             raise ValueError(
-                f"rank {missing[0]} is on no node, yet there is a rank {max(ranks)} ({self.world} ranks in all)"
+                f"rank {missing} is on no node, yet there is a rank {max(ranks)} ({self.world} ranks in all)"
             )
         for kind, count in Counter(entry.kind for entry in self.classes).items():
             if count > 1:

@@ -75,6 +75,9 @@ class NetworkDevice:
         positive(gb_per_s=self.gb_per_s)
 
 
+ABOUT = 0.8  # of a speed
+
+
 @dataclass(frozen=True, kw_only=True)
 class Node:
     """The ranks that share memory, and what their machine holds.
@@ -121,6 +124,13 @@ class Node:
         """GPU links by their two ends, in both orders."""
         ends = {(link.a, link.b): link for link in self.gpu_links}
         return ends | {(b, a): link for (a, b), link in ends.items()}
+
+    @property
+    def fast_networks(self) -> tuple[NetworkDevice, ...]:
+        """The network devices that carry large messages: about as fast as the fastest, or one if no speed is known."""
+        top = max((device.gb_per_s or 0.0 for device in self.networks), default=0.0)
+        fast = tuple(device for device in self.networks if (device.gb_per_s or 0.0) >= ABOUT * top)
+        return fast if top else fast[:1]
 
     @property
     def switches(self) -> tuple[str, ...]:
