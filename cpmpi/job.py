@@ -133,18 +133,20 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
     ranks.on_root(lambda: documents.extend(_read_documents(options, checkpoint, progress)))
     dtype = checkpoint.compute_dtype(options.dtype, device)
     whole = ranks.together(checkpoint.skeleton, dtype)
-    layers = ranks.together(probe, whole)
+    longest: int = ranks.on_root(lambda: max(len(d.token_ids) for d in documents))
+    layers = ranks.together(probe, whole, longest)
     heads = tuple(layer.heads for layer in layers)
     ranks, topology = place(ranks, measure=options.attention == "auto")
     progress = Progress(enabled=ranks.is_root and not options.quiet)
     sharing, model = None, whole
     if options.tp > 1:
-        sharing, model, layers = ranks.together(_share, options, checkpoint, whole, layers, topology, ranks.rank)
+        sharing, model, layers = ranks.together(
+            _share, options, checkpoint, whole, layers, longest, topology, ranks.rank
+        )
     reader = ranks.together(checkpoint.reader, model, device, sharing=sharing, check_finite=options.check_finite)
     grid = Grid() if sharing is None else sharing.grid
     spec = ranks.on_root(make_spec, options, topology, checkpoint, documents, dtype, heads, grid)
     backends = backends_of(layers, device)
-    longest = max(d.n_tokens for d in spec.documents)
     schedule, reason = choose_schedule(
         ranks, topology, options.attention, layers, backends, tokens=longest, segments=options.segments,
         device=device, grid=grid,
@@ -170,14 +172,14 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
 
 
 def _share(
-    options: JobOptions, checkpoint: Checkpoint, whole: Any, layers: tuple[Layer, ...],
+    options: JobOptions, checkpoint: Checkpoint, whole: Any, layers: tuple[Layer, ...], tokens: int,
     topology: Topology, rank: int,
 ) -> tuple[Sharing, torch.nn.Module, tuple[Layer, ...]]:  # fmt: skip
     """This rank's share of the weights, the model without weights that it makes, and the layers of that."""
     check_grid(topology, options.tp)
     sharing = share(whole, layers, options.tp, rank % options.tp)
     model = checkpoint.skeleton(whole.config.dtype, sharing=sharing)
-    narrow = sharing.probe(model, layers)
+    narrow = sharing.probe(model, layers, tokens)
     return sharing, model, narrow
 
 

@@ -10,7 +10,7 @@ import torch
 from cpmpi.checkpoint import DTYPES, Blueprint
 from cpmpi.forward import decoder_of
 from cpmpi.kernels.mask import Mask
-from cpmpi.probe import probe
+from cpmpi.probe import DOCUMENT_TOKENS, probe
 from cpmpi.stages import IN_LAYER
 
 
@@ -66,15 +66,15 @@ class ModelSize:
         return sum(kind.token_numbers * count for kind, count in self.layers)
 
 
-def model_size(blueprint: Blueprint, dtype: str = "bfloat16") -> ModelSize:
-    """The size of a model, from its own code on shapes alone.
+def model_size(blueprint: Blueprint, dtype: str = "bfloat16", tokens: int = DOCUMENT_TOKENS) -> ModelSize:
+    """The size of a model, from its own code on shapes alone; masks are those of a document of ``tokens`` tokens.
 
     Raises:
         UserError: it is no model that cpmpi runs.
     """
     causal_lm = blueprint.skeleton(DTYPES[dtype])
     kinds: Counter[LayerKind] = Counter()
-    for heads, rule, _ in probe(causal_lm):
+    for heads, rule, _ in probe(causal_lm, tokens):
         kinds[LayerKind(heads.query_heads, heads.kv_heads, heads.key_dim, heads.value_dim, rule.mask)] += 1
     decoder = decoder_of(causal_lm)
     experts = next(

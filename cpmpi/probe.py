@@ -32,7 +32,7 @@ TOKENS = 4  # of the probe: enough for a convolution over tokens, which some hyb
 WHOLE = 2 * TOKENS  # of the document whose second half they are
 CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.conv1d, torch.ops.aten.conv2d)
 SCALARS = (torch.ops.aten.item, torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero)
-DOCUMENT_TOKENS = 1 << 16  # length for which masks are looked at: most windows fit in
+DOCUMENT_TOKENS = 1 << 16  # length for which masks are looked at, at least: most windows fit in
 
 
 class Layer(NamedTuple):
@@ -56,8 +56,12 @@ def backends_of(layers: Sequence[Layer], device: torch.device) -> tuple[Backend,
 
 
 @torch.inference_mode()
-def probe(causal_lm: torch.nn.Module) -> tuple[Layer, ...]:
+def probe(causal_lm: torch.nn.Module, tokens: int = DOCUMENT_TOKENS) -> tuple[Layer, ...]:
     """Each layer's attention, from a few tokens' forward through a model on the meta device.
+
+    Args:
+        causal_lm: a model without weights.
+        tokens: of the longest document, for masks.
 
     Raises:
         UserError: a layer passes arguments that are not known, or mixes tokens by other means than attention through
@@ -68,7 +72,7 @@ def probe(causal_lm: torch.nn.Module) -> tuple[Layer, ...]:
 
     def note(_: int, calls: Sequence[Call]) -> list[torch.Tensor]:
         (call,) = calls
-        layers.append(Layer(heads_of(call), rule_of(call, DOCUMENT_TOKENS), names[call.module]))
+        layers.append(Layer(heads_of(call), rule_of(call, max(tokens, DOCUMENT_TOKENS)), names[call.module]))
         return no_attention(_, calls)
 
     name = type(causal_lm).__name__

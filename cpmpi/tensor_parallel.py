@@ -91,15 +91,15 @@ class Sharing:
             path, _, leaf = name.rpartition(".")
             model.get_submodule(path)._parameters[leaf] = None
 
-    def probe(self, narrow: torch.nn.Module, whole: Sequence[Layer]) -> tuple[Layer, ...]:
-        """The layers of a narrowed model, from those of the whole one.
+    def probe(self, narrow: torch.nn.Module, whole: Sequence[Layer], tokens: int) -> tuple[Layer, ...]:
+        """The layers of a narrowed model, from those of the whole one, for documents of up to so many tokens.
 
         Raises:
             UserError: the model's code does not work with a share of its heads, or its plan does not split them.
         """
         name, tp = type(narrow).__name__, self.grid.tp
         try:
-            layers = probe(narrow)
+            layers = probe(narrow, tokens)
         except UserError as error:
             raise UserError(f"--tp {tp}: {name} does not work with a share of its weights: {error}") from error
         for a, b in zip((layer.heads for layer in whole), (layer.heads for layer in layers), strict=True):

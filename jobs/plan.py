@@ -90,7 +90,7 @@ def command(
             tokens=tokens, dtype=chip.dtype if dtype == "auto" else dtype, segments=segments, tp=tp,
             attention=attention, kv_dtype=None if kv_dtype == "none" else kv_dtype,
         )  # fmt: skip
-        size = model_size(Blueprint(model), request.dtype)
+        size = model_size(Blueprint(model), request.dtype, tokens)
         made = make_plan(size, request, machine, chip)
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from None

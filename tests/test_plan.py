@@ -60,6 +60,13 @@ def test_a_mixture_counts_the_chosen_experts_and_windows_their_pairs(tmp_path):
     assert p.fits
 
 
+def test_chunks_go_on_through_a_long_document(tmp_path):
+    tiny_config("llama4_text").save_pretrained(tmp_path)
+    (full, _), (chunked, n_chunked) = model_size(Blueprint(tmp_path), "float32", 1_000_000).layers
+    assert (full.mask, n_chunked) == (Mask(), 3)
+    assert chunked.mask.documents == tuple(range(32, 1_000_001, 32))
+
+
 def test_metas_times_within_a_tenth_but_where_it_is_explained(llama_405b):
     for nodes, tokens, published in make_planning.META:
         seconds, made = make_planning.meta_seconds(llama_405b, nodes, tokens)
