@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("cpmpi.jobs.plan", "Time, memory and disk that a job will take on a machine."),
     "topology": ("cpmpi.jobs.topology", "What the machine is: discover, measure, save, draw."),
 }
-RANK_0_SPEAKS_S = 5.0
+RANK_0_SPEAKS_S = 2.0
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 

@@ -118,7 +118,8 @@ def check_wire(comm, folder, tp, kv_heads):
     layout, position = job.spec.documents[0].layout, job.grid.position(job.ranks.rank)
     pieces = job.grid.computed(layout).pieces(position)
     held = [0]
-    scores = engine.score(job.documents[0].token_ids, layout, "d", lambda _, k, v: held.append(k.numel() + v.numel()))
+    token_ids = job.ranks.spread(job.documents[0].token_ids if job.ranks.is_root else None)
+    scores = engine.score(token_ids, layout, "d", lambda _, k, v: held.append(k.numel() + v.numel()))
     sums, summed_bytes, sent = engine.summing.sums, engine.summing.summed_bytes, engine.summing.sent_bytes
     keys_sent = comm.allreduce(engine.transport.sent_bytes)
     engine.close()
