@@ -66,13 +66,14 @@ def test_job_equals_one_transformers_process(ranks, tmp_path):
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)
     assert comm.size == ranks
-    for kv_heads in KV_HEADS:
+    for i, kv_heads in enumerate(KV_HEADS):
+        many = (1, 2, 5) if ranks < 4 else (1, 2, 5)[i : i + 1]  # more ranks than cores take their time
         checkpoint, documents = folder / f"model-{kv_heads}", folder / f"documents-{kv_heads}"
         if comm.rank == 0:
             save_llama(checkpoint, kv_heads)
             save_documents(documents)
         comm.Barrier()
-        for segments in (1, 2, 5):
+        for segments in many:
             run(
                 JobOptions(
                     model=checkpoint, inputs=(str(documents),), output=folder / f"run-{kv_heads}-{segments}",
@@ -82,7 +83,7 @@ def test_job_equals_one_transformers_process(ranks, tmp_path):
         comm.Barrier()
         if comm.rank == 0:
             expected = {n: truth(checkpoint, np.load(documents / f"{n:05d}.npy")) for n in LENGTHS}
-            for segments in (1, 2, 5):
+            for segments in many:
                 with cpmpi.open_run(folder / f"run-{kv_heads}-{segments}") as done:
                     for document, n in zip(done.documents, LENGTHS, strict=True):
                         compare(document, *expected[n])
