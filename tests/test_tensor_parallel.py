@@ -24,8 +24,8 @@ def grid_case(tp, cp, *marks):
 
 
 GRIDS = [
-    grid_case(2, 1), grid_case(4, 1), grid_case(2, 2), grid_case(2, 3),
-    grid_case(4, 2, pytest.mark.slow), grid_case(4, 3, pytest.mark.slow),
+    grid_case(2, 1), grid_case(4, 1), grid_case(2, 3),
+    grid_case(2, 2, pytest.mark.slow), grid_case(4, 2, pytest.mark.slow), grid_case(4, 3, pytest.mark.slow),
 ]  # fmt: skip
 
 
