@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from cpmpi.attention_call import ATTENTION
-from cpmpi.errors import UserError, one_line
+from cpmpi.errors import UserError, one_line, some
 from cpmpi.fingerprint import check_whole, weight_files
 from cpmpi.finite import finite
 from cpmpi.forward import register
@@ -216,7 +216,8 @@ class Checkpoint:
             raise UserError(f"{self.folder}: {one_line(error)}") from error
         for problem, names in (("missing", info["missing_keys"]), ("of the wrong shape", info["mismatched_keys"])):
             if names:
-                raise UserError(f"{self.folder}: {len(names)} tensors {problem} in the weights: {_some(names)}")
+                listed = some(sorted(str(n[0] if isinstance(n, tuple) else n) for n in names))
+                raise UserError(f"{self.folder}: {len(names)} tensors {problem} in the weights: {listed}")
         if check_finite:
             for name, weight in model.named_parameters():
                 finite(weight, f"{self.folder}: tensor {name}")
@@ -260,8 +261,3 @@ class Blueprint(Checkpoint):
     def config_file(self) -> Path:
         """The model's description."""
         return self.folder / "config.json" if self.folder.is_dir() else self.folder
-
-
-def _some(names: Iterable[Any], most: int = 4) -> str:
-    listed = sorted(str(n[0] if isinstance(n, tuple) else n) for n in names)
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

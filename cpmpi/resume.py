@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cpmpi.errors import UserError
+from cpmpi.errors import UserError, some
 from cpmpi.hdf5 import open_file
 from cpmpi.index import FORMAT, FORMAT_VERSION, RunIndex, create_index, kv_dtype
 from cpmpi.publish import make_folder
@@ -66,10 +66,7 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: is a file, not a folder; choose another --output")
     foreign = [path.relative_to(folder).as_posix() for path in RunPaths(folder).contents()[1]]
     if foreign:
-        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
-        raise UserError(
-            f"{folder}: is not a run folder (it holds {', '.join(foreign[:5])}{more}); choose another --output"
-        )
+        raise UserError(f"{folder}: is not a run folder (it holds {some(foreign, 5)}); choose another --output")
     paths = RunPaths(folder)
     if paths.index.exists():
         with open_file(paths.index) as file:

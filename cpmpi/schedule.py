@@ -139,7 +139,7 @@ def hybrid_program(nodes: Nodes, parents: Parents, askers: Iterable[int], rank: 
     turns = size + (0 if not foreign else up + hop if any(home[o][0] not in below[m] for o in foreign) else hop)
     # A root of one child has nothing to pass on from above or beside: both ways go at once.
     passes_on = parent is not None or len(children) > 1
-    legs = 1 + (parent is not None and bool(children)) + (bool(children) and passes_on)
+    legs = 1 + (parent is not None) + passes_on if children else 1
     turn_back = max(turns, legs * hop)
     program = [Round() for _ in range(turn_back + legs if len(nodes) > 1 else turns)]
 

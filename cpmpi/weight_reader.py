@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from cpmpi.errors import UserError, one_line
+from cpmpi.errors import UserError, one_line, some
 from cpmpi.fingerprint import weight_files
 from cpmpi.finite import finite
 from cpmpi.stages import Span, span_of_all
@@ -100,8 +100,7 @@ class WeightReader:
                 shape = list(self.meta[name].shape)
                 self._check_shape(name, tensor, self._cuts[name].whole(shape) if name in self._cuts else shape)
         if missing := self._tie():
-            listed = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-            raise UserError(f"{self.folder}: {len(missing)} tensors missing in the weights: {listed}")
+            raise UserError(f"{self.folder}: {len(missing)} tensors missing in the weights: {some(missing)}")
 
     def _check_shape(self, name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
         if list(tensor.shape) != list(shape):

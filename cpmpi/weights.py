@@ -81,8 +81,8 @@ class StreamedWeights(Weights):
 
 def weight_bytes(reader: WeightReader) -> WeightBytes:
     """Bytes of a model's weights, before any is read; tied ones count once."""
-    used, begun, converted = Counter[int](), Counter[int](), 0
-    streamed = 0
+    used, begun = Counter[int](), Counter[int]()
+    streamed = converted = 0
     for group in reader.groups:
         if group.span is None:
             continue
