@@ -22,11 +22,12 @@ from pathlib import Path
 import click
 import torch
 
-from cpmpi.hdf5 import pwrite_all
-from cpmpi.layout import Layout
-from cpmpi.run_spec import DocumentSpec, KVSpec, RunSpec, human_bytes
-from cpmpi.shard import create_shard
-from cpmpi.writer import CHUNK_BYTES, ShardWriter
+from cpmpi.attention.layout import Layout
+from cpmpi.run.hdf5 import pwrite_all
+from cpmpi.run.shard import create_shard
+from cpmpi.run.spec import DocumentSpec, KVSpec, RunSpec
+from cpmpi.run.writer import CHUNK_BYTES, ShardWriter
+from cpmpi.text import human_bytes
 
 
 def make_spec(tokens: int, layers: int, heads: int, dim: int, dtype: str) -> RunSpec:

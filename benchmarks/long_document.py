@@ -51,9 +51,9 @@ def sizes() -> Sizes:
 def cpmpi_worker(document: Path) -> None:
     """The job itself, KV written to disk included."""
     from benchmarks.memory import peak_bytes
-    from cpmpi.job import prepare, run_prepared
-    from cpmpi.job_options import JobOptions
-    from cpmpi.ranks import start
+    from cpmpi.comm.ranks import start
+    from cpmpi.engine.job import prepare, run_prepared
+    from cpmpi.engine.options import JobOptions
 
     ranks = start()
     options = JobOptions(

@@ -92,9 +92,9 @@ def transformers_worker(folder: Path, tokens: int) -> None:
 
 def cpmpi_worker(folder: Path, tokens: int, tp: int) -> None:
     """The job itself, KV written to disk included."""
-    from cpmpi.job import run
-    from cpmpi.job_options import JobOptions
-    from cpmpi.ranks import start
+    from cpmpi.comm.ranks import start
+    from cpmpi.engine.job import run
+    from cpmpi.engine.options import JobOptions
 
     ranks = start()
     inputs = tuple(str(folder / f"{n}.npy") for n in (512, tokens))

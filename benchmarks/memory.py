@@ -59,9 +59,9 @@ def measure(folder: Path, tokens: int, weights: str) -> None:
     import numpy as np
     from mpi4py import MPI
 
-    from cpmpi.job import prepare, run_prepared
-    from cpmpi.job_options import JobOptions
-    from cpmpi.ranks import start
+    from cpmpi.comm.ranks import start
+    from cpmpi.engine.job import prepare, run_prepared
+    from cpmpi.engine.options import JobOptions
 
     comm = MPI.COMM_WORLD
     document, output = folder / f"{tokens}.npy", folder / f"run-{tokens}-{comm.size}"

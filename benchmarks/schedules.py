@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from cpmpi.auto import candidates, choose
-from cpmpi.bench import AttentionBench
-from cpmpi.cost import price, seconds_text
+from cpmpi.cost.attention_bench import AttentionBench
+from cpmpi.cost.choose import candidates, choose
+from cpmpi.cost.price import price
+from cpmpi.cost.shape import AttentionShape
 from cpmpi.kernels.select import select
-from cpmpi.shape import AttentionShape
-from cpmpi.table import table
+from cpmpi.text import seconds_text, table
 from cpmpi.topology.discover import discover
 
 TOKENS = [(new, 0) for new in (1024, 2048, 4096)] + list(product((1, 32, 512, 4096), (1024, 8192, 65536)))

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.schedules import DTYPE, report, shape_of
-from cpmpi.auto import schedule_on
-from cpmpi.bench import AttentionBench, Measured
-from cpmpi.cost import price, seconds_text
-from cpmpi.table import table
+from cpmpi.cost.attention_bench import AttentionBench, Measured
+from cpmpi.cost.choose import schedule_on
+from cpmpi.cost.price import price
+from cpmpi.text import seconds_text, table
 
 # Schedule, new tokens, stored tokens, KV heads.
 CASES = (

@@ -89,10 +89,10 @@ def measure(folder: Path, way: str, tokens: int) -> dict[str, float]:
     """Seconds of a document, bytes that this process held at most and by the plan, and a digest of the results."""
     import numpy as np
 
-    from cpmpi.job import prepare, run_prepared
-    from cpmpi.job_options import JobOptions
-    from cpmpi.ranks import start
-    from cpmpi.run import open_run
+    from cpmpi.comm.ranks import start
+    from cpmpi.engine.job import prepare, run_prepared
+    from cpmpi.engine.options import JobOptions
+    from cpmpi.run.reader import open_run
 
     document, output = folder / "document.npy", folder / f"run-{way}"
     np.save(document, np.random.default_rng(0).integers(0, VOCABULARY, tokens))

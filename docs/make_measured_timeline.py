@@ -19,12 +19,12 @@ def measure(leaf_file: str) -> None:
     from matplotlib.figure import Figure
     from mpi4py import MPI
 
-    from cpmpi.auto import schedule_on
-    from cpmpi.bench import AttentionBench
-    from cpmpi.cost import price
+    from cpmpi.cost.attention_bench import AttentionBench
+    from cpmpi.cost.choose import schedule_on
+    from cpmpi.cost.price import price
+    from cpmpi.cost.shape import AttentionShape
     from cpmpi.kernels.select import select
-    from cpmpi.shape import AttentionShape
-    from cpmpi.timeline_plot import PAPER, draw_on
+    from cpmpi.timeline.plot import PAPER, draw_on
     from cpmpi.topology.discover import discover
 
     torch.set_num_threads(1)

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from cpmpi.checkpoint import Blueprint
-from cpmpi.cost import seconds_text
-from cpmpi.hardware import HARDWARE
-from cpmpi.model_size import ModelSize, model_size
-from cpmpi.plan import Plan, Request, plan
-from cpmpi.run_spec import human_bytes
+from cpmpi.cost.hardware import HARDWARE
+from cpmpi.cost.plan import Plan, Request, plan
+from cpmpi.model.checkpoint import Blueprint
+from cpmpi.model.size import ModelSize, model_size
+from cpmpi.text import human_bytes, seconds_text
 from cpmpi.topology.synthetic import synthetic
 
 TARGET = Path(__file__).resolve().parent / "planning.md"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from cpmpi.auto import schedule_on
-from cpmpi.cost import Price, price
-from cpmpi.rates import Rates
-from cpmpi.shape import AttentionShape
-from cpmpi.timeline_plot import PAPER, draw_on
+from cpmpi.cost.choose import schedule_on
+from cpmpi.cost.price import Price, price
+from cpmpi.cost.rates import Rates
+from cpmpi.cost.shape import AttentionShape
+from cpmpi.timeline.plot import PAPER, draw_on
 from cpmpi.topology.synthetic import synthetic
 
 IMAGES = Path(__file__).resolve().parent / "img"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from cpmpi.bench import Measured
-    from cpmpi.cost import Price
-    from cpmpi.ranks import Ranks
+    from cpmpi.comm.ranks import Ranks
+    from cpmpi.cost.attention_bench import Measured
+    from cpmpi.cost.price import Price
     from cpmpi.topology.describe import Topology
 
 T = TypeVar("T")
@@ -64,15 +64,15 @@ def attention(
     """One layer's attention of random tokens: measured against predicted, and how much of the transfers is hidden."""
     import torch
 
-    from cpmpi import ranks as launched
-    from cpmpi.auto import choose, schedule_on
-    from cpmpi.bench import AttentionBench
-    from cpmpi.cost import price, seconds_text
+    from cpmpi.attention.schedule import KINDS
+    from cpmpi.comm import ranks as launched
+    from cpmpi.comm.device import choose_device, set_threads
+    from cpmpi.cost.attention_bench import AttentionBench
+    from cpmpi.cost.choose import choose, schedule_on
+    from cpmpi.cost.price import price
+    from cpmpi.cost.shape import AttentionShape
     from cpmpi.kernels.select import select
-    from cpmpi.machine import choose_device, set_threads
-    from cpmpi.schedule import KINDS
-    from cpmpi.shape import AttentionShape
-    from cpmpi.table import table
+    from cpmpi.text import seconds_text, table
 
     ranks = launched.start()
     kinds = ranks.together(_kinds, attention)
@@ -113,11 +113,11 @@ def attention(
         )
         click.echo(table(HEADER, rows, left=1))
         if trace is not None:
-            from cpmpi.timeline import save_trace
+            from cpmpi.timeline.intervals import save_trace
 
             save_trace(last.intervals, trace)
         if plot is not None:
-            from cpmpi.timeline_plot import draw
+            from cpmpi.timeline.plot import draw
 
             draw(last.intervals, plot, title=f"{kinds[-1]}, measured")
 
@@ -129,7 +129,7 @@ HEADER = (
 
 
 def _row(kind: str, m: Measured, predicted: Price) -> tuple[str, ...]:
-    from cpmpi.cost import seconds_text
+    from cpmpi.text import seconds_text
 
     times = (m.seconds, min(m.total_s), max(m.total_s), predicted.total_s, m.compute, m.move)
     return (
@@ -145,12 +145,11 @@ def _row(kind: str, m: Measured, predicted: Price) -> tuple[str, ...]:
 @leaf_file
 def transport(device: str, repeat: int, topology_file: Path | None, leaf_file: Path | None) -> None:
     """Messages of every rank to the next, all at once: time, GB/s, and how much hides behind longer computing."""
-    from cpmpi import ranks as launched
-    from cpmpi.bench import ordered, overlap
-    from cpmpi.cost import seconds_text
-    from cpmpi.machine import choose_device, set_threads
-    from cpmpi.table import table
-    from cpmpi.transport import MPITransport
+    from cpmpi.comm import ranks as launched
+    from cpmpi.comm.device import choose_device, set_threads
+    from cpmpi.comm.transport import MPITransport
+    from cpmpi.cost.attention_bench import ordered, overlap
+    from cpmpi.text import seconds_text, table
 
     ranks = launched.start()
     on = ranks.together(choose_device, ranks, device)
@@ -171,8 +170,8 @@ def transport(device: str, repeat: int, topology_file: Path | None, leaf_file: P
 
 
 def _kinds(attention: str) -> tuple[str, ...]:
+    from cpmpi.attention.schedule import KINDS
     from cpmpi.errors import UserError
-    from cpmpi.schedule import KINDS
 
     if attention not in ("auto", "all", *KINDS):
         raise UserError(f"unknown schedule {attention!r}: choose one of auto, all, {', '.join(KINDS)}")
@@ -197,8 +196,8 @@ def _require_drawing(path: Path) -> None:
 
 def _topology(ranks: Ranks, topology_file: Path | None, leaf_file: Path | None) -> Topology:
     """The saved description, or the one discovered and measured now. Collective."""
+    from cpmpi.comm.ranks import AgreedError
     from cpmpi.jobs.topology import load
-    from cpmpi.ranks import AgreedError
     from cpmpi.topology.discover import discover, require_match
 
     try:

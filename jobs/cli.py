@@ -13,8 +13,8 @@ from typing import NoReturn
 
 import click
 
-from cpmpi import __version__
 from cpmpi.errors import UserError
+from cpmpi.version import __version__
 
 # command name -> (module with a click command called `command`, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -83,7 +83,7 @@ def main() -> None:
 
     An error that only one rank knows of ends all ranks, as under ``python -m mpi4py``.
     """
-    from cpmpi import ranks
+    from cpmpi.comm import ranks
 
     debug = "--debug" in sys.argv
     try:
@@ -127,7 +127,7 @@ def leave(status: int) -> NoReturn:
     A launcher ends all ranks when it sees one that failed. Where no MPI holds them together, those that say nothing
     give rank 0 the time to speak.
     """
-    from cpmpi import ranks
+    from cpmpi.comm import ranks
 
     if not (first_of_launch() or ranks.connected()):
         time.sleep(RANK_0_SPEAKS_S)

@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from cpmpi.errors import UserError
-from cpmpi.hdf5 import STORED_FLOATS
-from cpmpi.run import Document, Run, open_run
-from cpmpi.run_spec import human_bytes
+from cpmpi.run.hdf5 import STORED_FLOATS
+from cpmpi.run.reader import Document, Run, open_run
+from cpmpi.text import human_bytes
 
 HEADINGS = ("", "id", "tokens", "nll", "perplexity", "complete")
 

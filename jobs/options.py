@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from cpmpi.errors import UserError
+
 FOLDER = click.Path(path_type=Path)
 SHARED = [
     click.option("--model", required=True, type=FOLDER, help="Hugging Face checkpoint folder (safetensors)."),
@@ -70,10 +72,30 @@ def run_documents(
     more_inputs: tuple[str, ...], inputs: tuple[str, ...], memory_limit: str | None, **options: Any
 ) -> None:
     """Run the main job with the options of the command line."""
-    from cpmpi.job import run
-    from cpmpi.job_options import JobOptions
-    from cpmpi.memory import parse_bytes
+    from cpmpi.engine.job import run
+    from cpmpi.engine.options import JobOptions
+    from cpmpi.jobs.options import parse_bytes
 
     limit = None if memory_limit is None else parse_bytes(memory_limit)
     command = shlex.join(["cpmpi", *sys.argv[1:]])
     run(JobOptions(inputs=(*inputs, *more_inputs), command=command, memory_limit=limit, **options))
+
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as 8GB, 800MB or 1.5TB.
+
+    Raises:
+        UserError: it is no size.
+    """
+    number = text.strip().lower().removesuffix("b")
+    unit = number[-1:] if number[-1:].isalpha() else ""
+    try:
+        size = float(number.removesuffix(unit)) * UNITS[unit]
+    except (ValueError, KeyError):
+        raise UserError(f"--memory-limit {text}: not a size such as 8GB or 800MB") from None
+    if not 0 < size < float("inf"):
+        raise UserError(f"--memory-limit {text}: must be more than nothing")
+    return int(size)

@@ -54,13 +54,13 @@ def command(
 ) -> None:
     """Time by phase, memory, disk and schedule of a document on an allocation; exit status 1 where it does not fit."""
     del debug  # read by the entry point
-    from cpmpi.checkpoint import DTYPES, Blueprint
+    from cpmpi.attention.schedule import KINDS
+    from cpmpi.cost.hardware import hardware
+    from cpmpi.cost.plan import Request, describe, mends
+    from cpmpi.cost.plan import plan as make_plan
     from cpmpi.errors import UserError
-    from cpmpi.hardware import hardware
-    from cpmpi.model_size import model_size
-    from cpmpi.plan import Request, describe, mends
-    from cpmpi.plan import plan as make_plan
-    from cpmpi.schedule import KINDS
+    from cpmpi.model.checkpoint import DTYPES, Blueprint
+    from cpmpi.model.size import model_size
     from cpmpi.topology.describe import Topology
     from cpmpi.topology.synthetic import synthetic
 
@@ -100,11 +100,11 @@ def command(
         if not made.price.intervals:
             raise UserError("a ring this long is priced by its first steps and has no timeline; plan fewer ranks")
         if trace is not None:
-            from cpmpi.timeline import save_trace
+            from cpmpi.timeline.intervals import save_trace
 
             save_trace(made.price.intervals, trace)
         if plot is not None:
-            from cpmpi.timeline_plot import draw
+            from cpmpi.timeline.plot import draw
 
             draw(made.price.intervals, plot, title=title)
     if not made.fits:

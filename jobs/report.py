@@ -12,9 +12,9 @@ import click
 @click.option("--to", "folder", type=click.Path(path_type=Path), help="Folder for the pictures.  [default: RUN/report]")
 def command(run: Path, folder: Path | None) -> None:
     """Draw the surprisal along each finished document of RUN, one PNG each, and print their paths."""
-    from cpmpi.run import open_run
-    from cpmpi.run_paths import RunPaths
-    from cpmpi.surprisal import draw
+    from cpmpi.run.paths import RunPaths
+    from cpmpi.run.reader import open_run
+    from cpmpi.run.surprisal import draw
 
     folder = folder or RunPaths(run).report
     with open_run(run) as opened:

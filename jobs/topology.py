@@ -56,7 +56,7 @@ def command(
             show(topology, json_file, plot_file, quiet)
         return
 
-    from cpmpi.ranks import AgreedError, start
+    from cpmpi.comm.ranks import AgreedError, start
     from cpmpi.topology.discover import discover, require_match
 
     ranks = start()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from cpmpi.run_spec import human_bytes
-from cpmpi.verify import verify_run
+from cpmpi.run.verify import verify_run
+from cpmpi.text import human_bytes
 
 
 @click.command("verify")

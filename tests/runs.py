@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from cpmpi.layout import Layout
-from cpmpi.resume import start_index
-from cpmpi.run_spec import DocumentSpec, KVSpec, RunSpec, token_digest
-from cpmpi.shard import prepare_shard
-from cpmpi.writer import ShardWriter
+from cpmpi.attention.layout import Layout
+from cpmpi.run.folder import start_index
+from cpmpi.run.shard import prepare_shard
+from cpmpi.run.spec import DocumentSpec, KVSpec, RunSpec, token_digest
+from cpmpi.run.writer import ShardWriter
 
 HIDDEN = 8
 KV = KVSpec(layers=3, heads=2, key_dim=4, value_dim=3)

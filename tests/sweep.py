@@ -126,10 +126,10 @@ def _examine(case: Case, folder: Path) -> Outcome:
     import torch
     from mpi4py import MPI
 
-    from cpmpi.checkpoint import Checkpoint
     from cpmpi.errors import UserError, one_line
-    from cpmpi.probe import probe
-    from cpmpi.stages import spans_of
+    from cpmpi.model.checkpoint import Checkpoint
+    from cpmpi.model.probe import probe
+    from cpmpi.model.stages import spans_of
     from tests.test_models import LENGTHS, scores, weightless
 
     folder.mkdir()

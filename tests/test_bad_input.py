@@ -134,7 +134,7 @@ def call(arguments: list[str], capsys) -> tuple[int, str]:
 def test_bad_input_is_one_line_on_rank_0(ranks, tmp_path, capsys, monkeypatch):
     from mpi4py import MPI
 
-    from cpmpi import ranks as ours
+    from cpmpi.comm import ranks as ours
 
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)
@@ -216,7 +216,7 @@ def test_a_layer_that_overflows_is_named(ranks, weights, tmp_path):
 )
 def test_an_error_on_one_rank_ends_all(raised, told):
     code = (
-        "import sys; from cpmpi import ranks; from cpmpi.jobs import cli; import click\n"
+        "import sys; from cpmpi.comm import ranks; from cpmpi.jobs import cli; import click\n"
         "@click.command()\n"
         "def fail():\n"
         "    r = ranks.start()\n"
@@ -256,7 +256,7 @@ def test_silent_singletons_are_refused(tmp_path):
 
 
 def test_a_world_that_is_what_was_launched_is_no_problem():
-    from cpmpi.ranks import singleton_problem
+    from cpmpi.comm.ranks import singleton_problem
 
     library = "Open MPI v5.0.11, package: x"
     assert singleton_problem(4, {"OMPI_COMM_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}, library) is None

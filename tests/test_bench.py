@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from cpmpi.bench import Measured, Overlap
+from cpmpi.cost.attention_bench import Measured, Overlap
 from cpmpi.errors import UserError
 from cpmpi.jobs.bench import command
 
@@ -21,11 +21,11 @@ def test_every_schedule_sends_the_bytes_of_its_formula():
     import torch
     from mpi4py import MPI
 
-    from cpmpi.auto import schedule_on
-    from cpmpi.bench import AttentionBench
+    from cpmpi.cost.attention_bench import AttentionBench
+    from cpmpi.cost.choose import schedule_on
+    from cpmpi.cost.shape import AttentionShape
+    from cpmpi.cost.simulate import Sizes
     from cpmpi.kernels.select import named
-    from cpmpi.shape import AttentionShape
-    from cpmpi.simulate import Sizes
     from cpmpi.topology.synthetic import synthetic
 
     topology = synthetic("machine=cpu-2s,ranks=2/1")
@@ -93,7 +93,7 @@ def test_fractions():
 )
 def test_what_cannot_be_measured(options, problem, monkeypatch):
     """On a world of one, started in this process by a double that has no MPI behind it."""
-    from cpmpi import ranks
+    from cpmpi.comm import ranks
 
     class Alone:
         size, rank = 1, 0
@@ -105,8 +105,8 @@ def test_what_cannot_be_measured(options, problem, monkeypatch):
             return one
 
     monkeypatch.setattr(ranks, "start", lambda: ranks.Ranks(Alone()))
-    monkeypatch.setattr("cpmpi.machine.choose_device", lambda *_: "cpu")
-    monkeypatch.setattr("cpmpi.machine.set_threads", lambda _: 1)
+    monkeypatch.setattr("cpmpi.comm.device.choose_device", lambda *_: "cpu")
+    monkeypatch.setattr("cpmpi.comm.device.set_threads", lambda _: 1)
     failed = CliRunner().invoke(command, ["attention", *options])
     assert isinstance(failed.exception, UserError)
     assert problem in str(failed.exception)

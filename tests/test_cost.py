@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpmpi import cost
-from cpmpi.auto import ALIKE, ALL_PRICED, candidates, choose, least_seconds, schedule_on
-from cpmpi.cost import price
+from cpmpi.cost.choose import ALIKE, ALL_PRICED, candidates, choose, least_seconds, schedule_on
+from cpmpi.cost.links import Links
+from cpmpi.cost.price import price
+from cpmpi.cost.price import price as cost
+from cpmpi.cost.rates import Rates
+from cpmpi.cost.shape import AttentionShape
+from cpmpi.cost.simulate import Sizes
 from cpmpi.kernels.mask import Mask
-from cpmpi.links import Links
-from cpmpi.rates import Rates
-from cpmpi.shape import AttentionShape
-from cpmpi.simulate import Sizes
 from cpmpi.topology.describe import LinkClass, Measurement, Topology
 from cpmpi.topology.node import Node, RankPlace
 from cpmpi.topology.synthetic import synthetic
@@ -67,7 +67,7 @@ def test_pairs_of_ranks_are_those_of_the_mask(new, stored, world, segments, stor
 def test_too_many_segments_to_count_get_the_mean(monkeypatch):
     s = shape(4096, 8192, segments=16, stored_segments=16)
     exact, *_ = s.pairs(8)
-    monkeypatch.setattr("cpmpi.shape.MOST_BLOCKS", 100)
+    monkeypatch.setattr("cpmpi.cost.shape.MOST_BLOCKS", 100)
     mean, *_ = s.pairs(8)
     assert abs(mean.sum() / exact.sum() - 1) < 1e-4
     assert abs(mean / exact - 1).max() < 0.05

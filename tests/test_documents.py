@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cpmpi.documents import Document, read_documents
+from cpmpi.documents.read import Document, read_documents
+from cpmpi.documents.tokenization import load_tokenizer, tokenize
 from cpmpi.errors import UserError
-from cpmpi.tokenization import load_tokenizer, tokenize
 
 VOCABULARY = 300
 TEXT = "the quick brown fox\r\njumps über the lazy dog\n" * 20

@@ -60,8 +60,8 @@ def test_job_equals_one_transformers_process(ranks, tmp_path):
     from mpi4py import MPI
 
     import cpmpi
-    from cpmpi.job import run
-    from cpmpi.job_options import JobOptions
+    from cpmpi.engine.job import run
+    from cpmpi.engine.options import JobOptions
 
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)
@@ -111,15 +111,15 @@ def test_every_schedule_gives_the_same_result(tmp_path):
     import torch
     from mpi4py import MPI
 
-    from cpmpi.checkpoint import Checkpoint
-    from cpmpi.engine import Engine
-    from cpmpi.job import assemble
-    from cpmpi.layout import Layout
-    from cpmpi.probe import backends_of, probe
-    from cpmpi.progress import Progress
-    from cpmpi.schedule import Schedule
-    from cpmpi.transport import MPITransport
-    from cpmpi.weights import Weights
+    from cpmpi.attention.layout import Layout
+    from cpmpi.attention.schedule import Schedule
+    from cpmpi.comm.progress import Progress
+    from cpmpi.comm.transport import MPITransport
+    from cpmpi.engine.job import assemble
+    from cpmpi.engine.score import Engine
+    from cpmpi.model.checkpoint import Checkpoint
+    from cpmpi.model.probe import backends_of, probe
+    from cpmpi.model.weights import Weights
 
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)

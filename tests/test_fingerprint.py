@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from cpmpi.errors import UserError
-from cpmpi.fingerprint import BLOCK_BYTES, BLOCKS, model_sha256, tokenizer_sha256
+from cpmpi.model.fingerprint import BLOCK_BYTES, BLOCKS, model_sha256, tokenizer_sha256
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 import torch
 from h5py import h5t
 
-from cpmpi import hdf5
 from cpmpi.errors import UserError
-from cpmpi.publish import publish_text, published
+from cpmpi.run import hdf5
+from cpmpi.run.publish import publish_text, published
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, 3.140625, 1e-40, 65280.0, float("inf"), float("-inf"), float("nan")]
 

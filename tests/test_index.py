@@ -15,21 +15,14 @@ import numpy as np
 import pytest
 
 from cpmpi import open_run
+from cpmpi.attention.layout import Layout
 from cpmpi.errors import UserError
-from cpmpi.index import create_index
-from cpmpi.layout import Layout
-from cpmpi.resume import delete_run, only_writer, open_index_for_resume, start_index
-from cpmpi.run_paths import RunPaths
-from cpmpi.run_spec import (
-    DocumentSpec,
-    bytes_to_write,
-    check_room,
-    human_bytes,
-    index_bytes,
-    needed_bytes,
-    shard_bytes,
-)
-from cpmpi.verify import verify_run
+from cpmpi.run.folder import delete_run, only_writer, open_index_for_resume, start_index
+from cpmpi.run.index import create_index
+from cpmpi.run.paths import RunPaths
+from cpmpi.run.spec import DocumentSpec, bytes_to_write, check_room, index_bytes, needed_bytes, shard_bytes
+from cpmpi.run.verify import verify_run
+from cpmpi.text import human_bytes
 from tests.runs import KV, make_run, make_spec, open_writers, outputs_of, write_document
 
 KILL_LENGTHS = tuple(range(1, 17))
@@ -249,9 +242,7 @@ def test_a_shard_that_changed_its_size_stops_a_resume(tmp_path):
 
 
 def test_one_writer_at_a_time(tmp_path):
-    code = (
-        "import sys, pathlib; from cpmpi.resume import only_writer; only_writer(pathlib.Path(sys.argv[1])).__enter__()"
-    )
+    code = "import sys, pathlib, cpmpi.run.folder as f; f.only_writer(pathlib.Path(sys.argv[1])).__enter__()"
     other = [sys.executable, "-c", code, str(tmp_path)]
     with only_writer(tmp_path):
         done = subprocess.run(other, capture_output=True, text=True, check=False)

@@ -6,8 +6,8 @@ from click.testing import CliRunner
 
 from cpmpi.jobs.cli import cli
 from cpmpi.jobs.inspect import command
-from cpmpi.resume import start_index
-from cpmpi.run_paths import RunPaths
+from cpmpi.run.folder import start_index
+from cpmpi.run.paths import RunPaths
 from tests.runs import held, kv_of, make_run, make_spec, open_writers, outputs_of
 
 

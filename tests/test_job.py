@@ -72,7 +72,7 @@ def test_killed_job_goes_on_where_it_was(tmp_path):
             for layer in range(4):
                 for got, want in zip(a.kv(layer), b.kv(layer), strict=True):
                     np.testing.assert_array_equal(got, want)
-    from cpmpi.verify import verify_run
+    from cpmpi.run.verify import verify_run
 
     assert not verify_run(output).problems
 

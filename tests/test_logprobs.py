@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpmpi.logprobs import token_logprobs
+from cpmpi.model.head import token_logprobs
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 700])

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpmpi.control_groups import CONTROL_GROUPS, cpu_limits, memory_limits
+from cpmpi.comm.control_groups import CONTROL_GROUPS, cpu_limits, memory_limits
+from cpmpi.comm.device import available_bytes, choose_device, set_threads
+from cpmpi.comm.ranks import start
 from cpmpi.errors import UserError
-from cpmpi.machine import available_bytes, choose_device, set_threads
-from cpmpi.ranks import start
 
 GB = 10**9
 V1 = "9:name=systemd:/\n4:cpu,memory:/slurm/job_7/step_0\n0::/\n"
@@ -49,7 +49,7 @@ def test_a_real_control_group(tmp_path):
             (group / limit).write_text(str(1 << 30))
         except OSError as error:
             pytest.skip(f"control groups cannot be made here: {error}")
-        code = "from cpmpi.control_groups import node_memory_bytes; print(node_memory_bytes())"
+        code = "from cpmpi.comm.control_groups import node_memory_bytes; print(node_memory_bytes())"
         line = f'echo $$ > {group}/cgroup.procs && exec "$0" -c "{code}"'
         done = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 1 << 30

@@ -62,14 +62,14 @@ def scores(comm, folder, stream=False, dtype="float32", make=document):
     """Log-probabilities of the documents of all lengths, as ``make`` makes them, on the ranks of ``comm``."""
     import torch
 
-    from cpmpi.checkpoint import Checkpoint
-    from cpmpi.engine import Engine
-    from cpmpi.job import assemble
-    from cpmpi.layout import Layout
-    from cpmpi.probe import backends_of, probe
-    from cpmpi.progress import Progress
-    from cpmpi.schedule import Schedule
-    from cpmpi.transport import MPITransport
+    from cpmpi.attention.layout import Layout
+    from cpmpi.attention.schedule import Schedule
+    from cpmpi.comm.progress import Progress
+    from cpmpi.comm.transport import MPITransport
+    from cpmpi.engine.job import assemble
+    from cpmpi.engine.score import Engine
+    from cpmpi.model.checkpoint import Checkpoint
+    from cpmpi.model.probe import backends_of, probe
 
     device, dtype = torch.device("cpu"), getattr(torch, dtype)
     checkpoint = Checkpoint(folder)
@@ -95,9 +95,9 @@ def scores(comm, folder, stream=False, dtype="float32", make=document):
 def test_unsupported_models_are_refused_by_name(model_type, own, reason, tmp_path):
     import torch
 
-    from cpmpi.checkpoint import Checkpoint
     from cpmpi.errors import UserError
-    from cpmpi.probe import probe
+    from cpmpi.model.checkpoint import Checkpoint
+    from cpmpi.model.probe import probe
 
     config = tiny_config(model_type, **own)
     config.save_pretrained(tmp_path)

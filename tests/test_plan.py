@@ -9,15 +9,15 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from cpmpi.checkpoint import Blueprint
+from cpmpi.attention.grid import Grid
+from cpmpi.cost.choose import head_group
+from cpmpi.cost.hardware import HARDWARE, hardware
+from cpmpi.cost.plan import Request, mends, plan
 from cpmpi.errors import UserError
-from cpmpi.grid import Grid
-from cpmpi.hardware import HARDWARE, hardware
 from cpmpi.jobs.plan import command
 from cpmpi.kernels.mask import Mask
-from cpmpi.model_size import model_size
-from cpmpi.placement import head_group
-from cpmpi.plan import Request, mends, plan
+from cpmpi.model.checkpoint import Blueprint
+from cpmpi.model.size import model_size
 from cpmpi.topology.synthetic import synthetic
 
 from .conftest import ROOT

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import cpmpi
 from cpmpi import open_run
 from cpmpi.errors import UserError
-from cpmpi.hdf5 import changed_file, set_attribute
-from cpmpi.run_paths import RunPaths
+from cpmpi.run.hdf5 import changed_file, set_attribute
+from cpmpi.run.paths import RunPaths
 from tests.runs import KV, kv_of, make_run, make_spec, outputs_of
 
 

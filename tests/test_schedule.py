@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpmpi.layout import Layout
-from cpmpi.schedule import KINDS, Item, Schedule, rank_tree, releases
+from cpmpi.attention.layout import Layout
+from cpmpi.attention.schedule import KINDS, Item, Schedule, rank_tree, releases
 
 
 @st.composite

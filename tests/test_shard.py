@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpmpi import writer as writer_module
 from cpmpi.errors import UserError
-from cpmpi.run_paths import RunPaths, document_name
-from cpmpi.run_spec import KVSpec, shard_bytes
-from cpmpi.shard import ShardFile, create_shard, prepare_shard
-from cpmpi.writer import ShardWriter
+from cpmpi.run import writer as writer_module
+from cpmpi.run.paths import RunPaths, document_name
+from cpmpi.run.shard import ShardFile, create_shard, prepare_shard
+from cpmpi.run.spec import KVSpec, shard_bytes
+from cpmpi.run.writer import ShardWriter
 from tests.runs import KV, held, kv_of, make_spec
 
 
@@ -156,7 +156,7 @@ def test_a_full_disk_is_said_with_its_numbers(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     writer = ShardWriter(path, spec, 0)
-    monkeypatch.setattr("cpmpi.hdf5.os.pwrite", full)
+    monkeypatch.setattr("cpmpi.run.hdf5.os.pwrite", full)
     writer.put(0, 0, *kv_of(0, 0, 50))
     with pytest.raises(
         UserError, match=r"rank-00000\.h5: no space left .*\(\d+ bytes\) .* still .*\(\d+ bytes\) are free"
@@ -176,7 +176,7 @@ def test_a_full_disk_that_shows_only_at_fsync(tmp_path, monkeypatch):
 
     with ShardWriter(create_shard(tmp_path, spec, 0), spec, 0) as writer:
         put_all(writer, spec, 0, 0)
-        monkeypatch.setattr("cpmpi.writer.os.fsync", full)
+        monkeypatch.setattr("cpmpi.run.writer.os.fsync", full)
         with pytest.raises(UserError, match=r"no space left \(Disk quota exceeded\)"):
             writer.finish(0)
 
@@ -203,7 +203,7 @@ def test_another_error_of_the_system_names_the_file(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     with ShardWriter(path, spec, 0) as writer:
-        monkeypatch.setattr("cpmpi.hdf5.os.pwrite", broken)
+        monkeypatch.setattr("cpmpi.run.hdf5.os.pwrite", broken)
         writer.put(0, 0, *kv_of(0, 0, 50))
         with pytest.raises(OSError, match=r"Input/output error: .*rank-00000\.h5"):
             writer.sync()

@@ -30,7 +30,7 @@ GRIDS = [
 
 
 def options_of(folder, checkpoint, documents, output, **own):
-    from cpmpi.job_options import JobOptions
+    from cpmpi.engine.options import JobOptions
 
     return JobOptions(
         model=folder / checkpoint, inputs=(str(folder / documents),), output=folder / output,
@@ -43,8 +43,8 @@ def test_a_grid_equals_one_transformers_process(tp, cp, tmp_path):
     from mpi4py import MPI
 
     import cpmpi
-    from cpmpi.job import run
-    from cpmpi.verify import verify_run
+    from cpmpi.engine.job import run
+    from cpmpi.run.verify import verify_run
 
     comm, folder = MPI.COMM_WORLD, shared_folder(tmp_path)
     assert comm.size == tp * cp
@@ -107,9 +107,9 @@ def test_two_sums_a_layer_and_nothing_else_on_the_wire(tmp_path):
 
 def check_wire(comm, folder, tp, kv_heads):
     """Count what one document of 1,000 tokens sends, sums and keeps on 4 ranks."""
-    from cpmpi.forward import chunks
-    from cpmpi.job import load_engine, open_run_folder, prepare
-    from cpmpi.ranks import start
+    from cpmpi.comm.ranks import start
+    from cpmpi.engine.job import load_engine, open_run_folder, prepare
+    from cpmpi.model.forward import chunks
 
     name = f"{tp}-{kv_heads}"
     job = prepare(options_of(folder, name, "documents", f"run-{name}", tp=tp, attention="ring", keep_kv=False), start())
@@ -158,10 +158,10 @@ def test_families(tmp_path):
 
 
 def check_family(comm, folder, family):
+    from cpmpi.comm.ranks import start
+    from cpmpi.engine.job import prepare, run
     from cpmpi.errors import UserError
-    from cpmpi.job import prepare, run
-    from cpmpi.ranks import start
-    from cpmpi.run import open_run
+    from cpmpi.run.reader import open_run
 
     def options(weights):
         own = {"tp": 2, "weights": weights, "chunk_tokens": 40, "keep_kv": False, "allow_longer": True}
@@ -195,8 +195,8 @@ REFUSED = {
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_plans_that_need_more_are_refused_by_name(model_type):
     from cpmpi.errors import UserError
-    from cpmpi.probe import probe
-    from cpmpi.tensor_parallel import share
+    from cpmpi.model.probe import probe
+    from cpmpi.model.tensor_parallel import share
 
     whole, narrow = skeleton(model_type), skeleton(model_type)
     layers = probe(whole)
@@ -218,7 +218,7 @@ def skeleton(model_type, **own):
 
     import torch
 
-    from cpmpi.checkpoint import Blueprint
+    from cpmpi.model.checkpoint import Blueprint
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
@@ -235,8 +235,8 @@ def skeleton(model_type, **own):
 )  # fmt: skip
 def test_a_tp_that_does_not_divide_the_heads_lists_those_that_do(heads, kv_heads, tp, choices):
     from cpmpi.errors import UserError
-    from cpmpi.probe import probe
-    from cpmpi.tensor_parallel import share
+    from cpmpi.model.probe import probe
+    from cpmpi.model.tensor_parallel import share
 
     model = skeleton(
         "llama", num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=8 * heads, intermediate_size=240
@@ -250,9 +250,9 @@ def test_a_tp_that_does_not_divide_the_heads_lists_those_that_do(heads, kv_heads
 def test_ranks_that_do_not_make_whole_grids_are_refused(tmp_path):
     from mpi4py import MPI
 
+    from cpmpi.comm.ranks import start
+    from cpmpi.engine.job import prepare
     from cpmpi.errors import UserError
-    from cpmpi.job import prepare
-    from cpmpi.ranks import start
 
     comm, folder = MPI.COMM_WORLD, shared_folder(tmp_path)
     if comm.rank == 0:

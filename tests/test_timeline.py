@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import pytest
 
-from cpmpi.auto import schedule_on
-from cpmpi.cost import price
-from cpmpi.rates import Rates
-from cpmpi.shape import AttentionShape
-from cpmpi.timeline import Interval, Recorder, chrome_trace, save_trace, waiting_share
-from cpmpi.timeline_plot import draw
+from cpmpi.cost.choose import schedule_on
+from cpmpi.cost.price import price
+from cpmpi.cost.rates import Rates
+from cpmpi.cost.shape import AttentionShape
+from cpmpi.timeline.intervals import Interval, Recorder, chrome_trace, save_trace, waiting_share
+from cpmpi.timeline.plot import draw
 from cpmpi.topology.synthetic import synthetic
 
 

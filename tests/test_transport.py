@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from cpmpi import transport as module
-from cpmpi.execute import Execution, Heads, Keys, Queries, Rule
+from cpmpi.attention.execute import Execution, Heads, Keys, Queries, Rule
+from cpmpi.attention.layout import Layout
+from cpmpi.attention.schedule import Schedule
+from cpmpi.comm import transport as module
+from cpmpi.comm.transport import MPITransport
 from cpmpi.kernels.mask import Mask
 from cpmpi.kernels.select import named
-from cpmpi.layout import Layout
-from cpmpi.schedule import Schedule
-from cpmpi.transport import MPITransport
 
 CPU = torch.device("cpu")
 

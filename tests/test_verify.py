@@ -6,10 +6,10 @@ import pytest
 from click.testing import CliRunner
 
 from cpmpi.errors import UserError
-from cpmpi.hdf5 import changed_file, set_attribute
 from cpmpi.jobs.verify import command
-from cpmpi.run_paths import RunPaths
-from cpmpi.verify import verify_run
+from cpmpi.run.hdf5 import changed_file, set_attribute
+from cpmpi.run.paths import RunPaths
+from cpmpi.run.verify import verify_run
 from tests.runs import make_run, make_spec
 
 

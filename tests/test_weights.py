@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cpmpi.checkpoint import Checkpoint
+from cpmpi.cost.memory import choose_residence
 from cpmpi.errors import UserError
-from cpmpi.memory import WeightBytes, parse_bytes, plan
-from cpmpi.probe import probe
-from cpmpi.stages import spans_of
-from cpmpi.weights import weight_bytes
+from cpmpi.jobs.options import parse_bytes
+from cpmpi.model.checkpoint import Checkpoint
+from cpmpi.model.probe import probe
+from cpmpi.model.stages import spans_of
+from cpmpi.model.weights import WeightBytes, weight_bytes
 from tests.sweep import OWN
 from tests.test_models import scores
 from tests.tiny_models import save_tiny, tiny_config
@@ -186,18 +187,18 @@ def load(folder, stream, **options):
 def test_the_plan_keeps_weights_where_they_fit():
     weights = WeightBytes(total=10**12, lasting=10**10, streamed=10**9)
     plenty, little = 10**13, 10**11
-    assert not plan({}, weights, choice="auto", limit=None, available=plenty).stream
-    assert plan({}, weights, choice="auto", limit=None, available=little).stream
-    assert plan({}, weights, choice="auto", limit=little, available=plenty).stream
-    assert plan({}, weights, choice="stream", limit=None, available=plenty).stream
+    assert not choose_residence({}, weights, choice="auto", limit=None, available=plenty).stream
+    assert choose_residence({}, weights, choice="auto", limit=None, available=little).stream
+    assert choose_residence({}, weights, choice="auto", limit=little, available=plenty).stream
+    assert choose_residence({}, weights, choice="stream", limit=None, available=plenty).stream
     assert "warning: a rank can have 100.00 GB here" in str(
-        plan({}, weights, choice="resident", limit=None, available=little)
+        choose_residence({}, weights, choice="resident", limit=None, available=little)
     )
-    assert "warning" not in str(plan({}, weights, choice="auto", limit=None, available=little))
+    assert "warning" not in str(choose_residence({}, weights, choice="auto", limit=None, available=little))
     with pytest.raises(UserError, match=r"resident needs at least 100\d\.\d\d GB, --weights stream 11\.\d\d GB"):
-        plan({}, weights, choice="resident", limit=little, available=plenty)
+        choose_residence({}, weights, choice="resident", limit=little, available=plenty)
     with pytest.raises(UserError, match=r"--memory-limit 1\.00 GB .* stream needs at least 11\.\d\d GB"):
-        plan({}, weights, choice="auto", limit=10**9, available=plenty)
+        choose_residence({}, weights, choice="auto", limit=10**9, available=plenty)
 
 
 def test_sizes():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpmpi.topology.describe import Topology
-from cpmpi.topology.layout import BAR, GAP, Box, Drawing, Panel, Point, arrange
+from cpmpi.topology.drawing_layout import BAR, GAP, Box, Drawing, Panel, Point, arrange
 from cpmpi.topology.node import Node
 from cpmpi.topology.text import SAID, folded, kinds_shown, lag, rate
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cpmpi.ranks import OPEN_MPI
+from cpmpi.comm.ranks import OPEN_MPI
 
 from ..conftest import clean_environment
 
@@ -132,7 +132,7 @@ class Cluster:
 
     @staticmethod
     def _mpi(environment: dict[str, str]) -> dict[str, str]:
-        """What `cpmpi.ranks.start` sets, for commands that start MPI by themselves; sockets as fits a slow uplink."""
+        """What `cpmpi.comm.ranks.start` sets, for commands that start MPI themselves; sockets fit a slow uplink."""
         return {**OPEN_MPI, "OMPI_MCA_btl_tcp_sndbuf": str(256 << 10), **environment}
 
     def script(self, *arguments: str, timeout_s: float = 60, **environment: str) -> str:

@@ -18,12 +18,12 @@ import json, sys
 from pathlib import Path
 import torch
 from mpi4py import MPI
-from cpmpi.auto import schedule_on
-from cpmpi.bench import AttentionBench
-from cpmpi.cost import price
-from cpmpi.execute import Heads
+from cpmpi.cost.choose import schedule_on
+from cpmpi.cost.attention_bench import AttentionBench
+from cpmpi.cost.price import price
+from cpmpi.attention.execute import Heads
 from cpmpi.kernels.select import select
-from cpmpi.shape import AttentionShape
+from cpmpi.cost.shape import AttentionShape
 from cpmpi.topology.discover import discover
 
 torch.set_num_threads(1)

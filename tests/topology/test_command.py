@@ -10,7 +10,7 @@ import pytest
 from cpmpi.jobs.cli import main
 from cpmpi.topology.derive import rings
 from cpmpi.topology.describe import Topology
-from cpmpi.topology.layout import arrange
+from cpmpi.topology.drawing_layout import arrange
 from cpmpi.topology.synthetic import synthetic
 from cpmpi.topology.text import folded, lag, rate, summary
 

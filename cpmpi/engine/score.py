@@ -1,0 +1,189 @@
+"""One document on all ranks: the layer-major forward with attention across ranks, then log-probabilities.
+
+Legend: T this rank's tokens, H query heads, G KV heads, D key head dim, E value head dim.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpmpi.attention.execute import Execution, Keys, Queries
+from cpmpi.attention.grid import Grid
+from cpmpi.attention.layout import Layout, Piece
+from cpmpi.attention.schedule import Schedule
+from cpmpi.comm.progress import Progress
+from cpmpi.comm.transport import Transport
+from cpmpi.kernels.backend import Backend
+from cpmpi.model.attention_call import Call, rule_of
+from cpmpi.model.finite import finite, finite_layers
+from cpmpi.model.forward import chunks, layer_major
+from cpmpi.model.head import Head, decoder_of
+from cpmpi.model.probe import Layer
+from cpmpi.model.weights import Weights
+from cpmpi.timeline.intervals import Recorder
+
+KeepKeys = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+@dataclass(kw_only=True)
+class Scores:
+    """What one rank found for its tokens.
+
+    ``positions`` and ``logprobs`` (float32) belong together: the log-probability of the token at each position. The
+    rank that holds the document's last token has its ``last_hidden`` (hidden,) float32.
+    """
+
+    positions: torch.Tensor
+    logprobs: torch.Tensor
+    last_hidden: torch.Tensor | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """Runs documents on the ranks of a grid; every rank has one, and calls it with the same documents.
+
+    Args:
+        rank: this rank.
+        weights: the model with this rank's share of the weights.
+        layers: its layers, with this rank's share of the heads.
+        schedule, transport: of the attention among the ranks of a head group, by their positions.
+        backends: the attention kernel of each layer.
+        grid: how ranks share heads and tokens.
+        summing: among the ranks that share the weights, where they do; the model's sums go over it.
+        recorder: notes what happens when, where a timeline is wanted.
+        chunk_tokens: tokens that go through the model at a time.
+        check_finite: whether layers are searched for NaN and infinities.
+    """
+
+    rank: int
+    weights: Weights
+    layers: tuple[Layer, ...]
+    schedule: Schedule
+    transport: Transport
+    backends: tuple[Backend, ...]
+    device: torch.device
+    progress: Progress
+    grid: Grid = field(default_factory=Grid)
+    summing: Transport | None = None
+    recorder: Recorder | None = None
+    chunk_tokens: int = 1024
+    check_finite: bool = False
+
+    @torch.inference_mode()
+    def score(
+        self, token_ids: npt.NDArray[np.integer], layout: Layout, name: str, keep: KeepKeys | None = None
+    ) -> Scores:
+        """Log-probabilities of this rank's share of a document. Collective.
+
+        Args:
+            token_ids: all token ids (T_all,) of the document.
+            layout: which position of a head group holds which tokens.
+            name: the document's name, for progress.
+            keep: takes each finished layer's number and this rank's keys (T, G, D) and values (T, G, E), and owns them.
+        """
+        started = time.perf_counter()
+        ids_T = torch.from_numpy(token_ids.astype(np.int64)).to(self.device)
+        position = self.grid.position(self.rank)
+        computed = self.grid.computed(layout)
+        parts = chunks(computed.pieces(position), self.chunk_tokens)
+        kept = rows_of(layout.pieces(position), parts)
+        program = self.schedule.program(position)
+        self.progress.start(name, layout.n_tokens, len(self.layers))
+        attending, gone_on = 0.0, started
+
+        def attend(layer: int, calls: list[Call]) -> Sequence[torch.Tensor]:
+            nonlocal attending, gone_on
+            begun = time.perf_counter()
+            self._note_layers(layer, gone_on, begun)
+            if self.check_finite:
+                for part, call in zip(parts, calls, strict=False):
+                    for what, tensor in (("queries", call.q_1HCD), ("keys", call.k_1GCD), ("values", call.v_1GCE)):
+                        finite(tensor, f"layer {layer}, {what} of tokens {part.start} to {part.stop - 1}")
+            self.weights.leave(layer)
+            heads, rule = self.layers[layer].heads, rule_of(calls[0], layout.n_tokens)
+            keys = Keys.empty(layout.pieces(position), heads, self.device)
+            if kept:
+                torch.cat([calls[i].k_1GCD[0].transpose(0, 1)[rows] for i, rows in kept], out=keys.k_SGD)
+                torch.cat([calls[i].v_1GCE[0].transpose(0, 1)[rows] for i, rows in kept], out=keys.v_SGE)
+            if keep is not None:
+                keep(layer, keys.k_SGD, keys.v_SGE)
+            runs = [(part.start, call.q_1HCD[0].transpose(0, 1)) for part, call in zip(parts, calls, strict=False)]
+            execution = Execution(
+                rank=position, program=program, transport=self.transport, backend=self.backends[layer], heads=heads,
+                rule=rule, query_layout=computed, key_layouts=(layout,), device=self.device,
+                tick=lambda done: self.progress.update(layer + done), recorder=self.recorder,
+            )  # fmt: skip
+            out_THE = execution.run(Queries(tuple(runs)), keys)
+            self.weights.enter(layer + 1)
+            self.progress.update(layer + 1)
+            gone_on = time.perf_counter()
+            attending += gone_on - begun
+            if not parts:  # a rank without tokens walks along with the first token, whose result nobody takes
+                return [out_THE.new_zeros(1, heads.query_heads, heads.value_dim)]
+            return torch.split(out_THE, [part.size for part in parts])
+
+        self.weights.enter(0)
+        decoder = decoder_of(self.weights.model)
+        with finite_layers(decoder) if self.check_finite else nullcontext():
+            states = layer_major(decoder, ids_T, parts or [Piece(0, 1)], attend)
+        self.weights.close()
+        decoded = time.perf_counter()
+        positions, logprobs, last_hidden = self._head(ids_T, parts, states)
+        self._note_layers(len(self.layers), gone_on, time.perf_counter())
+        return Scores(
+            positions=positions, logprobs=logprobs, last_hidden=last_hidden,
+            seconds={"attention": attending, "decoder": decoded - started, "head": time.perf_counter() - decoded},
+        )  # fmt: skip
+
+    def _note_layers(self, layer: int, start_s: float, stop_s: float) -> None:
+        """For a timeline: the model has computed up to the attention of ``layer``, which comes now."""
+        if self.recorder is not None:
+            self.recorder.layer = layer
+            self.recorder.note("layers", 0, start_s, stop_s)
+
+    def close(self) -> None:
+        """Give back what the transports hold. Collective."""
+        self.transport.close()
+        if self.summing is not None:
+            self.summing.close()
+
+    def _head(
+        self, ids_T: torch.Tensor, parts: Sequence[Piece], states: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The hidden state at position i predicts token i + 1; the last token's predicts nothing yet and is kept.
+
+        Ranks that share the weights have the same hidden states, and take an equal share of each chunk.
+        """
+        n_tokens, tp, index = len(ids_T), self.grid.tp, self.grid.tp_index(self.rank)
+        head = Head(self.weights.model)
+        positions, logprobs, last_hidden = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)], None
+        for part, hidden_TC in zip(parts, states, strict=False):
+            if self.check_finite:
+                finite(hidden_TC, f"output of the final norm, tokens {part.start} to {part.stop - 1}")
+            predicting = min(part.stop, n_tokens - 1) - part.start
+            first, stop = (predicting * i // tp for i in (index, index + 1))
+            targets = torch.arange(part.start + first + 1, part.start + stop + 1)
+            positions.append(targets)
+            logprobs.append(head.logprobs(hidden_TC[first:stop], ids_T[part.start + first + 1 : part.start + stop + 1]))
+            if part.stop == n_tokens and index == 0:
+                last_hidden = hidden_TC[-1].float().cpu()
+        return torch.cat(positions), torch.cat(logprobs), last_hidden
+
+
+def rows_of(pieces: Sequence[Piece], parts: Sequence[Piece]) -> list[tuple[int, slice]]:
+    """Where the tokens of ``pieces`` lie in ``parts``, in order: the number of a part, and rows in it."""
+    found = []
+    for piece in pieces:
+        for i, part in enumerate(parts):
+            start, stop = max(piece.start, part.start), min(piece.stop, part.stop)
+            if start < stop:
+                found.append((i, slice(start - part.start, stop - part.start)))
+    return found

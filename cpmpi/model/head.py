@@ -1,0 +1,112 @@
+"""A checkpoint's own head: from hidden states to the log-probabilities of given tokens, a chunk at a time.
+
+Legend: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+CACHED_BYTES = 1 << 20  # of logits that are worked on at a time on a CPU, so that they stay in the cache of a core
+
+
+def decoder_of(causal_lm: torch.nn.Module) -> torch.nn.Module:
+    """The model without its head."""
+    return causal_lm.get_submodule(_decoder_name(causal_lm))
+
+
+def _decoder_name(causal_lm: torch.nn.Module) -> str:
+    """The attribute that holds the decoder: some classes have another one than they say (Llama 4)."""
+    from transformers import PreTrainedModel
+
+    children = dict(causal_lm.named_children())
+    prefix = str(causal_lm.base_model_prefix)
+    return prefix if prefix in children else next(k for k, m in children.items() if isinstance(m, PreTrainedModel))
+
+
+class Head:
+    """Log-probabilities from hidden states: the checkpoint's own head, without its decoder.
+
+    The causal-LM class computes what follows the decoder (head, soft caps, scales), so it is called as it is, with the
+    decoder replaced by one that returns the given hidden states; logits exist for ``chunk_tokens`` tokens at a time.
+    """
+
+    def __init__(self, model: torch.nn.Module, chunk_tokens: int = 256) -> None:
+        self.model = model
+        self.chunk_tokens = chunk_tokens
+
+    def logprobs(self, hidden_TC: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each target token, (T,) float32 on the CPU."""
+        name, decoder = _decoder_name(self.model), decoder_of(self.model)
+        given = _Given(decoder)
+        setattr(self.model, name, given)
+        try:
+            parts = list(self._parts(given, hidden_TC, targets_T))
+        finally:
+            setattr(self.model, name, decoder)
+        return torch.cat(parts).cpu() if parts else torch.empty(0)
+
+    def _parts(self, given: _Given, hidden_TC: torch.Tensor, targets_T: torch.Tensor) -> Iterator[torch.Tensor]:
+        for i in range(0, len(targets_T), self.chunk_tokens):
+            given.hidden_1TC = hidden_TC[None, i : i + self.chunk_tokens]
+            target_T = targets_T[i : i + self.chunk_tokens]
+            logits_TV = self.model(input_ids=target_T[None], use_cache=False).logits[0]
+            yield token_logprobs(logits_TV, target_T)
+
+
+class _Given(torch.nn.Module):
+    """A stand-in for a decoder that returns the hidden states it was given, and has the decoder's other attributes."""
+
+    hidden_1TC: torch.Tensor
+
+    def __init__(self, decoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.__dict__["decoder_"] = decoder  # no child: it must not be moved or listed
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return _Output(self.hidden_1TC)
+
+    def __getattr__(self, name: str) -> Any:
+        from transformers import PreTrainedModel
+
+        value = getattr(self.__dict__["decoder_"], name)
+        return self if isinstance(value, PreTrainedModel) else value  # some heads call a decoder inside their decoder
+
+
+class _Output(tuple[torch.Tensor]):
+    """A decoder's output with hidden states alone: whatever else a head may look for in it is None."""
+
+    def __new__(cls, hidden_1TC: torch.Tensor) -> _Output:
+        return super().__new__(cls, (hidden_1TC,))
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        """The hidden states after the final norm."""
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def token_logprobs(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    """``log softmax(logits)[target]`` for each row, (T,) float32. Overwrites ``logits_TV``.
+
+    Plain formula: ``logit[target] - log(sum(exp(logits)))``; the largest logit is taken out of the sum so that no
+    exponential overflows. The whole softmax is never made: it would be as large as the logits.
+    """
+    logits_TV = logits_TV.float()
+    chosen_T = logits_TV.gather(1, targets_T[:, None])[:, 0]
+    if logits_TV.device.type != "cpu":
+        return chosen_T - logits_TV.logsumexp(1)
+    rows = max(1, CACHED_BYTES // (4 * logits_TV.shape[1]))
+    lse = [_logsumexp_(block) for block in torch.split(logits_TV, rows)]
+    return chosen_T - torch.cat(lse)
+
+
+def _logsumexp_(block_TV: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exp of each row, overwriting the block."""
+    largest_T1 = block_TV.amax(1, keepdim=True)
+    return block_TV.sub_(largest_T1).exp_().sum(1).log_().add_(largest_T1[:, 0])

@@ -1,0 +1,247 @@
+"""Read weights from a checkpoint into a model that has none: all of them, some of them, or a rank's share of them.
+
+Keys of the checkpoint become parameters by transformers' own renamings and conversions. Files are memory-mapped: where
+the type fits, a weight is a view of the page cache, which the ranks of a node share. It is read before it is handed
+out, not where the model first touches it. Of a weight that is cut among ranks (see
+`cpmpi.model.tensor_parallel`) only the rank's part is read.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+
+from cpmpi.errors import UserError, one_line, some
+from cpmpi.model.fingerprint import weight_files
+from cpmpi.model.finite import finite
+from cpmpi.model.stages import Span, span_of_all
+from cpmpi.model.tensor_parallel import Cut, Sharing
+
+FLOATING = ("F64", "F32", "F16", "BF16")  # types of stored weights, as safetensors names them
+
+
+@dataclass
+class Group:
+    """Parameters that are made together: of which keys (and patterns), by which conversion, used in which stages.
+
+    ``span`` is None for parameters outside of layers.
+    """
+
+    conversion: Any
+    targets: list[str]
+    keys: list[tuple[str, str]] = field(default_factory=list)
+    span: Span | None = None
+
+    @property
+    def operations(self) -> list[str]:
+        """The names of what the conversion does beside renaming."""
+        return [type(operation).__name__ for operation in getattr(self.conversion, "operations", None) or ()]
+
+
+class WeightReader:
+    """Reads the weights of a checkpoint for one model.
+
+    Args:
+        model: a causal-LM model without weights; one that was made narrow has its ``sharing``.
+        folder: the checkpoint.
+        device: where to compute.
+        spans: the stages in which the model's modules run.
+        sharing: this rank's share of the weights; None: all.
+        check_finite: whether weights are searched for NaN and infinities when they are read.
+
+    Attributes:
+        groups: the model's parameters, by how they are made.
+        meta: the model's parameters and persistent buffers, by name, without weights.
+
+    Raises:
+        UserError: tensors are missing, of the wrong shape or of a type that is not read (named), or stored in a way
+            that cannot be shared (why). No weight is read yet.
+    """
+
+    def __init__(
+        self, model: Any, folder: Path, device: torch.device, spans: dict[str, Span], *,
+        sharing: Sharing | None = None, check_finite: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.folder, self.device = model, folder, device
+        self.sharing, self.check_finite = sharing, check_finite
+        self.meta: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._cuts = {} if sharing is None else sharing.cuts
+        self._stored = _stored_tensors(folder)
+        self.groups = _groups(model, self._stored)
+        for group in self.groups:
+            group.span = span_of_all(group.targets, spans)
+            odd = sorted({*group.operations} - {"MergeModulelist", "Concatenate"})
+            if odd and self._cuts.keys() & set(group.targets):
+                raise UserError(f"{folder}: --tp cannot cut {group.targets[0]}, which is stored otherwise ({odd[0]})")
+        self._check()
+
+    def _check(self) -> None:
+        """Whether the files hold what the model asks for, by their headers."""
+        for group in self.groups:
+            dtype = self.meta[group.targets[0]].dtype
+            for key, _ in group.keys:
+                if dtype.is_floating_point and self._stored[key].dtype not in FLOATING:
+                    raise UserError(
+                        f"{self.folder}: tensor {key} is stored as {self._stored[key].dtype}; "
+                        f"cpmpi reads {', '.join(FLOATING)}"
+                    )
+            whole = self._convert(group, lambda key: torch.empty(self._stored[key].shape, device="meta"))
+            for name, tensor in whole.items():
+                shape = list(self.meta[name].shape)
+                self._check_shape(name, tensor, self._cuts[name].whole(shape) if name in self._cuts else shape)
+        if missing := self._tie():
+            raise UserError(f"{self.folder}: {len(missing)} tensors missing in the weights: {some(missing)}")
+
+    def _check_shape(self, name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
+        if list(tensor.shape) != list(shape):
+            raise UserError(
+                f"{self.folder}: tensor {name} has the wrong shape: {tuple(tensor.shape)}, not {tuple(shape)}"
+            )
+
+    def _tie(self) -> list[str]:
+        """Tie what the model ties, as transformers does when it loads; what neither files nor ties give, by name."""
+        missing = self.meta.keys() - {target for group in self.groups for target in group.targets}
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        ignored = re.compile("|".join(self.model._keys_to_ignore_on_load_missing or ["$^"]))
+        return sorted(name for name in missing if self.meta[name].is_meta or not ignored.search(name))
+
+    def read(self, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
+        """The parameters of some groups, by name.
+
+        Raises:
+            UserError: a tensor is not finite (named), or cannot be read (why).
+        """
+        from safetensors import safe_open
+
+        made: dict[str, torch.Tensor] = {}
+        for group in groups:
+            first = group.targets[0]
+            dtype, cut = self.meta[first].dtype, self._cuts.get(first)
+            if cut is not None and "Concatenate" in group.operations:
+                cut = cut._replace(packed=False)  # gate and up are stored on their own
+
+            def part(key: str, dtype: torch.dtype = dtype, cut: Cut | None = cut) -> torch.Tensor:
+                with safe_open(self._stored[key].path, framework="pt") as file:  # what is mapped goes with the tensor
+                    return _part(file, key, cut).to(dtype)
+
+            for name, tensor in self._convert(group, part).items():
+                self._check_shape(name, tensor, self.meta[name].shape)
+                made[name] = self._bring(tensor)
+                if self.check_finite:
+                    finite(made[name], f"{self.folder}: tensor {name}")
+        return made
+
+    def _convert(self, group: Group, stored: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Make the parameters of a group of its stored tensors."""
+        conversion, first = deepcopy(group.conversion), group.targets[0]
+        for key, pattern in group.keys:
+            conversion.add_tensor(first, key, pattern, partial(stored, key))
+        try:
+            made = conversion.convert(first, model=self.model, config=self.model.config)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            names = ", ".join(key for key, _ in group.keys[:2]) + (", ..." if len(group.keys) > 2 else "")
+            raise UserError(f"{self.folder}: tensor {first} cannot be made of {names}: {one_line(error)}") from error
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+    def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that is in the device's memory when this returns, without waiting for what the device computes."""
+        if self._stream is None:
+            dense = tensor.detach().contiguous()
+            dense.reshape(-1).view(torch.uint8).numpy()[:: mmap.PAGESIZE].sum()  # reads a byte of every page
+            return dense
+        with torch.cuda.stream(self._stream):
+            brought = tensor.to(self.device)
+        brought.record_stream(torch.cuda.default_stream(self.device))  # where it is used, and when it may be freed
+        return brought
+
+    def install(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put parameters and buffers in their places in the model."""
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            if leaf in module._buffers:
+                module._buffers[leaf] = tensor
+            elif isinstance(tensor, torch.nn.Parameter):
+                module._parameters[leaf] = tensor
+            else:
+                module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+
+    def load(self, groups: Sequence[Group]) -> None:
+        """Read and install some groups for good, tie what is tied, and bring the buffers.
+
+        Raises:
+            UserError: as for `read`.
+        """
+        self.install(self.read(groups))
+        self._tie()
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(self.device)
+
+
+class _Stored(NamedTuple):
+    """A tensor of a file, by the file's header."""
+
+    path: Path
+    dtype: str
+    shape: list[int]
+
+
+def _stored_tensors(folder: Path) -> dict[str, _Stored]:
+    from safetensors import safe_open
+
+    found: dict[str, _Stored] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118, it is no dict
+                tensor = file.get_slice(key)
+                found[key] = _Stored(path, tensor.get_dtype(), tensor.get_shape())
+    return found
+
+
+def _groups(model: Any, stored: Iterable[str]) -> list[Group]:
+    """The checkpoint's keys by the parameters that they become, as transformers maps them when it loads a model."""
+    from transformers import core_model_loading as loading
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, loading.WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, loading.WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    wanted, prefix = model.state_dict(), model.base_model_prefix
+    groups: dict[str, Group] = {}
+    for key in sorted(stored, key=loading.dot_natural_key):
+        name, pattern = loading.rename_source_key(key, renamings, converters, prefix, wanted)
+        if name not in wanted and key in wanted:
+            name, pattern = loading.rename_source_key(key, [], [], prefix, wanted)
+        if name not in wanted:
+            continue
+        conversion = by_pattern[pattern] if pattern else loading.WeightRenaming(key, name)
+        targets = [name]
+        if pattern and len(conversion.target_patterns) > 1:
+            first = next(t for t in conversion.target_patterns if t in name)
+            targets = [name.replace(first, t) for t in conversion.target_patterns]
+        groups.setdefault(name, Group(conversion, targets)).keys.append((key, pattern or key))
+    return list(groups.values())
+
+
+def _part(file: Any, key: str, cut: Cut | None) -> torch.Tensor:
+    """A stored tensor, or the part of it that a cut leaves."""
+    if cut is None:
+        whole: torch.Tensor = file.get_tensor(key)
+        return whole
+    stored = file.get_slice(key)
+    shape = stored.get_shape()
+    at = len(shape) + cut.dim
+    parts = [stored[(*[slice(None)] * at, rows)] for rows in cut.ranges(shape[at])]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, at)

@@ -1,0 +1,223 @@
+"""HDF5 files that survive a kill: laid out first, published at once, filled with plain writes at known offsets.
+
+Metadata formats newer than ``LIBVER`` carry checksums and open flags, with which a file does not open again after
+``kill -9``. Datasets are contiguous and allocated early, so that their bytes have a fixed place in the file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+from h5py import h5a, h5d, h5p, h5s, h5t
+
+from cpmpi.errors import UserError
+from cpmpi.run.publish import naming, published
+
+LIBVER = ("earliest", "v110")
+ALIGNMENT_BYTES = 4096
+RawArray = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class StoredFloat:
+    """A floating-point type in HDF5, and the NumPy type that carries its bits."""
+
+    name: str
+    raw: np.dtype[Any]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return self.raw.itemsize
+
+    def h5type(self) -> Any:
+        """The HDF5 type. HDF5 tools read and convert all of them as ordinary numbers."""
+        if self.name != "bfloat16":
+            return h5t.py_create(self.raw)
+        bfloat16 = h5t.IEEE_F64LE.copy()
+        bfloat16.set_fields(15, 7, 8, 0, 7)
+        bfloat16.set_offset(0)
+        bfloat16.set_precision(16)
+        bfloat16.set_size(2)
+        bfloat16.set_ebias(127)
+        return bfloat16
+
+    def widen(self, raw: RawArray) -> RawArray:
+        """Numbers for NumPy from their bits: bfloat16 becomes float32, exactly; other types are NumPy's own."""
+        if self.name != "bfloat16":
+            return raw
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+
+
+STORED_FLOATS = {
+    "float32": StoredFloat("float32", np.dtype("<f4")),
+    "bfloat16": StoredFloat("bfloat16", np.dtype("<u2")),
+    "float16": StoredFloat("float16", np.dtype("<f2")),
+}
+
+
+@contextmanager
+def created_file(path: Path) -> Iterator[Any]:
+    """Yield a new h5py file for laying out; it appears at ``path``, durable, when the block ends well.
+
+    Raises:
+        UserError: it cannot be written: no space, no permission, or larger than the file system allows.
+    """
+    try:
+        with (
+            published(path) as temporary,
+            h5py.File(
+                temporary, "w", libver=LIBVER, locking="best-effort",
+                alignment_threshold=ALIGNMENT_BYTES, alignment_interval=ALIGNMENT_BYTES,
+            ) as file,
+        ):  # fmt: skip
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be laid out ({error})") from error
+
+
+def open_file(path: Path, *, locking: bool | str = "best-effort") -> Any:
+    """Open an HDF5 file for reading.
+
+    Args:
+        path: the file.
+        locking: False where nobody else's lock may stand in the way.
+
+    Raises:
+        UserError: there is no such file, or it is not an HDF5 file that can be read.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    try:
+        return h5py.File(path, "r", libver=LIBVER, locking=locking)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as HDF5 ({error})") from error
+
+
+@contextmanager
+def changed_file(path: Path) -> Iterator[Any]:
+    """Yield an existing h5py file for changing attributes in place.
+
+    No lock is taken: with one, somebody who looks at the file while a job runs would make the job fail.
+    """
+    with naming(path), h5py.File(path, "r+", libver=LIBVER, locking=False) as file:
+        yield file
+
+
+def create_contiguous(
+    group: Any, name: str, shape: Sequence[int], h5type: Any, *, fill: Any = None, labels: Sequence[str] = ()
+) -> Any:
+    """Create a contiguous dataset whose bytes have their place in the file from the start.
+
+    With ``fill`` every element is written now; without, nothing is written and the file stays sparse there.
+    """
+    plist = h5p.create(h5p.DATASET_CREATE)
+    plist.set_layout(h5d.CONTIGUOUS)
+    plist.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+    plist.set_fill_time(h5d.FILL_TIME_NEVER if fill is None else h5d.FILL_TIME_ALLOC)
+    if fill is not None:
+        plist.set_fill_value(np.asarray(fill))
+    dataset = h5py.Dataset(h5d.create(group.id, name.encode(), h5type, h5s.create_simple(tuple(shape)), plist))
+    label_dimensions(dataset, labels)
+    return dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualBlock:
+    """Where a source dataset's tokens and heads lie in a virtual dataset, and where its tokens lie in itself."""
+
+    start: int
+    count: int
+    head: int
+    heads: int
+    file: str
+    source_rows: int
+    source_start: int
+
+
+def create_virtual(
+    group: Any,
+    name: str,
+    shape: Sequence[int],
+    h5type: Any,
+    blocks: Sequence[VirtualBlock],
+    source_name: str,
+    labels: Sequence[str],
+) -> Any:
+    """Create a virtual dataset out of blocks of axes 1 (tokens) and 2 (heads) of datasets in other files.
+
+    A source dataset, called ``source_name``, has all layers, some tokens, and the heads of its block.
+
+    File names are relative to the folder of this file. What no readable source covers reads as NaN.
+    """
+    layers, _, _, dim = shape
+    plist = h5p.create(h5p.DATASET_CREATE)
+    plist.set_fill_value(np.asarray(np.nan, np.float32))
+    space = h5s.create_simple(tuple(shape))
+    for block in blocks:
+        extent = (layers, block.count, block.heads, dim)
+        source = h5s.create_simple((layers, block.source_rows, block.heads, dim))
+        source.select_hyperslab((0, block.source_start, 0, 0), extent)
+        space.select_hyperslab((0, block.start, block.head, 0), extent)
+        plist.set_virtual(space, block.file.encode(), source_name.encode(), source)
+    space.select_all()
+    dataset = h5py.Dataset(h5d.create(group.id, name.encode(), h5type, space, plist))
+    label_dimensions(dataset, labels)
+    return dataset
+
+
+def label_dimensions(dataset: Any, labels: Sequence[str]) -> None:
+    """Name the axes of a dataset."""
+    for axis, label in enumerate(labels):
+        dataset.dims[axis].label = label
+
+
+def dataset_offset(dataset: Any) -> int:
+    """Where the bytes of a contiguous dataset start in its file; 0 for a dataset without elements."""
+    if dataset.size == 0:
+        return 0
+    offset = dataset.id.get_offset()
+    assert offset is not None, f"{dataset.name} is not laid out"
+    return int(offset)
+
+
+def set_attribute(owner: Any, name: str, value: Any) -> None:
+    """Overwrite an attribute in place: nothing in the file moves. (``attrs[name] =`` would delete and create.)"""
+    attribute = h5a.open(owner.id, name.encode())
+    attribute.write(np.asarray(value, dtype=attribute.dtype))
+
+
+def pwrite_all(descriptor: int, data: RawArray, offset: int) -> None:
+    """Write all bytes of a contiguous array at ``offset``, however often the system writes only a part."""
+    view = _bytes_of(data)
+    while view.nbytes:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def pread_all(descriptor: int, data: RawArray, offset: int, path: Path) -> None:
+    """Fill a contiguous array with the bytes of ``path``, open as ``descriptor``, at ``offset``.
+
+    Raises:
+        UserError: the file ends before.
+    """
+    view = _bytes_of(data)
+    while view.nbytes:
+        with naming(path):
+            read = os.preadv(descriptor, [view], offset)
+        if read == 0:
+            raise UserError(f"{path}: truncated: {view.nbytes} bytes are missing at offset {offset}")
+        view, offset = view[read:], offset + read
+
+
+def _bytes_of(data: RawArray) -> memoryview:
+    assert data.flags.c_contiguous
+    return data.reshape(-1).view(np.uint8).data

@@ -1,0 +1,4 @@
+"""Who did what when: intervals, their files and pictures.
+
+May import: errors and text, topology (for drawing).
+"""

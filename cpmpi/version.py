@@ -1,0 +1,3 @@
+"""The version of cpmpi, stated once."""
+
+__version__ = "0.1.0"
