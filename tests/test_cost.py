@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpmpi.cost import price as cost
 from cpmpi.cost.choose import ALIKE, ALL_PRICED, candidates, choose, least_seconds, schedule_on
 from cpmpi.cost.links import Links
 from cpmpi.cost.price import price
-from cpmpi.cost.price import price as cost
 from cpmpi.cost.rates import Rates
 from cpmpi.cost.shape import AttentionShape
 from cpmpi.cost.simulate import Sizes
