@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cpmpi.errors import UserError
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0) -> str:
     """The rows under their header, columns aligned: the first ``left`` to the left, the others to the right."""
@@ -43,3 +47,20 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def parse_bytes(text: str, name: str) -> int:
+    """Bytes of a size such as 8GB, 800MB or 1.5TB; ``name`` says in errors what it is the size of.
+
+    Raises:
+        UserError: it is no size.
+    """
+    number = text.strip().lower().removesuffix("b")
+    unit = number[-1:] if number[-1:].isalpha() else ""
+    try:
+        size = float(number.removesuffix(unit)) * UNITS[unit]
+    except (ValueError, KeyError):
+        raise UserError(f"{name} {text}: not a size such as 8GB or 800MB") from None
+    if not 0 < size < float("inf"):
+        raise UserError(f"{name} {text}: must be more than nothing")
+    return int(size)

@@ -10,11 +10,7 @@ from cpmpi.jobs.options import document_options, run_documents
 
 
 @click.command(name="prefill")
-@document_options
-@click.option(
-    "--kv-dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True,
-    help="Type to store keys and values in.",
-)  # fmt: skip
+@document_options()
 def command(**options: Any) -> None:
     """Log-probabilities and the KV cache of whole documents.
 

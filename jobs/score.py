@@ -10,7 +10,7 @@ from cpmpi.jobs.options import document_options, run_documents
 
 
 @click.command(name="score")
-@document_options
+@document_options("kv_dtype")
 def command(**options: Any) -> None:
     """Log-probabilities of whole documents.
 

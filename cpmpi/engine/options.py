@@ -1,68 +1,110 @@
-"""What a user asks of the main job."""
+"""What a user asks of the main job: the source of the command line's options, of the Python API's and of a plan's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from cpmpi.cost.memory import RESIDENCES
+from cpmpi.choices import AUTO, DEVICES, DTYPES, RESIDENCES, SCHEDULES, STORED_DTYPES, one_of
 from cpmpi.errors import UserError
+from cpmpi.text import parse_bytes
+
+
+def option(default: Any, text: str, *, choices: Sequence[str] = (), least: int | None = None, **more: Any) -> Any:
+    """A field with what is known of it: its help, its choices or its least value, and what the command line adds."""
+    return field(default=default, metadata={"help": text, "choices": tuple(choices), "least": least, **more})
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
     """What a user asks of the job.
 
+    ``command_line`` False marks what a command states by itself, ``flag`` an option that takes no value, ``metavar`` what
+    stands for a value in a help text.
+
     Raises:
-        UserError: a number is out of range.
+        UserError: a number is out of range, or a value is none of the choices, which are listed.
     """
 
-    model: Path
-    """Checkpoint folder."""
-    inputs: tuple[str, ...]
-    """Files, folders and globs."""
-    output: Path
-    """Run folder."""
-    keep_kv: bool = True
-    """Whether the KV cache is stored."""
-    attention: str = "auto"
-    """Schedule: auto, ring, tree or hybrid."""
-    segments: int = 2
-    """Segments that a document is cut into."""
-    tp: int = 1
-    """Ranks that share the weights."""
-    dtype: str = "auto"
-    """Type to compute in."""
-    kv_dtype: str = "bfloat16"
-    """Type to store keys and values in."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    weights: str = "auto"
-    """resident: all weights stay in memory; stream: a layer at a time; auto: as memory allows."""
-    memory_limit: int | None = None
-    """Bytes that a rank may use; None: its share of the node's free memory."""
-    check_finite: bool = False
-    """Whether weights and layers are searched for NaN and infinities."""
-    chunk_tokens: int = 1024
-    """Tokens that go through the model at a time."""
-    special_tokens: bool | None = None
-    """Whether the tokenizer adds special tokens; None: as it does by itself."""
-    allow_longer: bool = False
-    """Whether documents may be longer than the checkpoint's positions."""
-    overwrite: bool = False
-    """Whether a run in the output folder is deleted first."""
-    trace: Path | None = None
-    """File for what every rank did when, in the Trace Event Format."""
-    plot: Path | None = None
-    """File for a picture of it."""
-    quiet: bool = False
-    """Whether progress is left out."""
-    command: str = ""
-    """The command line, for the record."""
+    model: Path = option(None, "Hugging Face checkpoint folder (safetensors).")
+    inputs: tuple[str, ...] = option(
+        (), "Text files, folders, globs, .jsonl (id, and text or token_ids), .npy token ids.", command_line=False
+    )
+    output: Path = option(None, "Run folder. The same command again resumes.")
+    keep_kv: bool = option(True, "Whether keys and values are stored.", command_line=False)
+    attention: str = option(
+        AUTO, "Schedule of attention across ranks; all are exact.", choices=(AUTO, *SCHEDULES)
+    )
+    segments: int = option(2, "Segments a document is cut into.", least=1)
+    tp: int = option(1, "Ranks of a node that share the weights (tensor parallelism); divides the heads.", least=1)
+    dtype: str = option(
+        AUTO, "Type to compute in; auto: float32 on CPUs, the checkpoint's own on GPUs.", choices=(AUTO, *DTYPES)
+    )
+    kv_dtype: str = option("bfloat16", "Type to store keys and values in.", choices=STORED_DTYPES)
+    device: str = option(AUTO, "Where to compute; auto: on GPUs where every rank has one.", choices=(AUTO, *DEVICES))
+    weights: str = option(
+        AUTO, "Keep all weights in memory, or a layer at a time; auto: as memory allows.", choices=(AUTO, *RESIDENCES)
+    )
+    memory_limit: int | None = option(
+        None, "What a rank may use, such as 8GB.  [default: its share of free memory]", metavar="SIZE"
+    )
+    check_finite: bool = option(False, "Stop at NaN or infinities in weights or layers, by name.", flag=True)
+    chunk_tokens: int = option(1024, "Tokens per pass through a layer.", least=1)
+    special_tokens: bool | None = option(
+        None, "Whether the tokenizer adds its special tokens.  [default: as the tokenizer does]"
+    )
+    allow_longer: bool = option(False, "Allow documents beyond the checkpoint's position limit.", flag=True)
+    overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
+    trace: Path | None = option(None, "Write what every rank did when, for chrome://tracing.", metavar="FILE")
+    plot: Path | None = option(None, "Draw it: FILE.png, FILE.svg or FILE.pdf.", metavar="FILE")
+    quiet: bool = option(False, "No progress, results only.", flag=True)
+    command: str = option("", "The command line, for the record.", command_line=False)
 
     def __post_init__(self) -> None:
-        if self.weights not in RESIDENCES:
-            raise UserError(f"--weights {self.weights}: choose one of {', '.join(RESIDENCES)}")
-        for name in ("segments", "chunk_tokens", "tp"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for each in fields(self):
+            value = _as_declared(each, getattr(self, each.name))
+            object.__setattr__(self, each.name, value)
+            _check(each, value)
+
+    @classmethod
+    def of(cls, **options: Any) -> JobOptions:
+        """Options by name, as Python users give them: paths may be text, sizes such as ``"8GB"``.
+
+        Raises:
+            TypeError: there is no option of a name; all names are listed.
+            UserError: as on construction.
+        """
+        names = [each.name for each in fields(cls)]
+        if unknown := sorted(options.keys() - set(names)):
+            raise TypeError(f"no option {', '.join(unknown)}: the options are {', '.join(names)}")
+        return cls(**options)
+
+
+def spelled(name: str) -> str:
+    """An option's name on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _as_declared(each: Field[Any], value: Any) -> Any:
+    """A value in its field's type: paths and sizes may come as text, a single input without a list around it."""
+    if value is None:
+        return None
+    if each.type.startswith("Path"):
+        return Path(value)
+    if each.name == "memory_limit":
+        return parse_bytes(value, spelled(each.name)) if isinstance(value, str) else value
+    if each.name == "inputs":
+        return (str(value),) if isinstance(value, str | Path) else tuple(map(str, value))
+    return value
+
+
+def _check(each: Field[Any], value: Any) -> None:
+    known = each.metadata
+    if known["choices"]:
+        one_of(spelled(each.name), value, known["choices"])
+    if known["least"] is not None and not (isinstance(value, int) and value >= known["least"]):
+        raise UserError(f"{spelled(each.name)} must be at least {known['least']}, not {value}")
+    if each.name in ("model", "output") and value is None:
+        raise UserError(f"{spelled(each.name)} is missing")

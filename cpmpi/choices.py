@@ -1,0 +1,25 @@
+"""What an option may be, each list stated once; names alone, so that a command line needs no library to show them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cpmpi.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+STORED_DTYPES = ("bfloat16", "float16", "float32")
+SCHEDULES = ("ring", "tree", "hybrid")
+DEVICES = ("cpu", "cuda")
+RESIDENCES = ("resident", "stream")
+AUTO = "auto"
+
+
+def one_of(name: str, value: str, choices: Sequence[str]) -> str:
+    """The value, which must be one of the choices.
+
+    Raises:
+        UserError: it is not; they are listed.
+    """
+    if value not in choices:
+        raise UserError(f"{name} {value}: choose one of {', '.join(choices)}")
+    return value
