@@ -52,18 +52,19 @@ def cpmpi_worker(document: Path) -> None:
     """The job itself, KV written to disk included."""
     from benchmarks.memory import peak_bytes
     from cpmpi.comm.ranks import start
-    from cpmpi.engine.job import prepare, run_prepared
     from cpmpi.engine.options import JobOptions
+    from cpmpi.engine.prepare import prepare
+    from cpmpi.engine.run import run_prepared
 
     ranks = start()
     options = JobOptions(
         model=CHECKPOINT, inputs=(str(document),), output=document.parent / "run", overwrite=True, quiet=True
     )
     job = prepare(options, ranks)
-    (seconds,) = run_prepared(job).values()
+    (seconds,) = run_prepared(job).seconds.values()
     peaks = ranks.comm.gather(peak_bytes())
     if ranks.is_root and peaks is not None:
-        emit(seconds=seconds, peak_bytes=max(peaks), formula_bytes=job.memory.total)
+        emit(seconds=seconds, peak_bytes=max(peaks), formula_bytes=job.decision.memory.total)
 
 
 def main() -> None:

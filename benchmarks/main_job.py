@@ -93,13 +93,14 @@ def transformers_worker(folder: Path, tokens: int) -> None:
 def cpmpi_worker(folder: Path, tokens: int, tp: int) -> None:
     """The job itself, KV written to disk included."""
     from cpmpi.comm.ranks import start
-    from cpmpi.engine.job import run
     from cpmpi.engine.options import JobOptions
+    from cpmpi.engine.run import run
 
     ranks = start()
     inputs = tuple(str(folder / f"{n}.npy") for n in (512, tokens))
     output = folder / f"run-{ranks.size}-{tp}"
-    seconds = run(JobOptions(model=folder / "model", inputs=inputs, output=output, tp=tp, overwrite=True, quiet=True))
+    options = JobOptions(model=folder / "model", inputs=inputs, output=output, tp=tp, overwrite=True, quiet=True)
+    seconds = run(options).seconds
     peaks = ranks.comm.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     if ranks.is_root and peaks is not None:
         emit(seconds=seconds[1], peak_bytes=max(peaks))

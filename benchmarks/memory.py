@@ -60,8 +60,9 @@ def measure(folder: Path, tokens: int, weights: str) -> None:
     from mpi4py import MPI
 
     from cpmpi.comm.ranks import start
-    from cpmpi.engine.job import prepare, run_prepared
     from cpmpi.engine.options import JobOptions
+    from cpmpi.engine.prepare import prepare
+    from cpmpi.engine.run import run_prepared
 
     comm = MPI.COMM_WORLD
     document, output = folder / f"{tokens}.npy", folder / f"run-{tokens}-{comm.size}"
@@ -74,7 +75,7 @@ def measure(folder: Path, tokens: int, weights: str) -> None:
     )  # fmt: skip
     job = prepare(options, start())
     run_prepared(job)
-    formula = job.memory
+    formula = job.decision.memory
     peaks = comm.gather(peak_bytes())
     totals = comm.gather(formula.total)
     if comm.rank == 0:

@@ -90,8 +90,9 @@ def measure(folder: Path, way: str, tokens: int) -> dict[str, float]:
     import numpy as np
 
     from cpmpi.comm.ranks import start
-    from cpmpi.engine.job import prepare, run_prepared
     from cpmpi.engine.options import JobOptions
+    from cpmpi.engine.prepare import prepare
+    from cpmpi.engine.run import run_prepared
     from cpmpi.run.reader import open_run
 
     document, output = folder / "document.npy", folder / f"run-{way}"
@@ -104,10 +105,10 @@ def measure(folder: Path, way: str, tokens: int) -> dict[str, float]:
         ),
         start(),
     )  # fmt: skip
-    (seconds,) = run_prepared(job).values()
+    (seconds,) = run_prepared(job).seconds.values()
     with open_run(output) as done:
         digest = int(hashlib.sha256(done.documents[0].logprobs.tobytes()).hexdigest()[:12], 16)
-    return {"seconds": seconds, "peak": peak_bytes(), "plan": job.memory.total, "digest": digest}
+    return {"seconds": seconds, "peak": peak_bytes(), "plan": job.decision.memory.total, "digest": digest}
 
 
 def forget(folder: Path) -> None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from cpmpi.errors import UserError
+from cpmpi.version import __version__
+
 if TYPE_CHECKING:
+    from cpmpi.engine.api import prefill, score
     from cpmpi.run.reader import open_run
 
-__version__ = "0.1.0"
-__all__ = ["__version__", "open_run"]
+__all__ = ["UserError", "__version__", "open_run", "prefill", "score"]
+
+# public name -> where it is; imported when it is first used, so that ``import cpmpi`` alone is cheap
+PUBLIC = {
+    "open_run": "cpmpi.run.reader",
+    "prefill": "cpmpi.engine.api",
+    "score": "cpmpi.engine.api",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names when they are first used: ``import cpmpi`` alone is cheap."""
-    if name == "open_run":
-        from cpmpi.run.reader import open_run
-
-        return open_run
+    if name in PUBLIC:
+        return getattr(importlib.import_module(PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,9 @@ FOLDER = click.Path(path_type=Path)
 FIELDS = {each.name: each for each in fields(JobOptions)}
 NEEDED = ("model", "output")
 INPUTS = (
-    click.option("--input", "inputs", required=True, multiple=True, metavar="FILE...", help=FIELDS["inputs"].metadata["help"]),
+    click.option(
+        "--input", "inputs", required=True, multiple=True, metavar="FILE...", help=FIELDS["inputs"].metadata["help"]
+    ),
     click.argument("more_inputs", nargs=-1, metavar=""),
 )  # fmt: skip
 
@@ -25,7 +27,8 @@ INPUTS = (
 def option_of(name: str, **changes: Any) -> Callable[..., Any]:
     """The click option of a field of `JobOptions`; ``changes`` replace what its metadata say."""
     each: Field[Any] = FIELDS[name]
-    known, wanted = each.metadata, {}
+    known = each.metadata
+    wanted: dict[str, Any] = {}
     if known.get("flag"):
         return click.option(spelled(name), is_flag=True, help=known["help"])
     if each.type == "bool | None":

@@ -23,8 +23,8 @@ def test_job_on_cuda_equals_transformers_on_the_cpu(ranks, weights, tmp_path):
     from mpi4py import MPI
 
     import cpmpi
-    from cpmpi.engine.job import run
     from cpmpi.engine.options import JobOptions
+    from cpmpi.engine.run import run
 
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)
@@ -51,8 +51,8 @@ def test_bfloat16_stays_near_float32(tmp_path):
     from mpi4py import MPI
 
     import cpmpi
-    from cpmpi.engine.job import run
     from cpmpi.engine.options import JobOptions
+    from cpmpi.engine.run import run
 
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)

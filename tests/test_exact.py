@@ -60,8 +60,8 @@ def test_job_equals_one_transformers_process(ranks, tmp_path):
     from mpi4py import MPI
 
     import cpmpi
-    from cpmpi.engine.job import run
     from cpmpi.engine.options import JobOptions
+    from cpmpi.engine.run import run
 
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)
@@ -115,7 +115,7 @@ def test_every_schedule_gives_the_same_result(tmp_path):
     from cpmpi.attention.schedule import Schedule
     from cpmpi.comm.progress import Progress
     from cpmpi.comm.transport import MPITransport
-    from cpmpi.engine.job import assemble
+    from cpmpi.engine.run import assemble
     from cpmpi.engine.score import Engine
     from cpmpi.model.checkpoint import Checkpoint
     from cpmpi.model.probe import backends_of, probe

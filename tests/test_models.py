@@ -66,7 +66,7 @@ def scores(comm, folder, stream=False, dtype="float32", make=document):
     from cpmpi.attention.schedule import Schedule
     from cpmpi.comm.progress import Progress
     from cpmpi.comm.transport import MPITransport
-    from cpmpi.engine.job import assemble
+    from cpmpi.engine.run import assemble
     from cpmpi.engine.score import Engine
     from cpmpi.model.checkpoint import Checkpoint
     from cpmpi.model.probe import backends_of, probe

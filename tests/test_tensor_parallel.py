@@ -43,7 +43,7 @@ def test_a_grid_equals_one_transformers_process(tp, cp, tmp_path):
     from mpi4py import MPI
 
     import cpmpi
-    from cpmpi.engine.job import run
+    from cpmpi.engine.run import run
     from cpmpi.run.verify import verify_run
 
     comm, folder = MPI.COMM_WORLD, shared_folder(tmp_path)
@@ -108,24 +108,24 @@ def test_two_sums_a_layer_and_nothing_else_on_the_wire(tmp_path):
 def check_wire(comm, folder, tp, kv_heads):
     """Count what one document of 1,000 tokens sends, sums and keeps on 4 ranks."""
     from cpmpi.comm.ranks import start
-    from cpmpi.engine.job import load_engine, open_run_folder, prepare
-    from cpmpi.model.forward import chunks
+    from cpmpi.engine.prepare import prepare
+    from cpmpi.engine.run import load_engine, open_run_folder
+    from cpmpi.model.forward import chunked
 
     name = f"{tp}-{kv_heads}"
     job = prepare(options_of(folder, name, "documents", f"run-{name}", tp=tp, attention="ring", keep_kv=False), start())
     open_run_folder(job)
-    engine = load_engine(job)
-    layout, position = job.spec.documents[0].layout, job.grid.position(job.ranks.rank)
-    pieces = job.grid.computed(layout).pieces(position)
+    layout, position = job.spec.documents[0].layout, job.place.grid.position(job.ranks.rank)
+    pieces = job.place.grid.computed(layout).pieces(position)
     held = [0]
-    token_ids = job.ranks.spread(job.documents[0].token_ids if job.ranks.is_root else None)
-    scores = engine.score(token_ids, layout, "d", lambda _, k, v: held.append(k.numel() + v.numel()))
+    token_ids = job.ranks.spread(job.inputs.documents[0].token_ids if job.ranks.is_root else None)
+    with load_engine(job) as engine:
+        scores = engine.score(token_ids, layout, "d", lambda _, k, v: held.append(k.numel() + v.numel()))
     sums, summed_bytes, sent = engine.summing.sums, engine.summing.summed_bytes, engine.summing.sent_bytes
     keys_sent = comm.allreduce(engine.transport.sent_bytes)
-    engine.close()
     tokens = sum(piece.size for piece in pieces)
     assert tokens == 1000 // (4 // tp)
-    assert (sums, sent) == (2 * LAYERS * len(chunks(pieces, 300)), 0)
+    assert (sums, sent) == (2 * LAYERS * len(chunked(pieces, 300)), 0)
     assert summed_bytes == 2 * LAYERS * tokens * HIDDEN * 4
     # Among the positions of a head group keys go round a ring; every group moves the keys of its own heads.
     token_numbers, positions = kv_heads * 2 * HEAD_DIM, layout.world
@@ -159,7 +159,8 @@ def test_families(tmp_path):
 
 def check_family(comm, folder, family):
     from cpmpi.comm.ranks import start
-    from cpmpi.engine.job import prepare, run
+    from cpmpi.engine.prepare import prepare
+    from cpmpi.engine.run import run
     from cpmpi.errors import UserError
     from cpmpi.run.reader import open_run
 
@@ -251,7 +252,7 @@ def test_ranks_that_do_not_make_whole_grids_are_refused(tmp_path):
     from mpi4py import MPI
 
     from cpmpi.comm.ranks import start
-    from cpmpi.engine.job import prepare
+    from cpmpi.engine.prepare import prepare
     from cpmpi.errors import UserError
 
     comm, folder = MPI.COMM_WORLD, shared_folder(tmp_path)

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from cpmpi.cost.memory import choose_residence
 from cpmpi.errors import UserError
-from cpmpi.jobs.options import parse_bytes
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.probe import probe
 from cpmpi.model.stages import spans_of
 from cpmpi.model.weights import WeightBytes, weight_bytes
+from cpmpi.text import parse_bytes
 from tests.sweep import OWN
 from tests.test_models import scores
 from tests.tiny_models import save_tiny, tiny_config
@@ -202,10 +202,15 @@ def test_the_plan_keeps_weights_where_they_fit():
 
 
 def test_sizes():
-    assert [parse_bytes(t) for t in ("8GB", "1.5 tb", "800M", "7")] == [8 * 10**9, 15 * 10**11, 8 * 10**8, 7]
+    assert [parse_bytes(t, "--memory-limit") for t in ("8GB", "1.5 tb", "800M", "7")] == [
+        8 * 10**9,
+        15 * 10**11,
+        8 * 10**8,
+        7,
+    ]
     for bad in ("", "GB", "8XB", "-1GB", "0", "inf"):
         with pytest.raises(UserError, match="--memory-limit"):
-            parse_bytes(bad)
+            parse_bytes(bad, "--memory-limit")
 
 
 def test_the_probe_needs_no_weights(checkpoint):

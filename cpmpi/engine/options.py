@@ -21,8 +21,7 @@ def option(default: Any, text: str, *, choices: Sequence[str] = (), least: int |
 class JobOptions:
     """What a user asks of the job.
 
-    ``command_line`` False marks what a command states by itself, ``flag`` an option that takes no value, ``metavar`` what
-    stands for a value in a help text.
+    Fields with ``command_line`` False are no options of a command, those with ``flag`` take no value there.
 
     Raises:
         UserError: a number is out of range, or a value is none of the choices, which are listed.
@@ -34,9 +33,7 @@ class JobOptions:
     )
     output: Path = option(None, "Run folder. The same command again resumes.")
     keep_kv: bool = option(True, "Whether keys and values are stored.", command_line=False)
-    attention: str = option(
-        AUTO, "Schedule of attention across ranks; all are exact.", choices=(AUTO, *SCHEDULES)
-    )
+    attention: str = option(AUTO, "Schedule of attention across ranks; all are exact.", choices=(AUTO, *SCHEDULES))
     segments: int = option(2, "Segments a document is cut into.", least=1)
     tp: int = option(1, "Ranks of a node that share the weights (tensor parallelism); divides the heads.", least=1)
     dtype: str = option(

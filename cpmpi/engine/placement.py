@@ -1,4 +1,4 @@
-"""Where the ranks of a job sit, in which order they are numbered, and which schedule suits them."""
+"""Where the ranks of a job sit, in which order they are numbered, and how they are split into groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-def place(ranks: Ranks, *, measure: bool) -> tuple[Ranks, Topology]:
+def number_ranks(ranks: Ranks, *, measure: bool) -> tuple[Ranks, Topology]:
     """Discover the machine and number the ranks along its rings, leaf by leaf and node by node. Collective.
 
     Args:

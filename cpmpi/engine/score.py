@@ -1,6 +1,6 @@
 """One document on all ranks: the layer-major forward with attention across ranks, then log-probabilities.
 
-Legend: T this rank's tokens, H query heads, G KV heads, D key head dim, E value head dim.
+Legend: T this rank's tokens, C tokens of a chunk, H query heads, G KV heads, D key head dim, E value head dim.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +18,13 @@ import torch
 from cpmpi.attention.execute import Execution, Keys, Queries
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout, Piece
-from cpmpi.attention.schedule import Schedule
+from cpmpi.attention.schedule import Program, Schedule
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.transport import Transport
 from cpmpi.kernels.backend import Backend
 from cpmpi.model.attention_call import Call, rule_of
 from cpmpi.model.finite import finite, finite_layers
-from cpmpi.model.forward import chunks, layer_major
+from cpmpi.model.forward import chunked, cut, layer_major
 from cpmpi.model.head import Head, decoder_of
 from cpmpi.model.probe import Layer
 from cpmpi.model.weights import Weights
@@ -47,6 +48,32 @@ class Scores:
 
 
 @dataclass(kw_only=True)
+class Pass:
+    """One document on its way through the layers of one rank.
+
+    Attributes:
+        ids_T: all token ids of the document.
+        layout, computed: which position of a head group keeps the keys of which tokens, and computes which tokens.
+        parts: the chunks that this rank computes, as runs of positions.
+        kept: where in the chunks the tokens lie whose keys this rank keeps.
+        program: of this rank's part in attention.
+        keep: takes finished keys and values.
+        gone_on: when the model's own code last went on, a time of ``time.perf_counter``.
+        attending: seconds that attention took so far.
+    """
+
+    ids_T: torch.Tensor
+    layout: Layout
+    computed: Layout
+    parts: list[Piece]
+    kept: list[tuple[int, slice]]
+    program: Program
+    keep: KeepKeys | None
+    gone_on: float
+    attending: float = 0.0
+
+
+@dataclass(kw_only=True)
 class Engine:
     """Runs documents on the ranks of a grid; every rank has one, and calls it with the same documents.
 
@@ -57,7 +84,7 @@ class Engine:
         schedule, transport: of the attention among the ranks of a head group, by their positions.
         backends: the attention kernel of each layer.
         grid: how ranks share heads and tokens.
-        summing: among the ranks that share the weights, where they do; the model's sums go over it.
+        summing: among the ranks that share the weights, where they do; the model's own sums go over it.
         recorder: notes what happens when, where a timeline is wanted.
         chunk_tokens: tokens that go through the model at a time.
         check_finite: whether layers are searched for NaN and infinities.
@@ -77,6 +104,11 @@ class Engine:
     chunk_tokens: int = 1024
     check_finite: bool = False
 
+    @property
+    def position(self) -> int:
+        """This rank's place in its head group."""
+        return self.grid.position(self.rank)
+
     @torch.inference_mode()
     def score(
         self, token_ids: npt.NDArray[np.integer], layout: Layout, name: str, keep: KeepKeys | None = None
@@ -90,58 +122,80 @@ class Engine:
             keep: takes each finished layer's number and this rank's keys (T, G, D) and values (T, G, E), and owns them.
         """
         started = time.perf_counter()
-        ids_T = torch.from_numpy(token_ids.astype(np.int64)).to(self.device)
-        position = self.grid.position(self.rank)
-        computed = self.grid.computed(layout)
-        parts = chunks(computed.pieces(position), self.chunk_tokens)
-        kept = rows_of(layout.pieces(position), parts)
-        program = self.schedule.program(position)
+        way = self._begin(token_ids, layout, keep, started)
         self.progress.start(name, layout.n_tokens, len(self.layers))
-        attending, gone_on = 0.0, started
-
-        def attend(layer: int, calls: list[Call]) -> Sequence[torch.Tensor]:
-            nonlocal attending, gone_on
-            begun = time.perf_counter()
-            self._note_layers(layer, gone_on, begun)
-            if self.check_finite:
-                for part, call in zip(parts, calls, strict=False):
-                    for what, tensor in (("queries", call.q_1HCD), ("keys", call.k_1GCD), ("values", call.v_1GCE)):
-                        finite(tensor, f"layer {layer}, {what} of tokens {part.start} to {part.stop - 1}")
-            self.weights.leave(layer)
-            heads, rule = self.layers[layer].heads, rule_of(calls[0], layout.n_tokens)
-            keys = Keys.empty(layout.pieces(position), heads, self.device)
-            if kept:
-                torch.cat([calls[i].k_1GCD[0].transpose(0, 1)[rows] for i, rows in kept], out=keys.k_SGD)
-                torch.cat([calls[i].v_1GCE[0].transpose(0, 1)[rows] for i, rows in kept], out=keys.v_SGE)
-            if keep is not None:
-                keep(layer, keys.k_SGD, keys.v_SGE)
-            runs = [(part.start, call.q_1HCD[0].transpose(0, 1)) for part, call in zip(parts, calls, strict=False)]
-            execution = Execution(
-                rank=position, program=program, transport=self.transport, backend=self.backends[layer], heads=heads,
-                rule=rule, query_layout=computed, key_layouts=(layout,), device=self.device,
-                tick=lambda done: self.progress.update(layer + done), recorder=self.recorder,
-            )  # fmt: skip
-            out_THE = execution.run(Queries(tuple(runs)), keys)
-            self.weights.enter(layer + 1)
-            self.progress.update(layer + 1)
-            gone_on = time.perf_counter()
-            attending += gone_on - begun
-            if not parts:  # a rank without tokens walks along with the first token, whose result nobody takes
-                return [out_THE.new_zeros(1, heads.query_heads, heads.value_dim)]
-            return torch.split(out_THE, [part.size for part in parts])
-
         self.weights.enter(0)
         decoder = decoder_of(self.weights.model)
+        # A rank without tokens walks along with the first token, whose result nobody takes.
+        chunks = cut(way.ids_T, way.parts or [Piece(0, 1)])
         with finite_layers(decoder) if self.check_finite else nullcontext():
-            states = layer_major(decoder, ids_T, parts or [Piece(0, 1)], attend)
+            states = layer_major(decoder, chunks, layout.n_tokens, partial(self.attend, way))
         self.weights.close()
         decoded = time.perf_counter()
-        positions, logprobs, last_hidden = self._head(ids_T, parts, states)
-        self._note_layers(len(self.layers), gone_on, time.perf_counter())
+        positions, logprobs, last_hidden = self._head(way, states)
+        self._note_layers(len(self.layers), way.gone_on, time.perf_counter())
         return Scores(
             positions=positions, logprobs=logprobs, last_hidden=last_hidden,
-            seconds={"attention": attending, "decoder": decoded - started, "head": time.perf_counter() - decoded},
+            seconds={"attention": way.attending, "decoder": decoded - started, "head": time.perf_counter() - decoded},
         )  # fmt: skip
+
+    def attend(self, way: Pass, layer: int, calls: list[Call]) -> Sequence[torch.Tensor]:
+        """A layer's attention, where all chunks have met: gather this rank's keys, keep them, attend across ranks.
+
+        Returns:
+            The output (C, H, E) of each chunk, with which it goes on through its layer to the next attention.
+        """
+        begun = time.perf_counter()
+        self._note_layers(layer, way.gone_on, begun)
+        self._check(way, layer, calls)
+        self.weights.leave(layer)
+        keys = self._gather_keys(way, layer, calls)
+        if way.keep is not None:
+            way.keep(layer, keys.k_SGD, keys.v_SGE)
+        runs = [(part.start, call.q_1HCD[0].transpose(0, 1)) for part, call in zip(way.parts, calls, strict=False)]
+        out_THE = self._execution(way, layer, calls).run(Queries(tuple(runs)), keys)
+        self.weights.enter(layer + 1)
+        self.progress.update(layer + 1)
+        way.gone_on = time.perf_counter()
+        way.attending += way.gone_on - begun
+        if not way.parts:
+            return [out_THE.new_zeros(1, *out_THE.shape[1:])]
+        return torch.split(out_THE, [part.size for part in way.parts])
+
+    def _begin(self, token_ids: npt.NDArray[np.integer], layout: Layout, keep: KeepKeys | None, started: float) -> Pass:
+        """This rank's way through a document."""
+        computed = self.grid.computed(layout)
+        parts = chunked(computed.pieces(self.position), self.chunk_tokens)
+        return Pass(
+            ids_T=torch.from_numpy(token_ids.astype(np.int64)).to(self.device), layout=layout, computed=computed,
+            parts=parts, kept=rows_of(layout.pieces(self.position), parts),
+            program=self.schedule.program(self.position), keep=keep, gone_on=started,
+        )  # fmt: skip
+
+    def _gather_keys(self, way: Pass, layer: int, calls: list[Call]) -> Keys:
+        """The keys and values that this rank keeps, from the chunks that made them."""
+        keys = Keys.empty(way.layout.pieces(self.position), self.layers[layer].heads, self.device)
+        if way.kept:
+            torch.cat([calls[i].k_1GCD[0].transpose(0, 1)[rows] for i, rows in way.kept], out=keys.k_SGD)
+            torch.cat([calls[i].v_1GCE[0].transpose(0, 1)[rows] for i, rows in way.kept], out=keys.v_SGE)
+        return keys
+
+    def _execution(self, way: Pass, layer: int, calls: list[Call]) -> Execution:
+        """This rank's part in the attention of a layer."""
+        return Execution(
+            rank=self.position, program=way.program, transport=self.transport, backend=self.backends[layer],
+            heads=self.layers[layer].heads, rule=rule_of(calls[0], way.layout.n_tokens), query_layout=way.computed,
+            key_layouts=(way.layout,), device=self.device, recorder=self.recorder,
+            tick=lambda done: self.progress.update(layer + done),
+        )  # fmt: skip
+
+    def _check(self, way: Pass, layer: int, calls: list[Call]) -> None:
+        """Where it is asked for: refuse NaN and infinities in what the chunks hand over."""
+        if not self.check_finite:
+            return
+        for part, call in zip(way.parts, calls, strict=False):
+            for what, tensor in (("queries", call.q_1HCD), ("keys", call.k_1GCD), ("values", call.v_1GCE)):
+                finite(tensor, f"layer {layer}, {what} of tokens {part.start} to {part.stop - 1}")
 
     def _note_layers(self, layer: int, start_s: float, stop_s: float) -> None:
         """For a timeline: the model has computed up to the attention of ``layer``, which comes now."""
@@ -149,30 +203,25 @@ class Engine:
             self.recorder.layer = layer
             self.recorder.note("layers", 0, start_s, stop_s)
 
-    def close(self) -> None:
-        """Give back what the transports hold. Collective."""
-        self.transport.close()
-        if self.summing is not None:
-            self.summing.close()
-
     def _head(
-        self, ids_T: torch.Tensor, parts: Sequence[Piece], states: Sequence[torch.Tensor]
+        self, way: Pass, states: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The hidden state at position i predicts token i + 1; the last token's predicts nothing yet and is kept.
 
         Ranks that share the weights have the same hidden states, and take an equal share of each chunk.
         """
-        n_tokens, tp, index = len(ids_T), self.grid.tp, self.grid.tp_index(self.rank)
+        n_tokens, tp, index = way.layout.n_tokens, self.grid.tp, self.grid.tp_index(self.rank)
         head = Head(self.weights.model)
         positions, logprobs, last_hidden = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)], None
-        for part, hidden_TC in zip(parts, states, strict=False):
+        for part, hidden_TC in zip(way.parts, states, strict=False):
             if self.check_finite:
                 finite(hidden_TC, f"output of the final norm, tokens {part.start} to {part.stop - 1}")
             predicting = min(part.stop, n_tokens - 1) - part.start
             first, stop = (predicting * i // tp for i in (index, index + 1))
             targets = torch.arange(part.start + first + 1, part.start + stop + 1)
             positions.append(targets)
-            logprobs.append(head.logprobs(hidden_TC[first:stop], ids_T[part.start + first + 1 : part.start + stop + 1]))
+            targets_T = way.ids_T[part.start + first + 1 : part.start + stop + 1]
+            logprobs.append(head.logprobs(hidden_TC[first:stop], targets_T))
             if part.stop == n_tokens and index == 0:
                 last_hidden = hidden_TC[-1].float().cpu()
         return torch.cat(positions), torch.cat(logprobs), last_hidden

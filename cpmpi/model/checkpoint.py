@@ -21,7 +21,7 @@ from cpmpi.model.fingerprint import check_whole, weight_files
 from cpmpi.model.finite import finite
 from cpmpi.model.forward import register
 from cpmpi.model.stages import spans_of
-from cpmpi.model.tensor_parallel import Sharing
+from cpmpi.model.tensor_parallel import WHOLE, Sharing
 from cpmpi.model.weight_reader import WeightReader
 from cpmpi.model.weights import StreamedWeights, Weights
 
@@ -128,13 +128,13 @@ class Checkpoint:
         own = self.text_config_value("dtype") or torch.float32
         return torch.float32 if device.type == "cpu" else own
 
-    def skeleton(self, dtype: torch.dtype, *, probed: bool = True, sharing: Sharing | None = None) -> torch.nn.Module:
+    def skeleton(self, dtype: torch.dtype, *, probed: bool = True, sharing: Sharing = WHOLE) -> torch.nn.Module:
         """The model without weights: its parameters are on the meta device, its buffers are real.
 
         Args:
             dtype: type to compute in.
             probed: to learn from, in the probe: experts are then computed in the way that looks least at values.
-            sharing: this rank's share of the weights; None: all.
+            sharing: this rank's share of the weights.
 
         Raises:
             UserError: transformers cannot make it with another attention than its own.
@@ -154,12 +154,11 @@ class Checkpoint:
                 f"{self.folder}: {self.config.model_type} cannot be made with cpmpi's attention ({reason})"
             ) from error
         _keep_in_float32(model, dtype)
-        if sharing is not None:
-            sharing.narrow(model)
+        sharing.narrow(model)
         return model.eval()
 
     def reader(
-        self, probed: Any, device: torch.device, *, sharing: Sharing | None = None,
+        self, probed: Any, device: torch.device, *, sharing: Sharing = WHOLE,
         check_finite: bool = False,
     ) -> WeightReader:  # fmt: skip
         """What reads the weights; the files' headers are checked here.
@@ -167,7 +166,7 @@ class Checkpoint:
         Args:
             probed: the model without weights, to learn from, with this rank's share.
             device: where to compute.
-            sharing: this rank's share of the weights; None: all.
+            sharing: this rank's share of the weights.
             check_finite: whether weights are searched for NaN and infinities when they are read.
 
         Raises:
@@ -189,7 +188,7 @@ class Checkpoint:
         """
         if stream:
             return StreamedWeights(reader)
-        if reader.sharing is None:
+        if reader.sharing == WHOLE:
             return Weights(self.load(reader.model.config.dtype, reader.device, check_finite=reader.check_finite))
         reader.load(reader.groups)
         return Weights(reader.model)

@@ -29,33 +29,50 @@ from cpmpi.model.attention_call import ATTENTION, Call, Visible, make_mask
 from cpmpi.model.rotary import document_length
 
 
-def chunks(pieces: Sequence[Piece], chunk_tokens: int) -> list[Piece]:
+def chunked(pieces: Sequence[Piece], chunk_tokens: int) -> list[Piece]:
     """The pieces cut into runs of at most ``chunk_tokens`` tokens, as equal as possible."""
-    cut = []
+    runs = []
     for piece in pieces:
         n = -(-piece.size // chunk_tokens)
         bounds = [piece.start + piece.size * i // n for i in range(n + 1)]
-        cut += [Piece(a, b) for a, b in pairwise(bounds)]
-    return cut
+        runs += [Piece(a, b) for a, b in pairwise(bounds)]
+    return runs
+
+
+class Chunk(NamedTuple):
+    """Tokens that go through the model together: their ids (C,), int64, and the position of the first."""
+
+    ids_C: torch.Tensor
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """The position after the last."""
+        return self.start + len(self.ids_C)
+
+
+def cut(token_ids_T: torch.Tensor, parts: Sequence[Piece]) -> list[Chunk]:
+    """The chunks of a document at these runs of positions."""
+    return [Chunk(token_ids_T[part.start : part.stop], part.start) for part in parts]
 
 
 def layer_major(
     model: torch.nn.Module,
-    token_ids_T: torch.Tensor,
-    parts: Sequence[Piece],
+    chunks: Sequence[Chunk],
+    n_tokens: int,
     attend: Callable[[int, list[Call]], Sequence[torch.Tensor]],
 ) -> list[torch.Tensor]:
     """The hidden states after the final norm, (C, hidden) for each chunk.
 
     Args:
         model: a transformers decoder without head, with ``ATTENTION`` as its attention implementation.
-        token_ids_T: the document's token ids, int64, on the model's device.
-        parts: the chunks to compute, as runs of positions.
+        chunks: what to compute, on the model's device.
+        n_tokens: of the whole document, for what depends on its length.
         attend: given a layer's number (0, 1, ...) and the chunks' calls, the attention output of each, (C, H, E).
     """
-    walkers = [greenlet.greenlet(_walk) for _ in parts]
-    with document_length(model, len(token_ids_T)):
-        states = _walk_on(walkers, [(model, token_ids_T, part) for part in parts])
+    walkers = [greenlet.greenlet(_walk) for _ in chunks]
+    with document_length(model, n_tokens):
+        states = _walk_on(walkers, [(model, chunk) for chunk in chunks])
         layer = 0
         while isinstance(states[0], Call):
             assert all(isinstance(call, Call) and call.module is states[0].module for call in states)
@@ -122,11 +139,11 @@ def sum_outputs(model: torch.nn.Module, modules: Sequence[str], start: Callable[
         model.get_submodule(name).register_forward_hook(complete)
 
 
-def _walk(model: torch.nn.Module, token_ids_T: torch.Tensor, part: Piece) -> torch.Tensor:
+def _walk(model: torch.nn.Module, chunk: Chunk) -> torch.Tensor:
     """One chunk's way through the whole model."""
-    positions_1C = torch.arange(part.start, part.stop, device=token_ids_T.device)[None]
-    ids_1C = token_ids_T[None, part.start : part.stop]
-    hidden: torch.Tensor = model(input_ids=ids_1C, position_ids=positions_1C, use_cache=False).last_hidden_state
+    positions_1C = torch.arange(chunk.start, chunk.stop, device=chunk.ids_C.device)[None]
+    out = model(input_ids=chunk.ids_C[None], position_ids=positions_1C, use_cache=False)
+    hidden: torch.Tensor = out.last_hidden_state
     return hidden[0]
 
 

@@ -25,7 +25,7 @@ from cpmpi.errors import UserError
 from cpmpi.kernels.backend import Backend
 from cpmpi.kernels.select import select
 from cpmpi.model.attention_call import Call, Visible, heads_of, rule_of
-from cpmpi.model.forward import layer_major
+from cpmpi.model.forward import cut, layer_major
 from cpmpi.model.head import decoder_of
 
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -111,7 +111,7 @@ def _walk(causal_lm: torch.nn.Module, part: Piece, attend: Callable[..., list[to
     """Imagine the forward of a part of the document."""
     with ImaginedValues() as values:  # type: ignore[no-untyped-call]
         ids_T = torch.arange(WHOLE).flip(0)  # where a token counts for the positions of later ones, it shows
-        layer_major(decoder_of(causal_lm), ids_T, [part], attend)
+        layer_major(decoder_of(causal_lm), cut(ids_T, [part]), WHOLE, attend)
     found: ImaginedValues = values
     return found
 

@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from cpmpi.attention.layout import Piece
 from cpmpi.model.attention_call import Call
-from cpmpi.model.forward import layer_major
+from cpmpi.model.forward import Chunk, layer_major
 from cpmpi.model.head import decoder_of
 from cpmpi.model.probe import TOKENS, ImaginedValues, no_attention
 
@@ -53,7 +52,7 @@ def spans_of(causal_lm: torch.nn.Module) -> dict[str, Span]:
     try:
         with ImaginedValues():  # type: ignore[no-untyped-call]
             ids_T = torch.zeros(TOKENS, dtype=torch.int64)
-            layer_major(decoder_of(causal_lm), ids_T, [Piece(0, TOKENS)], note)
+            layer_major(decoder_of(causal_lm), [Chunk(ids_T, 0)], TOKENS, note)
     finally:
         for hook in hooks:
             hook.remove()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """What a rank of a tensor-parallel group holds of a model.
+    """What a rank of a tensor-parallel group holds of a model; by default all of it, as the only one.
 
     Attributes:
         grid: of the ranks.
@@ -72,10 +72,10 @@ class Sharing:
         summed: modules whose outputs are partial sums.
     """
 
-    grid: Grid
-    cuts: Mapping[str, Cut]
-    dropped: frozenset[str]
-    summed: tuple[str, ...]
+    grid: Grid = field(default_factory=Grid)
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    summed: tuple[str, ...] = ()
 
     def narrow(self, model: torch.nn.Module) -> None:
         """Make a model without weights one of this share."""
@@ -107,6 +107,9 @@ class Sharing:
             if (b.query_heads, b.kv_heads) != (a.query_heads // tp, a.kv_heads // self.grid.head_groups):
                 raise UserError(f"--tp {tp}: the tensor-parallel plan of {name} does not split its attention")
         return layers
+
+
+WHOLE = Sharing()
 
 
 def share(model: Any, layers: Sequence[Layer], tp: int, index: int) -> Sharing:

@@ -24,7 +24,7 @@ from cpmpi.errors import UserError, one_line, some
 from cpmpi.model.fingerprint import weight_files
 from cpmpi.model.finite import finite
 from cpmpi.model.stages import Span, span_of_all
-from cpmpi.model.tensor_parallel import Cut, Sharing
+from cpmpi.model.tensor_parallel import WHOLE, Cut, Sharing
 
 FLOATING = ("F64", "F32", "F16", "BF16")  # types of stored weights, as safetensors names them
 
@@ -55,7 +55,7 @@ class WeightReader:
         folder: the checkpoint.
         device: where to compute.
         spans: the stages in which the model's modules run.
-        sharing: this rank's share of the weights; None: all.
+        sharing: this rank's share of the weights.
         check_finite: whether weights are searched for NaN and infinities when they are read.
 
     Attributes:
@@ -69,13 +69,13 @@ class WeightReader:
 
     def __init__(
         self, model: Any, folder: Path, device: torch.device, spans: dict[str, Span], *,
-        sharing: Sharing | None = None, check_finite: bool = False,
+        sharing: Sharing = WHOLE, check_finite: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.folder, self.device = model, folder, device
         self.sharing, self.check_finite = sharing, check_finite
         self.meta: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._cuts = {} if sharing is None else sharing.cuts
+        self._cuts = sharing.cuts
         self._stored = _stored_tensors(folder)
         self.groups = _groups(model, self._stored)
         for group in self.groups:

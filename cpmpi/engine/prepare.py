@@ -1,0 +1,179 @@
+"""Prepare a job: read, inspect the model, place the ranks, decide. Nothing is written and no weight is read.
+
+All that can be refused is refused here. Each step is collective: all ranks make it and raise its errors together.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from cpmpi.attention.execute import Heads
+from cpmpi.attention.grid import Grid
+from cpmpi.attention.layout import Layout
+from cpmpi.comm.device import available_bytes, choose_device, resident_set_bytes, set_threads
+from cpmpi.comm.progress import Progress
+from cpmpi.comm.ranks import Ranks
+from cpmpi.cost.choose import choose_schedule
+from cpmpi.cost.memory import choose_residence, document_memory
+from cpmpi.documents.read import Document, read_documents
+from cpmpi.engine.options import JobOptions
+from cpmpi.engine.placement import check_grid, number_ranks
+from cpmpi.engine.report import introduce
+from cpmpi.engine.state import Decision, Inputs, Job, Model, Place
+from cpmpi.errors import UserError
+from cpmpi.model.checkpoint import Checkpoint
+from cpmpi.model.fingerprint import model_sha256, tokenizer_sha256
+from cpmpi.model.probe import Layer, backends_of, probe
+from cpmpi.model.tensor_parallel import WHOLE, Sharing, share
+from cpmpi.model.weights import weight_bytes
+from cpmpi.run import folder, spec
+from cpmpi.timeline.files import check_files
+
+
+def prepare(options: JobOptions, ranks: Ranks) -> Job:
+    """A job that nothing was found against. Collective.
+
+    Raises:
+        UserError: something the user can mend.
+    """
+    inputs = read(options, ranks)
+    model = inspect(options, ranks, inputs)
+    place = find_place(options, ranks, inputs, model)
+    decision = decide(options, inputs, model, place)
+    progress = progress_of(options, place.ranks)
+    job = Job(options=options, inputs=inputs, model=model, place=place, decision=decision, progress=progress)
+    introduce(job)
+    needed = place.ranks.comm.allreduce(spec.bytes_to_write(options.output, job.spec, place.ranks.rank))
+    place.ranks.on_root(spec.check_room, options.output, needed)
+    return job
+
+
+def progress_of(options: JobOptions, ranks: Ranks) -> Progress:
+    """Progress that rank 0 shows, unless it is not wanted."""
+    return Progress(enabled=ranks.is_root and not options.quiet)
+
+
+def read(options: JobOptions, ranks: Ranks) -> Inputs:
+    """The checkpoint's description on every rank, and the documents on rank 0. Collective."""
+    ranks.on_root(folder.check_folder, options.output)
+    ranks.on_root(check_files, plot=options.plot, trace=options.trace, run_folder=options.output)
+    checkpoint = ranks.together(Checkpoint, options.model)
+    documents: list[Document] = []
+    ranks.on_root(lambda: documents.extend(_read_documents(options, checkpoint, progress_of(options, ranks))))
+    longest: int = ranks.on_root(lambda: max(len(d.token_ids) for d in documents))
+    return Inputs(checkpoint=checkpoint, documents=tuple(documents), longest=longest)
+
+
+def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progress) -> list[Document]:
+    def tokenized(done: int, characters: int) -> None:
+        progress.say(f"tokenized {done:,} of {characters:,} characters")
+
+    documents = read_documents(
+        options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size,
+        special_tokens=options.special_tokens, progress=tokenized,
+    )  # fmt: skip
+    limit = checkpoint.max_positions
+    too_long = [d for d in documents if limit is not None and len(d.token_ids) > limit]
+    if too_long and not options.allow_longer:
+        d = max(too_long, key=lambda d: len(d.token_ids))
+        raise UserError(
+            f"{d.source}: document {d.id!r} has {len(d.token_ids)} tokens, but {checkpoint.folder} was made for "
+            f"{limit} positions (max_position_embeddings); --allow-longer runs it all the same"
+        )
+    return documents
+
+
+def inspect(options: JobOptions, ranks: Ranks, inputs: Inputs) -> Model:
+    """The model without weights, on every rank, and what its layers will ask for. Collective."""
+    device = ranks.together(choose_device, ranks, options.device)
+    dtype = inputs.checkpoint.compute_dtype(options.dtype, device)
+    skeleton = ranks.together(inputs.checkpoint.skeleton, dtype)
+    layers = ranks.together(probe, skeleton, inputs.longest)
+    return Model(device=device, dtype=dtype, skeleton=skeleton, layers=layers)
+
+
+def find_place(options: JobOptions, ranks: Ranks, inputs: Inputs, model: Model) -> Place:
+    """The ranks numbered along the machine's rings, and each rank's share of the model. Collective."""
+    threads = set_threads(ranks)
+    ranks, topology = number_ranks(ranks, measure=options.attention == "auto")
+    sharing, skeleton, layers = WHOLE, model.skeleton, model.layers
+
+    def take_share() -> tuple[Sharing, torch.nn.Module, tuple[Layer, ...]]:
+        check_grid(topology, options.tp)
+        sharing = share(model.skeleton, model.layers, options.tp, ranks.rank % options.tp)
+        narrow = inputs.checkpoint.skeleton(model.dtype, sharing=sharing)
+        return sharing, narrow, sharing.probe(narrow, model.layers, inputs.longest)
+
+    if options.tp > 1:
+        sharing, skeleton, layers = ranks.together(take_share)
+    reader = ranks.together(
+        inputs.checkpoint.reader, skeleton, model.device, sharing=sharing, check_finite=options.check_finite
+    )
+    return Place(
+        ranks=ranks, topology=topology, threads=threads, sharing=sharing, layers=layers,
+        skeleton=skeleton, reader=reader,
+    )  # fmt: skip
+
+
+def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place) -> Decision:
+    """Kernels, schedule, where the weights stay, and what the run folder will hold. Collective."""
+    ranks = place.ranks
+    run_spec = ranks.on_root(make_spec, options, inputs, model, place)
+    backends = backends_of(place.layers, model.device)
+    schedule, reason = choose_schedule(
+        ranks, place.topology, options.attention, place.layers, backends, tokens=inputs.longest,
+        segments=options.segments, device=model.device, grid=place.grid,
+    )  # fmt: skip
+    parts = document_memory(
+        place.skeleton, place.layers, schedule, tokens=inputs.longest, segments=options.segments, grid=place.grid,
+        hidden=run_spec.hidden_size, vocabulary=inputs.checkpoint.vocab_size, chunk_tokens=options.chunk_tokens,
+        stored_itemsize=run_spec.kv.stored.itemsize if run_spec.kv else 0,
+    )  # fmt: skip
+    memory = ranks.together(
+        choose_residence, parts, weight_bytes(place.reader), choice=options.weights, limit=options.memory_limit,
+        available=available_bytes(ranks, model.device),
+        program=resident_set_bytes() if model.device.type == "cpu" else 0,
+    )  # fmt: skip
+    return Decision(schedule=schedule, reason=reason, backends=backends, memory=memory, spec=run_spec)
+
+
+def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place) -> spec.RunSpec:
+    """What the run folder will hold; on rank 0."""
+    checkpoint, world = inputs.checkpoint, place.topology.world
+    return spec.RunSpec(
+        model=json.dumps(checkpoint.config.to_dict(), sort_keys=True, default=str),
+        model_sha256=model_sha256(checkpoint.folder),
+        tokenizer_sha256=tokenizer_sha256(checkpoint.folder),
+        dtype=str(model.dtype).removeprefix("torch."),
+        kv=_kv_spec(options, [layer.heads for layer in model.layers]) if options.keep_kv else None,
+        world_size=world,
+        topology=place.topology.to_json(),
+        hidden_size=checkpoint.text_config_value("hidden_size"),
+        documents=tuple(_document_spec(d, world, options.segments, place.grid) for d in inputs.documents),
+        command=options.command,
+    )
+
+
+def _kv_spec(options: JobOptions, heads: list[Heads]) -> spec.KVSpec:
+    shapes = dict.fromkeys((h.kv_heads, h.key_dim, h.value_dim) for h in heads)
+    if len(shapes) > 1:
+        raise UserError(
+            f"{options.model}: its layers differ in KV heads and head dims ({', '.join(map(str, shapes))}), "
+            "which a run folder cannot hold; `cpmpi score` keeps no KV"
+        )
+    ((kv_heads, key_dim, value_dim),) = shapes
+    return spec.KVSpec(layers=len(heads), heads=kv_heads, key_dim=key_dim, value_dim=value_dim, dtype=options.kv_dtype)
+
+
+def _document_spec(document: Document, world: int, segments: int, grid: Grid) -> spec.DocumentSpec:
+    n_tokens = len(document.token_ids)
+    return spec.DocumentSpec(
+        id=document.id,
+        source=document.source,
+        n_tokens=n_tokens,
+        layout=Layout(n_tokens=n_tokens, world=world // grid.head_groups, segments=segments),
+        grid=grid,
+        token_ids_sha256=spec.token_digest(document.token_ids),
+    )

@@ -1,0 +1,76 @@
+"""What a job says: at its start what is going to happen, at its end what came out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cpmpi.engine.score import Scores
+from cpmpi.engine.state import Job
+from cpmpi.run.reader import open_run
+from cpmpi.run.writer import ShardWriter
+from cpmpi.text import duration, human_bytes, table
+from cpmpi.topology.text import summary
+from cpmpi.version import __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A job that is done, and the seconds that each document took, by its place in the run (none for those finished
+    before)."""
+
+    job: Job
+    seconds: Mapping[int, float]
+
+
+def introduce(job: Job) -> None:
+    """Say what is going to happen, before it does."""
+    place, spec, say = job.place, job.spec, job.progress.say
+    tokens = sum(d.n_tokens for d in spec.documents)
+    checkpoint = job.inputs.checkpoint
+    own = str(checkpoint.text_config_value("dtype") or "float32").removeprefix("torch.")
+    kv = "no KV kept"
+    if spec.kv is not None:
+        kv = f"KV kept as {spec.kv.dtype}, {human_bytes(spec.kv.layers * tokens * spec.kv.token_bytes)}"
+    where = f"{counted(place.threads, 'thread')} each" if job.model.device.type == "cpu" else "one device each"
+    say(f"cpmpi {__version__}: {counted(place.ranks.size, 'rank')} on {job.model.device.type}, {where}")
+    say(summary(place.topology))
+    say(
+        f"model {job.options.model}: {checkpoint.config.model_type}, {counted(len(place.layers), 'layer')}, "
+        f"stored as {own}, computed in {spec.dtype}; {kv}"
+    )
+    if job.options.tp > 1:
+        say(str(place.grid))
+    say(f"attention: {job.decision.reason}")
+    for backend in {b.name: b for b in job.decision.backends}.values():
+        say(f"kernel {backend.name}: {backend.reason}")
+    say(str(job.decision.memory))
+    say(f"{counted(len(spec.documents), 'document')}, {counted(tokens, 'token')}")
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: 1 rank, 2 ranks."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def log_document(scores: Scores, writer: ShardWriter | None, name: str) -> None:
+    """A line in this rank's log."""
+    parts = {**scores.seconds, **({"writer blocked": writer.stats.blocked_s} if writer is not None else {})}
+    text = ", ".join(f"{what} {seconds:.3f} s" for what, seconds in parts.items())
+    logging.getLogger("cpmpi").info("document %r: %d tokens here; %s", name, len(scores.positions), text)
+
+
+def print_results(outcome: Outcome) -> None:
+    """The results as a table, on standard output of rank 0."""
+    if not outcome.job.ranks.is_root:
+        return
+    folder, rows = outcome.job.options.output, []
+    with open_run(folder) as done:
+        for i, d in enumerate(done.documents):
+            seconds = outcome.seconds.get(i)
+            rate = f"{d.n_tokens / seconds:,.0f}" if seconds else "(was done)"
+            took = duration(seconds) if seconds else ""
+            rows.append((d.id, f"{d.n_tokens:,}", f"{d.nll:.6g}", f"{d.perplexity:.4f}", took, rate))
+    print(table(("document", "tokens", "nll", "perplexity", "time", "tokens/s"), rows, left=1))
+    print(f"run folder: {folder}")

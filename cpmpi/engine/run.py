@@ -1,0 +1,199 @@
+"""The main job: documents and a checkpoint in, exact log-probabilities and KV in a run folder out. Collective."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpmpi.comm.log import rank_log
+from cpmpi.comm.ranks import start
+from cpmpi.comm.transport import MPITransport
+from cpmpi.engine.options import JobOptions
+from cpmpi.engine.placement import split
+from cpmpi.engine.prepare import prepare
+from cpmpi.engine.report import Outcome, log_document
+from cpmpi.engine.score import Engine
+from cpmpi.engine.state import Job
+from cpmpi.model.forward import sum_outputs
+from cpmpi.run import folder
+from cpmpi.run.index import RunIndex
+from cpmpi.run.paths import RunPaths
+from cpmpi.run.publish import publish_text
+from cpmpi.run.shard import prepare_shard
+from cpmpi.run.spec import RunSpec
+from cpmpi.run.writer import ShardWriter
+from cpmpi.text import duration
+from cpmpi.timeline.files import save_files
+from cpmpi.timeline.intervals import Recorder
+
+
+def run(options: JobOptions) -> Outcome:
+    """Run the job. Collective.
+
+    Raises:
+        UserError: something the user can mend; before any work where it can be known then.
+    """
+    return run_prepared(prepare(options, start()))
+
+
+def run_prepared(job: Job) -> Outcome:
+    """Run a job that nothing was found against. Collective."""
+    seconds: dict[int, float] = {}
+    with ExitStack() as stack:
+        recorder = stack.enter_context(_recording(job))
+        files = stack.enter_context(_open_files(job, recorder))
+        todo = [i for i in range(len(files.spec.documents)) if i not in files.finished]
+        if todo:
+            engine = stack.enter_context(load_engine(job, recorder))
+            for i in todo:
+                began = time.perf_counter()
+                score_document(job, engine, files, i)
+                seconds[i] = time.perf_counter() - began
+        if files.index is not None:
+            files.index.finish()
+    return Outcome(job=job, seconds=seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """The run folder of a job under way.
+
+    Attributes:
+        index: of the run; on rank 0 only.
+        writer: of this rank's shard, where KV is kept.
+        spec: of the run, with the run id that holds.
+        finished: documents that are done already.
+    """
+
+    index: RunIndex | None
+    writer: ShardWriter | None
+    spec: RunSpec
+    finished: frozenset[int]
+
+
+@contextmanager
+def _open_files(job: Job, recorder: Recorder | None) -> Iterator[Files]:
+    """The run folder, held for this job. Collective."""
+    options, ranks = job.options, job.ranks
+    with ExitStack() as stack:
+        ranks.on_root(stack.enter_context, folder.only_writer(options.output))
+        index, spec, finished = open_run_folder(job)
+        stack.enter_context(rank_log(RunPaths(options.output).log, ranks))
+        writer = None
+        if spec.kv is not None:
+            writer = stack.enter_context(open_writer(job, index, spec, finished, recorder))
+        yield Files(index=index, writer=writer, spec=spec, finished=finished)
+
+
+def open_run_folder(job: Job) -> tuple[RunIndex | None, RunSpec, frozenset[int]]:
+    """The run's index (rank 0 only), its spec with the run id that holds, and the documents that are finished."""
+    opened: list[RunIndex] = []
+
+    def open_index() -> tuple[RunSpec, frozenset[int]]:
+        opened.append(folder.start_index(job.options.output, job.spec, overwrite=job.options.overwrite))
+        return opened[0].spec, opened[0].finished
+
+    spec, finished = job.ranks.on_root(open_index)
+    if finished:
+        job.progress.say(f"{len(finished)} of {len(spec.documents)} documents are finished already")
+    return next(iter(opened), None), spec, finished
+
+
+def open_writer(
+    job: Job, index: RunIndex | None, spec: RunSpec, finished: frozenset[int], recorder: Recorder | None
+) -> ShardWriter:
+    """Lay out or check this rank's shard, and record the sizes of all. Collective."""
+    ranks = job.ranks
+    path = ranks.together(prepare_shard, job.options.output, spec, ranks.rank, finished)
+    sizes = ranks.comm.gather(path.stat().st_size)
+    ranks.on_root(lambda: index.write_manifest(sizes) if index is not None and sizes is not None else None)
+    # One layer may wait: a longer queue would not make the disk faster.
+    return ShardWriter(path, spec, ranks.rank, queue_bytes=0, recorder=recorder)
+
+
+@contextmanager
+def load_engine(job: Job, recorder: Recorder | None = None) -> Iterator[Engine]:
+    """The weights read and the transports open. Collective."""
+    options, place, decision = job.options, job.place, job.decision
+    began = time.perf_counter()
+    weights = place.ranks.together(job.inputs.checkpoint.weights, place.reader, stream=decision.memory.stream)
+    job.progress.say(f"weights read in {duration(time.perf_counter() - began)}")
+    if place.ranks.is_root:
+        _publish_circumstances(job)
+    group, sharers = split(place.ranks, place.grid)
+    with ExitStack() as stack:
+        summing = None
+        if place.sharing.summed:
+            summing = stack.enter_context(closing(MPITransport(sharers)))
+            sum_outputs(weights.model, place.sharing.summed, summing.sum)
+        yield Engine(
+            rank=place.ranks.rank, weights=weights, layers=place.layers, schedule=decision.schedule,
+            transport=stack.enter_context(closing(MPITransport(group))), backends=decision.backends,
+            device=job.model.device, progress=job.progress, grid=place.grid, summing=summing,
+            recorder=recorder, chunk_tokens=options.chunk_tokens, check_finite=options.check_finite,
+        )  # fmt: skip
+
+
+def _publish_circumstances(job: Job) -> None:
+    """Write beside the results on what machine and by which schedule they were made."""
+    paths, decision = RunPaths(job.options.output), job.decision
+    summary = {**asdict(decision.schedule), "askers": "all", **asdict(job.place.grid), "segments": job.options.segments}
+    publish_text(paths.schedule, json.dumps({**summary, "reason": decision.reason}, indent=1) + "\n")
+    publish_text(paths.topology, job.spec.topology + "\n")
+
+
+def score_document(job: Job, engine: Engine, files: Files, i: int) -> None:
+    """One document: compute, store, mark as finished. Collective."""
+    document, ranks, index, writer = files.spec.documents[i], job.ranks, files.index, files.writer
+    token_ids = ranks.spread(job.inputs.documents[i].token_ids if ranks.is_root else None)
+
+    def keep(layer: int, k_TGD: torch.Tensor, v_TGE: torch.Tensor) -> None:
+        assert writer is not None
+        writer.put(i, layer, k_TGD.cpu(), v_TGE.cpu())
+
+    scores = engine.score(token_ids, document.layout, document.id, keep if writer is not None else None)
+    digest = writer.finish(i) if writer is not None else 0
+    everyone = ranks.comm.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
+
+    def store() -> None:
+        assert everyone is not None
+        assert index is not None
+        logprobs, last_hidden = assemble(everyone, document.n_tokens)
+        digests = [digest for *_, digest in everyone] if writer is not None else ()
+        index.write_outputs(i, token_ids=token_ids, logprobs=logprobs, last_hidden=last_hidden, digests=digests)
+
+    ranks.on_root(store)
+    log_document(scores, writer, document.id)
+
+
+def assemble(everyone: list[Any], n_tokens: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """A document's log-probabilities (T,), the first of them NaN, and last hidden state from what all ranks found."""
+    logprobs = np.full(n_tokens, np.nan, np.float32)
+    for positions, values, *_ in everyone:
+        logprobs[positions] = values
+    (last_hidden,) = (hidden.numpy() for _, _, hidden, _ in everyone if hidden is not None)
+    return logprobs, last_hidden
+
+
+@contextmanager
+def _recording(job: Job) -> Iterator[Recorder | None]:
+    """Within it a recorder of what this rank does when, if that is asked for; its files are written at the end."""
+    options, comm = job.options, job.ranks.comm
+    if not (options.trace or options.plot):
+        yield None
+        return
+    comm.Barrier()
+    recorder = Recorder(rank=comm.rank, epoch_s=time.perf_counter())
+    yield recorder
+    everyone = comm.gather(recorder.intervals)
+    if everyone is not None:
+        intervals = [interval for rank in everyone for interval in rank]
+        save_files(intervals, plot=options.plot, trace=options.trace, title=f"{options.output.name}, measured")
