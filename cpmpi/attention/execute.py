@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from cpmpi.attention.layout import Layout, Piece
+from cpmpi.attention.layout import Holding, Piece
 from cpmpi.attention.schedule import Item, Program, Transfer, releases
 from cpmpi.comm.transport import Pending, Transport
 from cpmpi.kernels.backend import Backend
@@ -121,8 +121,8 @@ class Execution:
     backend: Backend
     heads: Heads
     rule: Rule
-    query_layout: Layout
-    key_layouts: tuple[Layout, ...]
+    query_layout: Holding
+    key_layouts: tuple[Holding, ...]
     device: torch.device
     tick: Callable[[float], None] = lambda _: None
     recorder: Recorder | None = None
@@ -203,7 +203,7 @@ class Execution:
             self.partials[owner] = Partial(tokens, self.heads.query_heads, self.heads.value_dim, device=self.device)
         return self.partials[owner]
 
-    def _tokens(self, owner: int, layouts: tuple[Layout, ...]) -> int:
+    def _tokens(self, owner: int, layouts: tuple[Holding, ...]) -> int:
         return sum(layout.size(owner) for layout in layouts)
 
     def _n_bytes(self, item: Item) -> int:

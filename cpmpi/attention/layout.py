@@ -11,7 +11,7 @@ With ``copies`` so many neighbouring ranks hold the same tokens: all that they w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class Piece(NamedTuple):
@@ -24,6 +24,37 @@ class Piece(NamedTuple):
     def size(self) -> int:
         """Tokens in the piece."""
         return self.stop - self.start
+
+
+class Holding(Protocol):
+    """Which rank holds which tokens, as far as running a schedule asks: runs of positions, which may overlap."""
+
+    def pieces(self, rank: int) -> tuple[Piece, ...]:
+        """The non-empty pieces of ``rank``."""
+
+    def size(self, rank: int) -> int:
+        """Tokens that ``rank`` holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dealt:
+    """Runs of tokens that were dealt to ranks one by one, such as the continuations of one context.
+
+    Args:
+        runs: of each holder.
+        copies: neighbouring ranks that hold the same.
+    """
+
+    runs: tuple[tuple[Piece, ...], ...]
+    copies: int = 1
+
+    def pieces(self, rank: int) -> tuple[Piece, ...]:
+        """The runs of ``rank``."""
+        return self.runs[rank // self.copies]
+
+    def size(self, rank: int) -> int:
+        """Tokens that ``rank`` holds."""
+        return sum(run.size for run in self.pieces(rank))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,21 +40,29 @@ class Head:
 
     def logprobs(self, hidden_TC: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
         """Log-probability of each target token, (T,) float32 on the CPU."""
+        parts = [token_logprobs(logits_TV, target_T) for target_T, logits_TV in self._logits(hidden_TC, targets_T)]
+        return torch.cat(parts).cpu() if parts else torch.empty(0)
+
+    def judge(self, hidden_TC: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability (T,) of each target token, and whether it is the most probable one (T,) bool; on the CPU."""
+        logprobs, greedy = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
+        for target_T, logits_TV in self._logits(hidden_TC, targets_T):
+            greedy.append((logits_TV.argmax(1) == target_T).cpu())
+            logprobs.append(token_logprobs(logits_TV, target_T).cpu())
+        return torch.cat(logprobs), torch.cat(greedy)
+
+    def _logits(self, hidden_TC: torch.Tensor, targets_T: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Targets and logits (T, V), some tokens at a time."""
         name, decoder = _decoder_name(self.model), decoder_of(self.model)
         given = _Given(decoder)
         setattr(self.model, name, given)
         try:
-            parts = list(self._parts(given, hidden_TC, targets_T))
+            for i in range(0, len(targets_T), self.chunk_tokens):
+                given.hidden_1TC = hidden_TC[None, i : i + self.chunk_tokens]
+                target_T = targets_T[i : i + self.chunk_tokens]
+                yield target_T, self.model(input_ids=target_T[None], use_cache=False).logits[0]
         finally:
             setattr(self.model, name, decoder)
-        return torch.cat(parts).cpu() if parts else torch.empty(0)
-
-    def _parts(self, given: _Given, hidden_TC: torch.Tensor, targets_T: torch.Tensor) -> Iterator[torch.Tensor]:
-        for i in range(0, len(targets_T), self.chunk_tokens):
-            given.hidden_1TC = hidden_TC[None, i : i + self.chunk_tokens]
-            target_T = targets_T[i : i + self.chunk_tokens]
-            logits_TV = self.model(input_ids=target_T[None], use_cache=False).logits[0]
-            yield token_logprobs(logits_TV, target_T)
 
 
 class _Given(torch.nn.Module):

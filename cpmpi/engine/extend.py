@@ -1,0 +1,213 @@
+"""What follows a stored document: continuations are scored against its keys and values, which are not made again.
+
+Continuations of one context are *branches*: each is causal to itself, sees the context and the branch that it follows
+(one question, several answers), and is blind to the others. Their queries attend to the stored keys across ranks, by
+any schedule, and to the keys of their own line here; both are partials of the same softmax and merge exactly.
+
+Legend: C tokens of a branch, H query heads, G KV heads, D key head dim, E value head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpmpi.attention.execute import Execution, Queries, Rule
+from cpmpi.attention.layout import Dealt, Piece
+from cpmpi.engine.score import Engine
+from cpmpi.kernels.partial import Partial
+from cpmpi.model.attention_call import Call, rule_of
+from cpmpi.model.forward import Chunk, layer_major
+from cpmpi.model.head import Head, decoder_of
+from cpmpi.run.cache import StoredKeys
+
+
+class Branch(NamedTuple):
+    """Tokens that follow the context, or another branch of it.
+
+    Attributes:
+        ids: token ids (C,).
+        start: position of the first.
+        parent: the place of the branch that it follows among those of its rank; None: it follows the context.
+    """
+
+    ids: npt.NDArray[np.int64]
+    start: int
+    parent: int | None = None
+
+    @property
+    def run(self) -> Piece:
+        """Its positions."""
+        return Piece(self.start, self.start + len(self.ids))
+
+
+class Question(NamedTuple):
+    """A stem that follows the context, and the answers that may follow it; the stem may be empty."""
+
+    stem: npt.NDArray[np.int64]
+    answers: tuple[npt.NDArray[np.int64], ...]
+
+
+class Scored(NamedTuple):
+    """An answer: which of which question, its tokens' log-probabilities (C,) float32, whether each token is the most
+    probable one (C,), and the last token's hidden state after the final norm, float32."""
+
+    question: int
+    answer: int
+    logprobs: npt.NDArray[np.float32]
+    greedy: npt.NDArray[np.bool_]
+    last_hidden: npt.NDArray[np.float32]
+
+
+def deal(questions: Sequence[Question], holders: int) -> list[list[tuple[int, int]]]:
+    """Which holder computes which answers, as (question, answer): the longest first, to whoever has the least tokens.
+
+    A stem is computed by every holder that has one of its answers.
+    """
+    dealt: list[list[tuple[int, int]]] = [[] for _ in range(holders)]
+    load, stems = [0] * holders, [set[int]() for _ in range(holders)]
+    answers = [(len(a), q, i) for q, question in enumerate(questions) for i, a in enumerate(question.answers)]
+    for size, q, i in sorted(answers, key=lambda entry: (-entry[0], entry[1:])):
+        cost = [load[h] + size + (0 if q in stems[h] else len(questions[q].stem)) for h in range(holders)]
+        holder = min(range(holders), key=lambda h: (cost[h], h))
+        load[holder] = cost[holder]
+        stems[holder].add(q)
+        dealt[holder].append((q, i))
+    return [sorted(each) for each in dealt]
+
+
+def branches_of(
+    questions: Sequence[Question], mine: Sequence[tuple[int, int]], start: int, chunk_tokens: int
+) -> tuple[list[Branch], list[list[int]]]:
+    """The branches of one holder from position ``start`` on, and for each of its answers the places of its own.
+
+    Long stems and answers become several branches, each following the one before. The first places of an answer's list
+    are those of its stem, if it has one.
+    """
+    branches: list[Branch] = []
+    stems: dict[int, list[int]] = {}
+
+    def grow(ids: npt.NDArray[np.int64], line: list[int]) -> list[int]:
+        first = branches[line[-1]].run.stop if line else start
+        n = -(-len(ids) // chunk_tokens)
+        for a, b in pairwise(len(ids) * i // n for i in range(n + 1)):
+            branches.append(Branch(ids[a:b], first + a, line[-1] if line else None))
+            line = [*line, len(branches) - 1]
+        return line
+
+    for q, _ in mine:
+        if q not in stems:
+            stems[q] = grow(questions[q].stem, []) if len(questions[q].stem) else []
+    return branches, [grow(questions[q].answers[i], stems[q]) for q, i in mine]
+
+
+@dataclass(kw_only=True)
+class Extension:
+    """Scores what may follow a stored context; every rank has one, and calls it with the same questions.
+
+    Args:
+        engine: the model, its schedule and its transports.
+        context: this rank's share of the stored keys and values.
+        n_tokens: positions of the context.
+        last_hidden: the hidden state after the final norm of the context's last token, from which the first token of a
+            continuation is predicted; None where that token is the stem's first.
+    """
+
+    engine: Engine
+    context: StoredKeys
+    n_tokens: int
+    last_hidden: torch.Tensor | None
+
+    @torch.inference_mode()
+    def score(self, questions: Sequence[Question]) -> list[Scored]:
+        """The answers that this rank computed; of ranks that share the weights, the first has them. Collective."""
+        engine = self.engine
+        holders = self.context.layout.world // engine.grid.copies
+        dealt = deal(questions, holders)
+        lines = [branches_of(questions, each, self.n_tokens, engine.chunk_tokens) for each in dealt]
+        branches, answers = lines[engine.position // engine.grid.copies]
+        placed = Dealt(
+            runs=tuple(tuple(b.run for b in each) for each, _ in lines), copies=engine.grid.copies
+        )  # fmt: skip
+        states = self._hidden(branches, placed)
+        if engine.grid.tp_index(engine.rank):
+            return []
+        mine = zip(dealt[engine.position // engine.grid.copies], answers, strict=True)
+        return [self._judge(questions, which, branches, line, states) for which, line in mine]
+
+    def _judge(
+        self, questions: Sequence[Question], which: tuple[int, int], branches: list[Branch], line: list[int],
+        states: Sequence[torch.Tensor],
+    ) -> Scored:  # fmt: skip
+        """An answer's scores from the hidden states before each of its tokens."""
+        q, i = which
+        answer = questions[q].answers[i]
+        hidden_TC = torch.cat([states[place] for place in line])
+        if len(questions[q].stem):
+            before_TC = hidden_TC[-len(answer) - 1 : -1]
+        else:
+            assert self.last_hidden is not None
+            before_TC = torch.cat([self.last_hidden[None].to(hidden_TC), hidden_TC[:-1]])
+        targets_T = torch.from_numpy(answer).to(hidden_TC.device)
+        logprobs, greedy = Head(self.engine.weights.model).judge(before_TC, targets_T)
+        return Scored(q, i, logprobs.numpy(), greedy.numpy(), hidden_TC[-1].float().cpu().numpy())
+
+    def _hidden(self, branches: list[Branch], placed: Dealt) -> list[torch.Tensor]:
+        """Hidden states (C, hidden) after the final norm of each of this rank's branches. Collective."""
+        weights, device = self.engine.weights, self.engine.device
+        chunks = [Chunk(torch.from_numpy(b.ids).to(device), b.start) for b in branches]
+        if not chunks:  # walks along, and nobody takes its result
+            chunks = [Chunk(torch.zeros(1, dtype=torch.int64, device=device), self.n_tokens)]
+        longest = max(run.stop for runs in placed.runs for run in runs)
+        weights.enter(0)
+        attend = partial(self.attend, branches, placed, longest)
+        states = layer_major(decoder_of(weights.model), chunks, longest, attend)
+        weights.close()
+        return states
+
+    def attend(
+        self, branches: list[Branch], placed: Dealt, longest: int, layer: int, calls: list[Call]
+    ) -> Sequence[torch.Tensor]:
+        """A layer's attention: each branch to its own line, then across ranks to the stored keys."""
+        engine = self.engine
+        engine.weights.leave(layer)
+        rule = rule_of(calls[0], longest)
+        execution = Execution(
+            rank=engine.position, program=engine.schedule.program(engine.position), transport=engine.transport,
+            backend=engine.backends[layer], heads=engine.layers[layer].heads, rule=rule, query_layout=placed,
+            key_layouts=(self.context.layout,), device=engine.device, recorder=engine.recorder,
+        )  # fmt: skip
+        if branches:
+            execution.partials[engine.position] = self._own(branches, layer, calls, rule)
+        runs = [(b.start, call.q_1HCD[0].transpose(0, 1)) for b, call in zip(branches, calls, strict=False)]
+        out_THE = execution.run(Queries(tuple(runs)), self.context.layer(layer))
+        engine.weights.enter(layer + 1)
+        if not branches:
+            return [out_THE.new_zeros(1, *out_THE.shape[1:])]
+        return torch.split(out_THE, [len(b.ids) for b in branches])
+
+    def _own(self, branches: list[Branch], layer: int, calls: list[Call], rule: Rule) -> Partial:
+        """Attention of all branches, one after the other, to themselves and those that they follow."""
+        heads, backend = self.engine.layers[layer].heads, self.engine.backends[layer]
+        own = Partial(
+            sum(len(b.ids) for b in branches), heads.query_heads, heads.value_dim, device=self.engine.device
+        )  # fmt: skip
+        row = 0
+        for i, branch in enumerate(branches):
+            place: int | None = i
+            while place is not None:
+                k_SGD, v_SGE = (x[0].transpose(0, 1) for x in (calls[place].k_1GCD, calls[place].v_1GCE))
+                backend.attend_into(
+                    own, row, calls[i].q_1HCD[0].transpose(0, 1), k_SGD, v_SGE, q_start=branch.start,
+                    k_start=branches[place].start, mask=rule.mask, scale=rule.scale, softcap=rule.softcap,
+                )  # fmt: skip
+                place = branches[place].parent
+            row += len(branch.ids)
+        return own
