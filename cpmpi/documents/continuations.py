@@ -1,0 +1,154 @@
+"""What may follow stored documents, from a .jsonl file: texts, token ids, or a question with several answers.
+
+A line is ``{"document": ID, "id": NAME, ...}`` with one of
+
+- ``"text"``: a continuation;
+- ``"token_ids"``: the same as token ids;
+- ``"choices"``: answers (texts, or lists of token ids), after the question in ``"text"`` where there is one.
+
+``"upto": N`` continues the first N tokens of the document instead of all of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cpmpi.documents.tokenization import load_tokenizer, tokenize
+from cpmpi.errors import UserError, some
+
+KEYS = ("document", "id", "text", "token_ids", "choices", "upto")
+TAIL_TOKENS = 16  # of a document, to see whether its last token and a text's first would be one token
+
+TokenIds = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Continuation:
+    """A line: what may follow a document.
+
+    Attributes:
+        id: its name; that of answer i of several is ``ID/i``.
+        source: the file and line.
+        document: the id of the stored document.
+        upto: tokens of it that are the context; None: all.
+        stem: token ids of the question before the answers; may be empty.
+        answers: token ids of each.
+        n_bytes: of each answer's text in UTF-8; 0 where token ids were given.
+        chosen: whether the answers are choices, to be compared.
+    """
+
+    id: str
+    source: str
+    document: str
+    upto: int | None
+    stem: TokenIds
+    answers: tuple[TokenIds, ...]
+    n_bytes: tuple[int, ...]
+    chosen: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The id of each answer."""
+        return tuple(f"{self.id}/{i}" for i in range(len(self.answers))) if self.chosen else (self.id,)
+
+
+def read_continuations(files: Sequence[str], *, checkpoint: Path, vocab_size: int) -> list[Continuation]:
+    """All lines of .jsonl files, in order.
+
+    Raises:
+        UserError: a line is broken or an id occurs twice; file, line and choices are named.
+    """
+    found, tokenizer, seen = [], None, dict[str, str]()
+    for source, record in _records(files):
+        if tokenizer is None and ("text" in record or "choices" in record):
+            tokenizer = load_tokenizer(checkpoint)
+        continuation = _read(record, source, tokenizer, vocab_size)
+        for name in continuation.names:
+            if name in seen:
+                raise UserError(f"{source}: the id {name!r} occurs twice; first at {seen[name]}")
+            seen[name] = source
+        found.append(continuation)
+    if not found:
+        raise UserError(f"{', '.join(files)}: no continuations there: all lines are blank")
+    return found
+
+
+def _records(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line that is not blank, with its file and number."""
+    for file in files:
+        if not file.endswith(".jsonl"):
+            raise UserError(f"{file}: continuations come in .jsonl files, a line each")
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise UserError(f"{file}: {getattr(problem, 'strerror', None) or problem}") from problem
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                yield f"{file}:{number}", _parse(line, f"{file}:{number}")
+
+
+def _parse(line: str, source: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{source}: not JSON: {problem}") from problem
+    if not isinstance(record, dict):
+        raise UserError(f"{source}: must be an object with {', '.join(KEYS[:3])} and so on")
+    if unknown := [key for key in record if key not in KEYS]:
+        raise UserError(f"{source}: unknown {some([repr(k) for k in unknown])}; the keys are {', '.join(KEYS)}")
+    return record
+
+
+def _read(record: dict[str, Any], source: str, tokenizer: Any, vocab_size: int) -> Continuation:
+    for key in ("document", "id"):
+        if not isinstance(record.get(key), str) or not record[key]:
+            raise UserError(f'{source}: "{key}" must be a string that is not empty')
+    upto = record.get("upto")
+    if upto is not None and (type(upto) is not int or upto < 1):
+        raise UserError(f'{source}: "upto" must be a number of tokens from 1 on, not {upto!r}')
+    chosen = "choices" in record
+    if ("token_ids" in record) + chosen > 1 or not (chosen or "token_ids" in record or "text" in record):
+        raise UserError(f'{source}: {record["id"]!r} needs one of "text", "token_ids" and "choices"')
+    if "token_ids" in record and "text" in record:
+        raise UserError(f'{source}: {record["id"]!r} has both "text" and "token_ids"')
+    question = record.get("text", "") if chosen else ""
+    given = record["choices"] if chosen else [record["token_ids"] if "token_ids" in record else record["text"]]
+    if not isinstance(given, list) or not given:
+        raise UserError(f'{source}: "choices" must be a list of texts or of token ids that is not empty')
+    if not isinstance(question, str):
+        raise UserError(f'{source}: "text" must be a string')
+    stem = _ids(question, source, tokenizer, vocab_size) if question else np.empty(0, np.int64)
+    return Continuation(
+        id=record["id"], source=source, document=record["document"], upto=upto, stem=stem, chosen=chosen,
+        answers=tuple(_ids(answer, source, tokenizer, vocab_size) for answer in given),
+        n_bytes=tuple(len(answer.encode()) if isinstance(answer, str) else 0 for answer in given),
+    )  # fmt: skip
+
+
+def _ids(given: Any, source: str, tokenizer: Any, vocab_size: int) -> TokenIds:
+    """The token ids of a text or of a list of them; no special tokens are added in the middle of a document."""
+    if isinstance(given, str):
+        ids = tokenize(tokenizer, given, special_tokens=False).astype(np.int64)
+    elif isinstance(given, list) and all(type(i) is int for i in given):
+        ids = np.array(given, np.int64)
+    else:
+        raise UserError(f"{source}: must be a text or a list of integers, not {type(given).__name__}")
+    if not len(ids):
+        raise UserError(f"{source}: an empty text or list has no tokens to score")
+    if bad := [int(i) for i in ids if not 0 <= i < vocab_size]:
+        raise UserError(f"{source}: token id {bad[0]}: the vocabulary has {vocab_size} tokens, 0 to {vocab_size - 1}")
+    return ids
+
+
+def would_merge(tokenizer: Any, before: npt.NDArray[np.integer], after: TokenIds) -> bool:
+    """Whether the tokenizer, given the whole text, would join the last tokens before with the first ones after."""
+    head, tail = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (before[-TAIL_TOKENS:], after))
+    apart = [tokenize(tokenizer, text, special_tokens=False) for text in (head, tail)]
+    return not np.array_equal(tokenize(tokenizer, head + tail, special_tokens=False), np.concatenate(apart))
