@@ -11,6 +11,7 @@ STORED_DTYPES = ("bfloat16", "float16", "float32")
 SCHEDULES = ("ring", "tree", "hybrid")
 DEVICES = ("cpu", "cuda")
 RESIDENCES = ("resident", "stream")
+KV_RESIDENCES = ("memory", "mapped")
 AUTO = "auto"
 
 

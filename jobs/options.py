@@ -1,4 +1,4 @@
-"""The options of the commands that run documents, made of the one dataclass that states them."""
+"""The options of the commands that run a model, made of the dataclasses that state them."""
 
 from __future__ import annotations
 
@@ -11,60 +11,72 @@ from typing import Any
 
 import click
 
-from cpmpi.engine.options import JobOptions, spelled
+from cpmpi.engine.options import JobOptions, ModelOptions, spelled
 
 FOLDER = click.Path(path_type=Path)
-FIELDS = {each.name: each for each in fields(JobOptions)}
-NEEDED = ("model", "output")
-INPUTS = (
-    click.option(
-        "--input", "inputs", required=True, multiple=True, metavar="FILE...", help=FIELDS["inputs"].metadata["help"]
-    ),
-    click.argument("more_inputs", nargs=-1, metavar=""),
-)  # fmt: skip
+FIRST = ("model", "run", "inputs", "output")  # in help texts
 
 
-def option_of(name: str, **changes: Any) -> Callable[..., Any]:
-    """The click option of a field of `JobOptions`; ``changes`` replace what its metadata say."""
-    each: Field[Any] = FIELDS[name]
+def option_of(each: Field[Any], **changes: Any) -> Callable[..., Any]:
+    """The click option of a field of job options; ``changes`` replace what its metadata say."""
     known = each.metadata
     wanted: dict[str, Any] = {}
     if known.get("flag"):
-        return click.option(spelled(name), is_flag=True, help=known["help"])
+        return click.option(spelled(each.name), is_flag=True, help=known["help"])
     if each.type == "bool | None":
-        return click.option(f"{spelled(name)}/--no-{spelled(name)[2:]}", default=None, help=known["help"])
+        return click.option(f"{spelled(each.name)}/--no-{spelled(each.name)[2:]}", default=None, help=known["help"])
     if known["choices"]:
         wanted["type"] = click.Choice(known["choices"])
     elif known["least"] is not None:
         wanted["type"] = click.IntRange(min=known["least"])
     elif each.type.startswith("Path"):
         wanted["type"] = FOLDER
-    if name in NEEDED:
+    if known.get("needed"):
         wanted["required"] = True
     elif each.default is not None:
         wanted |= {"default": each.default, "show_default": True}
     if known.get("metavar"):
         wanted["metavar"] = known["metavar"]
-    return click.option(spelled(name), **{**wanted, "help": known["help"], **changes})
+    return click.option(spelled(each.name), **{**wanted, "help": known["help"], **changes})
 
 
-def document_options(*left_out: str) -> Callable[..., Any]:
-    """Add the options of the jobs that take a model and documents, but for some."""
+def inputs_of(each: Field[Any]) -> list[Callable[..., Any]]:
+    """``--input`` with one or several values, or many after it as a shell expands them."""
+    named = click.option(
+        "--input", "inputs", required=True, multiple=True, metavar="FILE...", help=each.metadata["help"]
+    )
+    return [named, click.argument("more_inputs", nargs=-1, metavar="")]
+
+
+def options_of(kind: type[ModelOptions], *left_out: str) -> Callable[..., Any]:
+    """Add to a command all options of a kind of job, but for some."""
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        names = [n for n, each in FIELDS.items() if each.metadata.get("command_line", True) and n not in left_out]
-        model, *others = map(option_of, names)
-        for each in reversed((model, *INPUTS, *others)):
+        known = {each.name: each for each in fields(kind)}
+        added: list[Callable[..., Any]] = []
+        for name in (*[n for n in FIRST if n in known], *[n for n in known if n not in FIRST]):
+            if name == "inputs":
+                added += inputs_of(known[name])
+            elif known[name].metadata.get("command_line", True) and name not in left_out:
+                added.append(option_of(known[name]))
+        for each in reversed(added):
             command = each(command)
         return command
 
     return add
 
 
-def run_documents(more_inputs: tuple[str, ...], inputs: tuple[str, ...], **options: Any) -> None:
+def asked(kind: type[ModelOptions], options: dict[str, Any]) -> Any:
+    """The options of a kind of job from those of the command line."""
+    inputs = {}
+    if "inputs" in options:
+        inputs["inputs"] = (*options.pop("inputs"), *options.pop("more_inputs"))
+    return kind(command=shlex.join(["cpmpi", *sys.argv[1:]]), **inputs, **options)
+
+
+def run_documents(**options: Any) -> None:
     """Run the main job with the options of the command line, and print its results on rank 0."""
     from cpmpi.engine.report import print_results
     from cpmpi.engine.run import run
 
-    command = shlex.join(["cpmpi", *sys.argv[1:]])
-    print_results(run(JobOptions(inputs=(*inputs, *more_inputs), command=command, **options)))
+    print_results(run(asked(JobOptions, options)))

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from cpmpi.jobs.options import document_options, run_documents
+from cpmpi.engine.options import JobOptions
+from cpmpi.jobs.options import options_of, run_documents
 
 
 @click.command(name="score")
-@document_options("kv_dtype")
+@options_of(JobOptions, "kv_dtype")
 def command(**options: Any) -> None:
     """Log-probabilities of whole documents.
 

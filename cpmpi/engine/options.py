@@ -1,13 +1,13 @@
-"""What a user asks of the main job: the source of the command line's options, of the Python API's and of a plan's."""
+"""What a user asks of a job: the source of the command line's options, of the Python API's and of a plan's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from cpmpi.choices import AUTO, DEVICES, DTYPES, RESIDENCES, SCHEDULES, STORED_DTYPES, one_of
+from cpmpi.choices import AUTO, DEVICES, DTYPES, KV_RESIDENCES, RESIDENCES, SCHEDULES, STORED_DTYPES, one_of
 from cpmpi.errors import UserError
 from cpmpi.text import parse_bytes
 
@@ -18,28 +18,23 @@ def option(default: Any, text: str, *, choices: Sequence[str] = (), least: int |
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobOptions:
-    """What a user asks of the job.
+class ModelOptions:
+    """What a user asks of any job that runs a model.
 
-    Fields with ``command_line`` False are no options of a command, those with ``flag`` take no value there.
+    Fields with ``command_line`` False are no options of a command, those with ``flag`` take no value there, and those
+    that are ``needed`` have no default.
 
     Raises:
         UserError: a number is out of range, or a value is none of the choices, which are listed.
     """
 
-    model: Path = option(None, "Hugging Face checkpoint folder (safetensors).")
-    inputs: tuple[str, ...] = option(
-        (), "Text files, folders, globs, .jsonl (id, and text or token_ids), .npy token ids.", command_line=False
-    )
-    output: Path = option(None, "Run folder. The same command again resumes.")
-    keep_kv: bool = option(True, "Whether keys and values are stored.", command_line=False)
+    model: Path = option(None, "Hugging Face checkpoint folder (safetensors).", needed=True)
     attention: str = option(AUTO, "Schedule of attention across ranks; all are exact.", choices=(AUTO, *SCHEDULES))
     segments: int = option(2, "Segments a document is cut into.", least=1)
     tp: int = option(1, "Ranks of a node that share the weights (tensor parallelism); divides the heads.", least=1)
     dtype: str = option(
         AUTO, "Type to compute in; auto: float32 on CPUs, the checkpoint's own on GPUs.", choices=(AUTO, *DTYPES)
     )
-    kv_dtype: str = option("bfloat16", "Type to store keys and values in.", choices=STORED_DTYPES)
     device: str = option(AUTO, "Where to compute; auto: on GPUs where every rank has one.", choices=(AUTO, *DEVICES))
     weights: str = option(
         AUTO, "Keep all weights in memory, or a layer at a time; auto: as memory allows.", choices=(AUTO, *RESIDENCES)
@@ -49,11 +44,7 @@ class JobOptions:
     )
     check_finite: bool = option(False, "Stop at NaN or infinities in weights or layers, by name.", flag=True)
     chunk_tokens: int = option(1024, "Tokens per pass through a layer.", least=1)
-    special_tokens: bool | None = option(
-        None, "Whether the tokenizer adds its special tokens.  [default: as the tokenizer does]"
-    )
     allow_longer: bool = option(False, "Allow documents beyond the checkpoint's position limit.", flag=True)
-    overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
     trace: Path | None = option(None, "Write what every rank did when, for chrome://tracing.", metavar="FILE")
     plot: Path | None = option(None, "Draw it: FILE.png, FILE.svg or FILE.pdf.", metavar="FILE")
     quiet: bool = option(False, "No progress, results only.", flag=True)
@@ -66,7 +57,7 @@ class JobOptions:
             _check(each, value)
 
     @classmethod
-    def of(cls, **options: Any) -> JobOptions:
+    def of(cls, **options: Any) -> Self:
         """Options by name, as Python users give them: paths may be text, sizes such as ``"8GB"``.
 
         Raises:
@@ -77,6 +68,44 @@ class JobOptions:
         if unknown := sorted(options.keys() - set(names)):
             raise TypeError(f"no option {', '.join(unknown)}: the options are {', '.join(names)}")
         return cls(**options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions(ModelOptions):
+    """What a user asks of the main job."""
+
+    inputs: tuple[str, ...] = option(
+        (), "Text files, folders, globs, .jsonl (id, and text or token_ids), .npy token ids.", command_line=False
+    )
+    output: Path = option(None, "Run folder. The same command again resumes.", needed=True)
+    keep_kv: bool = option(True, "Whether keys and values are stored.", command_line=False)
+    kv_dtype: str = option("bfloat16", "Type to store keys and values in.", choices=STORED_DTYPES)
+    special_tokens: bool | None = option(
+        None, "Whether the tokenizer adds its special tokens.  [default: as the tokenizer does]"
+    )
+    overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextOptions(ModelOptions):
+    """What a user asks of a job that goes on from stored documents."""
+
+    run: Path = option(None, "Run folder with the stored documents (made by prefill).", needed=True)
+    kv: str = option(
+        AUTO, "Keep stored keys and values in memory, or read a layer ahead; auto: as memory allows.",
+        choices=(AUTO, *KV_RESIDENCES),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendOptions(ContextOptions):
+    """What a user asks of the job that scores continuations of stored documents."""
+
+    inputs: tuple[str, ...] = option(
+        (), '.jsonl lines: "document", "id", and "text", "token_ids" or "choices".', command_line=False
+    )
+    output: Path = option(None, "Run folder for the scores.", needed=True)
+    overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
 
 
 def spelled(name: str) -> str:
@@ -103,5 +132,5 @@ def _check(each: Field[Any], value: Any) -> None:
         one_of(spelled(each.name), value, known["choices"])
     if known["least"] is not None and not (isinstance(value, int) and value >= known["least"]):
         raise UserError(f"{spelled(each.name)} must be at least {known['least']}, not {value}")
-    if each.name in ("model", "output") and value is None:
+    if known.get("needed") and value is None:
         raise UserError(f"{spelled(each.name)} is missing")
