@@ -68,10 +68,9 @@ def options_of(kind: type[ModelOptions], *left_out: str) -> Callable[..., Any]:
 
 def asked(kind: type[ModelOptions], options: dict[str, Any]) -> Any:
     """The options of a kind of job from those of the command line."""
-    inputs = {}
     if "inputs" in options:
-        inputs["inputs"] = (*options.pop("inputs"), *options.pop("more_inputs"))
-    return kind(command=shlex.join(["cpmpi", *sys.argv[1:]]), **inputs, **options)
+        options["inputs"] = (*options["inputs"], *options.pop("more_inputs"))
+    return kind(command=shlex.join(["cpmpi", *sys.argv[1:]]), **options)
 
 
 def run_documents(**options: Any) -> None:
