@@ -64,3 +64,8 @@ def parse_bytes(text: str, name: str) -> int:
     if not 0 < size < float("inf"):
         raise UserError(f"{name} {text}: must be more than nothing")
     return int(size)
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: 1 rank, 2 ranks."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"

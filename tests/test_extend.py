@@ -45,7 +45,7 @@ def extension_of(comm, folder, run, kind, resident):
     """An extension of the run's one document on the ranks of this launch."""
     import torch
 
-    from cpmpi.attention.layout import Layout, Piece
+    from cpmpi.attention.layout import Layout
     from cpmpi.attention.schedule import Schedule
     from cpmpi.comm.progress import Progress
     from cpmpi.comm.transport import MPITransport
@@ -67,7 +67,7 @@ def extension_of(comm, folder, run, kind, resident):
     )  # fmt: skip
     document = run.documents[0]
     stored = StoredKeys(
-        document, Layout(n_tokens=CONTEXT, world=comm.size, segments=3), comm.rank, kv_heads=Piece(0, 2),
+        document, Layout(n_tokens=CONTEXT, world=comm.size, segments=3), comm.rank, group=0,
         heads=tuple(layer.heads for layer in layers), device=device, resident=resident,
     )  # fmt: skip
     return Extension(

@@ -182,9 +182,11 @@ def head_group(topology: Topology, grid: Grid) -> Topology:
 
 def choose_schedule(
     ranks: Ranks, topology: Topology, kind: str, layers: tuple[Layer, ...], backends: tuple[Backend, ...], *,
-    tokens: int, segments: int, device: torch.device, grid: Grid,
+    tokens: int, segments: int, device: torch.device, grid: Grid, stored: int = 0,
 ) -> tuple[Schedule, str]:  # fmt: skip
     """The schedule of a head group for documents of up to ``tokens`` tokens, and one line that says why. Collective.
+
+    With ``stored`` tokens before them, whose keys and values are there already.
 
     ``auto`` prices every kind with this machine's measured links and kernel and takes the cheapest. Where a link's
     bandwidth could not be measured nothing can be priced, and it is the ring.
@@ -195,7 +197,7 @@ def choose_schedule(
     if len(places) == 1:
         return schedule_on("ring", topology).of(places), f"ring: one rank{' a head group' * (grid.tp > 1)}"
     priced = min(range(len(layers)), key=lambda i: layers[i].rule.mask != Mask())  # one that sees all, where one does
-    shape = shape_of(layers[priced], tokens, segments, grid)
+    shape = shape_of(layers[priced], tokens, segments, grid, stored)
     measured = measure_together(ranks.comm, backends[priced], layers[priced].heads, device, shape.block(len(places)))
 
     def decide() -> tuple[str, str]:
@@ -209,11 +211,11 @@ def choose_schedule(
     return schedule_on(kind, topology).of(places), reason
 
 
-def shape_of(layer: Layer, tokens: int, segments: int, grid: Grid) -> AttentionShape:
-    """A layer's attention over a document of ``tokens`` tokens, as a rank of a head group has it."""
+def shape_of(layer: Layer, tokens: int, segments: int, grid: Grid, stored: int = 0) -> AttentionShape:
+    """A layer's attention over so many tokens, after some whose keys are stored, as a rank of a head group has it."""
     heads, rule, _ = layer
     return AttentionShape(
-        new=tokens, query_heads=heads.query_heads, kv_heads=heads.kv_heads, key_dim=heads.key_dim,
-        value_dim=heads.value_dim, itemsize=heads.dtype.itemsize, segments=segments, mask=rule.mask,
-        copies=grid.copies,
+        new=tokens, stored=stored, query_heads=heads.query_heads, kv_heads=heads.kv_heads, key_dim=heads.key_dim,
+        value_dim=heads.value_dim, itemsize=heads.dtype.itemsize, segments=segments,
+        stored_segments=segments, mask=rule.mask, copies=grid.copies,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from cpmpi.comm.ranks import Ranks
 from cpmpi.cost.choose import choose_schedule
 from cpmpi.cost.memory import choose_residence, document_memory
 from cpmpi.documents.read import Document, read_documents
-from cpmpi.engine.options import JobOptions
+from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.engine.placement import check_grid, number_ranks
 from cpmpi.engine.report import introduce
 from cpmpi.engine.state import Decision, Inputs, Job, Model, Place
@@ -41,16 +41,18 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
     inputs = read(options, ranks)
     model = inspect(options, ranks, inputs)
     place = find_place(options, ranks, inputs, model)
-    decision = decide(options, inputs, model, place)
-    progress = progress_of(options, place.ranks)
-    job = Job(options=options, inputs=inputs, model=model, place=place, decision=decision, progress=progress)
+    run_spec = place.ranks.on_root(make_spec, options, inputs, model, place)
+    job = Job(
+        options=options, inputs=inputs, model=model, place=place, spec=run_spec,
+        decision=decide(options, inputs, model, place, run_spec), progress=progress_of(options, place.ranks),
+    )  # fmt: skip
     introduce(job)
     needed = place.ranks.comm.allreduce(spec.bytes_to_write(options.output, job.spec, place.ranks.rank))
     place.ranks.on_root(spec.check_room, options.output, needed)
     return job
 
 
-def progress_of(options: JobOptions, ranks: Ranks) -> Progress:
+def progress_of(options: ModelOptions, ranks: Ranks) -> Progress:
     """Progress that rank 0 shows, unless it is not wanted."""
     return Progress(enabled=ranks.is_root and not options.quiet)
 
@@ -85,7 +87,7 @@ def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progr
     return documents
 
 
-def inspect(options: JobOptions, ranks: Ranks, inputs: Inputs) -> Model:
+def inspect(options: ModelOptions, ranks: Ranks, inputs: Inputs) -> Model:
     """The model without weights, on every rank, and what its layers will ask for. Collective."""
     device = ranks.together(choose_device, ranks, options.device)
     dtype = inputs.checkpoint.compute_dtype(options.dtype, device)
@@ -94,7 +96,7 @@ def inspect(options: JobOptions, ranks: Ranks, inputs: Inputs) -> Model:
     return Model(device=device, dtype=dtype, skeleton=skeleton, layers=layers)
 
 
-def find_place(options: JobOptions, ranks: Ranks, inputs: Inputs, model: Model) -> Place:
+def find_place(options: ModelOptions, ranks: Ranks, inputs: Inputs, model: Model) -> Place:
     """The ranks numbered along the machine's rings, and each rank's share of the model. Collective."""
     threads = set_threads(ranks)
     ranks, topology = number_ranks(ranks, measure=options.attention == "auto")
@@ -117,10 +119,9 @@ def find_place(options: JobOptions, ranks: Ranks, inputs: Inputs, model: Model) 
     )  # fmt: skip
 
 
-def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place) -> Decision:
-    """Kernels, schedule, where the weights stay, and what the run folder will hold. Collective."""
+def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place, run_spec: spec.RunSpec) -> Decision:
+    """Kernels, schedule, and where the weights stay. Collective."""
     ranks = place.ranks
-    run_spec = ranks.on_root(make_spec, options, inputs, model, place)
     backends = backends_of(place.layers, model.device)
     schedule, reason = choose_schedule(
         ranks, place.topology, options.attention, place.layers, backends, tokens=inputs.longest,
@@ -136,7 +137,7 @@ def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place) -> D
         available=available_bytes(ranks, model.device),
         program=resident_set_bytes() if model.device.type == "cpu" else 0,
     )  # fmt: skip
-    return Decision(schedule=schedule, reason=reason, backends=backends, memory=memory, spec=run_spec)
+    return Decision(schedule=schedule, reason=reason, backends=backends, memory=memory)
 
 
 def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place) -> spec.RunSpec:

@@ -10,7 +10,7 @@ from cpmpi.engine.score import Scores
 from cpmpi.engine.state import Job
 from cpmpi.run.reader import open_run
 from cpmpi.run.writer import ShardWriter
-from cpmpi.text import duration, human_bytes, table
+from cpmpi.text import counted, duration, human_bytes, table
 from cpmpi.topology.text import summary
 from cpmpi.version import __version__
 
@@ -47,11 +47,6 @@ def introduce(job: Job) -> None:
         say(f"kernel {backend.name}: {backend.reason}")
     say(str(job.decision.memory))
     say(f"{counted(len(spec.documents), 'document')}, {counted(tokens, 'token')}")
-
-
-def counted(count: int, noun: str) -> str:
-    """A count with its noun: 1 rank, 2 ranks."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def log_document(scores: Scores, writer: ShardWriter | None, name: str) -> None:

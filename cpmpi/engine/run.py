@@ -21,7 +21,7 @@ from cpmpi.engine.placement import split
 from cpmpi.engine.prepare import prepare
 from cpmpi.engine.report import Outcome, log_document
 from cpmpi.engine.score import Engine
-from cpmpi.engine.state import Job
+from cpmpi.engine.state import Job, Prepared
 from cpmpi.model.forward import sum_outputs
 from cpmpi.run import folder
 from cpmpi.run.index import RunIndex
@@ -53,6 +53,8 @@ def run_prepared(job: Job) -> Outcome:
         todo = [i for i in range(len(files.spec.documents)) if i not in files.finished]
         if todo:
             engine = stack.enter_context(load_engine(job, recorder))
+            if files.index is not None:
+                _publish_circumstances(job)
             for i in todo:
                 began = time.perf_counter()
                 score_document(job, engine, files, i)
@@ -120,14 +122,12 @@ def open_writer(
 
 
 @contextmanager
-def load_engine(job: Job, recorder: Recorder | None = None) -> Iterator[Engine]:
+def load_engine(job: Prepared, recorder: Recorder | None = None) -> Iterator[Engine]:
     """The weights read and the transports open. Collective."""
     options, place, decision = job.options, job.place, job.decision
     began = time.perf_counter()
     weights = place.ranks.together(job.inputs.checkpoint.weights, place.reader, stream=decision.memory.stream)
     job.progress.say(f"weights read in {duration(time.perf_counter() - began)}")
-    if place.ranks.is_root:
-        _publish_circumstances(job)
     group, sharers = split(place.ranks, place.grid)
     with ExitStack() as stack:
         summing = None

@@ -12,7 +12,7 @@ from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
 from cpmpi.cost.memory import Memory
 from cpmpi.documents.read import Document
-from cpmpi.engine.options import JobOptions
+from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.kernels.backend import Backend
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.probe import Layer
@@ -73,27 +73,25 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """How the job will be run, and what it will leave.
+    """How the job will be run.
 
     Attributes:
         schedule, reason: of the attention among the ranks of a head group, and why it was chosen.
         backends: the attention kernel of each layer.
         memory: what a rank needs, and whether weights are streamed.
-        spec: what the run folder will hold.
     """
 
     schedule: Schedule
     reason: str
     backends: tuple[Backend, ...]
     memory: Memory
-    spec: RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """A job on one rank that nothing was found against."""
+class Prepared:
+    """A job on one rank that nothing was found against, of any kind."""
 
-    options: JobOptions
+    options: ModelOptions
     inputs: Inputs
     model: Model
     place: Place
@@ -105,7 +103,10 @@ class Job:
         """The ranks of the job."""
         return self.place.ranks
 
-    @property
-    def spec(self) -> RunSpec:
-        """What the run folder will hold."""
-        return self.decision.spec
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Prepared):
+    """The main job: ``spec`` is what its run folder will hold."""
+
+    options: JobOptions
+    spec: RunSpec

@@ -9,7 +9,7 @@ Legend: C tokens of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -39,6 +39,30 @@ def document_length(model: torch.nn.Module, n_tokens: int) -> Iterator[None]:
         yield
 
 
+def same_for(model: torch.nn.Module, lengths: Sequence[int]) -> bool:
+    """Whether rotary embeddings of documents of these lengths are the same, so that one's keys can be the other's."""
+    modules = [module for module in model.modules() if _depends_on_length(module)]
+    found = []
+    for n_tokens in lengths:
+        with document_length(model, n_tokens):
+            found.append([part for module in modules for part in _embeddings(module)])
+    return all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def _embeddings(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """What a module gives for the first positions, for each layer type where it has several."""
+    for kwargs in _calls(module):
+        buffer = next(module.buffers())
+        positions_1C = torch.arange(2, device=buffer.device)[None]
+        made = module(buffer.new_zeros(1, 1, 1), positions_1C, **kwargs)
+        yield from (made,) if isinstance(made, torch.Tensor) else made
+
+
+def _calls(module: torch.nn.Module) -> list[dict[str, Any]]:
+    """The further arguments of a module's calls."""
+    return [{} if layer_type is None else {"layer_type": layer_type} for layer_type in _types(module)]
+
+
 def _depends_on_length(module: torch.nn.Module) -> bool:
     return any(t in ("dynamic", "longrope") for t in _types(module).values())
 
@@ -51,8 +75,7 @@ def _types(module: torch.nn.Module) -> dict[str | None, str]:
 
 def _forget(module: torch.nn.Module) -> None:
     """A call with position 0 brings the original frequencies back."""
-    for layer_type in _types(module):
-        kwargs = {} if layer_type is None else {"layer_type": layer_type}
+    for kwargs in _calls(module):
         buffer = next(module.buffers())
         module(buffer.new_zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.int64, device=buffer.device), **kwargs)
 

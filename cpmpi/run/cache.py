@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cpmpi.attention.execute import Heads, Keys
-from cpmpi.attention.layout import Layout, Piece
+from cpmpi.attention.layout import Layout
 from cpmpi.run.reader import Document
 
 
@@ -24,18 +24,18 @@ class StoredKeys:
         document: the stored one.
         layout: which position of a head group holds which of its tokens in this job.
         position: this rank's.
-        kv_heads: which of the document's KV heads this rank holds.
+        group: this rank's head group; it holds as many KV heads of each layer as ``heads`` say.
         heads: of each layer, with this rank's share.
         device: where they are attended to.
         resident: whether all layers are read at once and stay.
     """
 
     def __init__(
-        self, document: Document, layout: Layout, position: int, *, kv_heads: Piece, heads: tuple[Heads, ...],
+        self, document: Document, layout: Layout, position: int, *, group: int, heads: tuple[Heads, ...],
         device: torch.device, resident: bool,
     ) -> None:  # fmt: skip
         self.document, self.layout, self.pieces = document, layout, layout.pieces(position)
-        self._kv_heads, self._heads, self._device = slice(*kv_heads), heads, device
+        self._group, self._heads, self._device = group, heads, device
         self._thread = ThreadPoolExecutor(1, "cpmpi-stored-keys", torch.set_num_threads, (1,))  # the cores compute
         self._coming: dict[int, Future[Keys]] = {}
         self._kept = {i: self._read(i) for i in range(len(heads))} if resident else None
@@ -52,11 +52,12 @@ class StoredKeys:
 
     def _read(self, layer: int) -> Keys:
         keys = Keys.empty(self.pieces, self._heads[layer], self._device)
-        row = 0
+        row, kv_heads = 0, self._heads[layer].kv_heads
+        held = slice(self._group * kv_heads, (self._group + 1) * kv_heads)
         for piece in self.pieces:
             stored = self.document.kv(layer, piece.start, piece.stop, as_torch=True)
             for tensor, place in zip(stored, (keys.k_SGD, keys.v_SGE), strict=True):
-                place[row : row + piece.size] = tensor[:, self._kv_heads]
+                place[row : row + piece.size] = tensor[:, held]
             row += piece.size
         return keys
 
