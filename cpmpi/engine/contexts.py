@@ -188,9 +188,10 @@ def open_context(job: ContextJob, engine: Engine, context: Context) -> Iterator[
     layout = Layout(
         n_tokens=context.n_tokens, world=place.ranks.size // grid.head_groups, segments=job.options.segments
     )  # fmt: skip
+    heads = tuple(layer.heads for layer in place.layers)
     with StoredKeys(
-        document, layout, position, group=grid.group(place.ranks.rank), heads=tuple(layer.heads for layer in place.layers),
-        device=job.model.device, resident=job.resident,
+        document, layout, position, group=grid.group(place.ranks.rank), heads=heads, device=job.model.device,
+        resident=job.resident,
     ) as stored:  # fmt: skip
         hidden = None if context.again else torch.from_numpy(document.last_hidden).to(job.model.device)
         yield Extension(engine=engine, context=stored, n_tokens=context.n_tokens, last_hidden=hidden)

@@ -1,4 +1,4 @@
-"""The job that scores continuations of stored documents: lines in, scores in a run folder of their own out. Collective."""
+"""The job that scores continuations of stored documents: lines in, scores in a run folder of their own out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cpmpi.engine.options import ExtendOptions
 from cpmpi.engine.run import load_engine
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.run.reader import Run
-from cpmpi.text import duration
+from cpmpi.text import counted, duration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +128,7 @@ def _merging(ranks: Ranks, run: Run, checkpoint: Checkpoint, continuations: Sequ
 
 def _introduce(job: ContextJob, asked: Sequence[Asked], continuations: Sequence[Continuation], merging: int) -> None:
     """Say what is going to happen, before it does."""
-    from cpmpi.engine.report import counted
-
-    say, spec = job.progress.say, job.run.attributes
+    say = job.progress.say
     answers = sum(len(c.answers) for c in continuations)
     tokens = sum(sum(map(len, c.answers)) for c in continuations)
     say(
@@ -138,9 +136,7 @@ def _introduce(job: ContextJob, asked: Sequence[Asked], continuations: Sequence[
         f"{job.options.run}, {counted(job.ranks.size, 'rank')}"
     )
     computed = str(job.model.dtype).removeprefix("torch.")
-    rounding = (
-        "" if job.run.kv_dtype == computed else f": rounded to it once, unlike those of a new prefill in {computed}"
-    )
+    rounding = "" if job.run.kv_dtype == computed else f" (rounded to it once; a new prefill has them in {computed})"
     how = "in memory" if job.resident else "read a layer ahead"
     say(f"stored keys and values: {job.run.kv_dtype}{rounding}; {how}")
     say(f"attention: {job.decision.reason}")

@@ -9,7 +9,7 @@ Legend: C tokens of a branch, H query heads, G KV heads, D key head dim, E value
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -27,6 +27,8 @@ from cpmpi.model.attention_call import Call, rule_of
 from cpmpi.model.forward import Chunk, layer_major
 from cpmpi.model.head import Head, decoder_of
 from cpmpi.run.cache import StoredKeys
+
+LineKeys = tuple[torch.Tensor, torch.Tensor, int]
 
 
 class Branch(NamedTuple):
@@ -64,6 +66,11 @@ class Scored(NamedTuple):
     logprobs: npt.NDArray[np.float32]
     greedy: npt.NDArray[np.bool_]
     last_hidden: npt.NDArray[np.float32]
+
+
+def keys_of(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys (C, G, D) and values (C, G, E) that a chunk hands over."""
+    return call.k_1GCD[0].transpose(0, 1), call.v_1GCE[0].transpose(0, 1)
 
 
 def deal(questions: Sequence[Question], holders: int) -> list[list[tuple[int, int]]]:
@@ -201,13 +208,18 @@ class Extension:
         )  # fmt: skip
         row = 0
         for i, branch in enumerate(branches):
-            place: int | None = i
-            while place is not None:
-                k_SGD, v_SGE = (x[0].transpose(0, 1) for x in (calls[place].k_1GCD, calls[place].v_1GCE))
+            q_CHD = calls[i].q_1HCD[0].transpose(0, 1)
+            for k_SGD, v_SGE, k_start in self._line(branches, i, layer, calls):
                 backend.attend_into(
-                    own, row, calls[i].q_1HCD[0].transpose(0, 1), k_SGD, v_SGE, q_start=branch.start,
-                    k_start=branches[place].start, mask=rule.mask, scale=rule.scale, softcap=rule.softcap,
+                    own, row, q_CHD, k_SGD, v_SGE, q_start=branch.start, k_start=k_start, mask=rule.mask,
+                    scale=rule.scale, softcap=rule.softcap,
                 )  # fmt: skip
-                place = branches[place].parent
             row += len(branch.ids)
         return own
+
+    def _line(self, branches: list[Branch], i: int, layer: int, calls: list[Call]) -> Iterator[LineKeys]:
+        """Keys and values of a branch and of those that it follows, with the position of the first."""
+        place: int | None = i
+        while place is not None:
+            yield *keys_of(calls[place]), branches[place].start
+            place = branches[place].parent
