@@ -130,3 +130,60 @@ def test_answers_are_dealt_evenly_and_stems_counted_once_a_holder():
         (50, 50, None), (100, 50, 0), (150, 10, 1), (150, 10, 1),
     ]  # fmt: skip
     assert lines == [[0, 1, 2], [0, 1, 3]]
+
+
+def collect(decoding, prompts, sampling, most):
+    streams = [sampling.stream(i) for i in range(len(prompts))]
+    found = [[] for _ in prompts]
+    for step in decoding.generate(prompts, lambda i, x, ids: sampling.choose(x, ids, streams[i]), most):
+        for i, token in step:
+            found[i].append(token)
+    return found
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.mpi(n)) for n in (1, 3)])
+def test_greedy_tokens_are_those_of_transformers(ranks, tmp_path):
+    """Three prompts of unlike lengths after a stored document, token for token, by every schedule; and drawn ones."""
+    import torch
+    from mpi4py import MPI
+    from transformers import AutoModelForCausalLM
+
+    import cpmpi
+    from cpmpi.engine.decode import Decoding
+    from cpmpi.model.sampling import Sampling
+
+    comm = MPI.COMM_WORLD
+    folder = shared_folder(tmp_path)
+    if comm.rank == 0:
+        save_llama(folder / "model", 2)
+        np.save(folder / "context.npy", ids_of(CONTEXT, 5))
+    comm.Barrier()
+    prompts, most = [ids_of(n, n) for n in (8, 1, 3)], 12
+    with cpmpi.prefill(
+        model=folder / "model", inputs=folder / "context.npy", output=folder / "run", kv_dtype="float32"
+    ) as run:
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+        expected = []
+        for prompt in prompts:
+            whole = torch.from_numpy(np.concatenate([ids_of(CONTEXT, 5), prompt]))[None]
+            made = model.generate(
+                whole, attention_mask=torch.ones_like(whole), max_new_tokens=most, do_sample=False, eos_token_id=[-1],
+                pad_token_id=0,
+            )  # fmt: skip
+            expected.append(made[0, whole.shape[1] :].tolist())
+        drawn = []
+        for kind, resident in (("tree", True), ("ring", False), ("hybrid", True)):
+            one = extension_of(comm, folder, run, kind, resident)
+            decoding = Decoding(
+                engine=one.engine, context=one.context, n_tokens=CONTEXT, last_hidden=None, gather=comm.allgather
+            )  # fmt: skip
+            for sampling in (Sampling(), Sampling(temperature=1.5, top_k=50, top_p=0.9, seed=4)):
+                found = collect(decoding, prompts, sampling, most)
+                if not sampling.temperature:
+                    assert found == expected, kind
+                else:
+                    drawn.append(found)
+            one.engine.transport.close()
+            one.context.close()
+        assert drawn[0] == drawn[1] == drawn[2]
+        assert drawn[0] != expected

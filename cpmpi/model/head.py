@@ -51,6 +51,11 @@ class Head:
             logprobs.append(token_logprobs(logits_TV, target_T).cpu())
         return torch.cat(logprobs), torch.cat(greedy)
 
+    def logits(self, hidden_TC: torch.Tensor) -> torch.Tensor:
+        """The logits (T, V) after each hidden state."""
+        none_T = torch.zeros(len(hidden_TC), dtype=torch.int64, device=hidden_TC.device)
+        return torch.cat([logits_TV for _, logits_TV in self._logits(hidden_TC, none_T)])
+
     def _logits(self, hidden_TC: torch.Tensor, targets_T: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Targets and logits (T, V), some tokens at a time."""
         name, decoder = _decoder_name(self.model), decoder_of(self.model)
