@@ -23,6 +23,8 @@ def option_of(each: Field[Any], **changes: Any) -> Callable[..., Any]:
     wanted: dict[str, Any] = {}
     if known.get("flag"):
         return click.option(spelled(each.name), is_flag=True, help=known["help"])
+    if known.get("repeated"):
+        return click.option(known["repeated"], each.name, multiple=True, metavar="TEXT", help=known["help"])
     if each.type == "bool | None":
         return click.option(f"{spelled(each.name)}/--no-{spelled(each.name)[2:]}", default=None, help=known["help"])
     if known["choices"]:

@@ -115,9 +115,11 @@ def open_stored(options: ContextOptions, ranks: Ranks) -> tuple[Run, Checkpoint]
 
 
 def prepare_contexts(
-    options: ContextOptions, ranks: Ranks, run: Run, checkpoint: Checkpoint, *, longest: int, new: int
+    options: ContextOptions, ranks: Ranks, run: Run, checkpoint: Checkpoint, *, longest: int, new: int, at_once: int
 ) -> ContextJob:
-    """A job on contexts of up to ``longest`` tokens, with ``new`` tokens after them at a time. Collective.
+    """A job on contexts of up to ``longest`` tokens, with up to ``new`` after them. Collective.
+
+    A pass takes some ``at_once`` of these tokens through the model, for which the schedule is chosen.
 
     Raises:
         UserError: something the user can mend.
@@ -136,7 +138,7 @@ def prepare_contexts(
     place = find_place(options, ranks, inputs, model)
     backends = backends_of(place.layers, model.device)
     schedule, reason = choose_schedule(
-        place.ranks, place.topology, options.attention, place.layers, backends, tokens=new, stored=longest,
+        place.ranks, place.topology, options.attention, place.layers, backends, tokens=at_once, stored=longest,
         segments=options.segments, device=model.device, grid=place.grid,
     )  # fmt: skip
     memory, resident = place.ranks.together(_residence, options, model, place, longest, new)

@@ -63,7 +63,9 @@ def extend(options: ExtendOptions) -> Extended:
     asked = ranks.on_root(_by_context, run, continuations)
     longest = max(a.context.upto for a in asked)
     most = max(len(c.stem) + max(map(len, c.answers)) for c in continuations)
-    job = prepare_contexts(options, ranks, run, checkpoint, longest=longest, new=most)
+    whole = sum(len(c.stem) + sum(map(len, c.answers)) for c in continuations)
+    at_once = max(most, min(whole, BATCH_TOKENS * ranks.size))
+    job = prepare_contexts(options, ranks, run, checkpoint, longest=longest, new=most, at_once=at_once)
     _introduce(job, asked, continuations, _merging(ranks, run, checkpoint, continuations))
     scores: dict[tuple[int, int], Scored] = {}
     with load_engine(job) as engine:

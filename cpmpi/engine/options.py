@@ -21,8 +21,8 @@ def option(default: Any, text: str, *, choices: Sequence[str] = (), least: int |
 class ModelOptions:
     """What a user asks of any job that runs a model.
 
-    Fields with ``command_line`` False are no options of a command, those with ``flag`` take no value there, and those
-    that are ``needed`` have no default.
+    Fields with ``command_line`` False are no options of a command, those with ``flag`` take no value there, those
+    that are ``needed`` have no default, and those that are ``repeated`` may be given several times, under that name.
 
     Raises:
         UserError: a number is out of range, or a value is none of the choices, which are listed.
@@ -108,6 +108,23 @@ class ExtendOptions(ContextOptions):
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ContextOptions):
+    """What a user asks of the job that answers prompts from a stored document."""
+
+    prompts: tuple[str, ...] = option((), "Text that follows the document; once or several times.", repeated="--prompt")
+    document: str | None = option(None, "Id of the stored document.  [default: the run's only one]", metavar="ID")
+    max_new_tokens: int = option(128, "Tokens for each prompt at most.", least=1)
+    temperature: float = option(0.0, "What logits are divided by; 0: always the most probable token.")
+    top_k: int = option(0, "Draw from so many tokens; 0: from all.", least=0)
+    top_p: float = option(1.0, "Draw from the fewest tokens with so much probability.")
+    min_p: float = option(0.0, "Draw from tokens at least so probable, relative to the most probable one.")
+    repetition_penalty: float = option(1.0, "What logits of tokens that occurred are divided by.")
+    seed: int = option(0, "Of the draws; the same on any number of ranks.", least=0)
+    stop: tuple[str, ...] = option((), "Text that ends an answer; once or several times.", repeated="--stop")
+    chat: bool = option(False, "Put prompts into the checkpoint's chat template.", flag=True)
+
+
 def spelled(name: str) -> str:
     """An option's name on the command line."""
     return f"--{name.replace('_', '-')}"
@@ -121,7 +138,7 @@ def _as_declared(each: Field[Any], value: Any) -> Any:
         return Path(value)
     if each.name == "memory_limit":
         return parse_bytes(value, spelled(each.name)) if isinstance(value, str) else value
-    if each.name == "inputs":
+    if each.type.startswith("tuple"):
         return (str(value),) if isinstance(value, str | Path) else tuple(map(str, value))
     return value
 

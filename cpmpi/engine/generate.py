@@ -1,0 +1,153 @@
+"""The job that answers prompts from a stored document: text goes in, tokens come out as they are made. Collective."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from cpmpi.comm.ranks import start
+from cpmpi.documents.tokenization import load_tokenizer, tokenize
+from cpmpi.engine.contexts import ContextJob, context_of, find_document, open_context, open_stored, prepare_contexts
+from cpmpi.engine.decode import Decoding, TokenIds
+from cpmpi.engine.options import GenerateOptions
+from cpmpi.engine.run import load_engine
+from cpmpi.errors import UserError
+from cpmpi.model.sampling import Sampling
+from cpmpi.run.reader import Run
+
+Show = Callable[[int, str], None]
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """What is generated after a prompt: token ids and their text, without the stop text or end token."""
+
+    prompt: str
+    tokenizer: Any = field(repr=False)
+    stop: tuple[str, ...]
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    ended: bool = False
+
+    def add(self, token: int) -> str:
+        """Add a token; the text that is final now and was not before."""
+        before = len(self._final())
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids, clean_up_tokenization_spaces=False)
+        found = [at for s in self.stop if (at := text.find(s)) >= 0]
+        self.ended = bool(found)
+        self.text = text[: min(found)] if found else text
+        return self._final()[before:]
+
+    def finish(self) -> str:
+        """The text that was held back: nothing comes any more."""
+        held = self.text[len(self._final()) :]
+        self.ended = True
+        return held
+
+    def _final(self) -> str:
+        """What will not change: not half a character, and not what may be the beginning of a stop text."""
+        if self.ended:
+            return self.text
+        text = self.text.rstrip("\ufffd")
+        held = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        return text[: len(text) - held]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """The answers (the same on all ranks), seconds of the prompts' pass, of all steps after it, and their number."""
+
+    job: ContextJob
+    answers: list[Answer]
+    first_s: float
+    steps_s: float
+    steps: int
+
+
+def generate(options: GenerateOptions, show: Show = lambda _, __: None) -> Answered:
+    """Answer prompts from a stored document. Collective.
+
+    Args:
+        options: what is asked.
+        show: takes, on every rank alike, the number of a prompt and text that is new in its answer.
+
+    Raises:
+        UserError: something the user can mend; before any work where it can be known then.
+    """
+    ranks = start()
+    sampling = Sampling(**{each.name: getattr(options, each.name) for each in fields(Sampling)})
+    run, checkpoint = open_stored(options, ranks)
+    document = ranks.together(find_document, run, ranks.together(_document_id, options, run), "--document")
+    tokenizer = ranks.together(load_tokenizer, checkpoint.folder)
+    prompts = ranks.together(_prompt_ids, options, tokenizer)
+    context = context_of(document, None, "--document")
+    new = max(map(len, prompts)) + options.max_new_tokens
+    job = prepare_contexts(options, ranks, run, checkpoint, longest=context.n_tokens, new=new, at_once=len(prompts))
+    job.progress.say(f"attention: {job.decision.reason}")
+    answers = [Answer(prompt=prompt, tokenizer=tokenizer, stop=options.stop) for prompt in options.prompts]
+    before = document.token_ids.tolist() if sampling.repetition_penalty != 1 else []
+    ends = _end_tokens(checkpoint)
+    streams = [sampling.stream(i) for i in range(len(prompts))]
+
+    def choose(i: int, logits_V: torch.Tensor, ids: list[int]) -> int:
+        token = -1 if answers[i].ended else sampling.choose(logits_V, [*before, *ids], streams[i])
+        return -1 if token in ends else token
+
+    times: list[float] = []
+    with load_engine(job) as engine, open_context(job, engine, context) as extension:
+        decoding = Decoding(
+            engine=engine, context=extension.context, n_tokens=context.n_tokens, last_hidden=None,
+            gather=job.ranks.comm.allgather,
+        )  # fmt: skip
+        times.append(time.perf_counter())
+        for step in decoding.generate(prompts, choose, options.max_new_tokens):
+            times.append(time.perf_counter())
+            for i, token in step:
+                show(i, answers[i].add(token))
+    for i, answer in enumerate(answers):
+        show(i, answer.finish())
+    began, first, last = times[0], times[min(1, len(times) - 1)], times[-1]
+    return Answered(job=job, answers=answers, first_s=first - began, steps_s=last - first, steps=max(0, len(times) - 2))
+
+
+def _document_id(options: GenerateOptions, run: Run) -> str:
+    if options.document is not None:
+        return options.document
+    if len(run.documents) > 1:
+        some = ", ".join(repr(d.id) for d in run.documents[:3])
+        raise UserError(f"{options.run} holds {len(run.documents)} documents ({some}, ...): choose one with --document")
+    return run.documents[0].id
+
+
+def _prompt_ids(options: GenerateOptions, tokenizer: Any) -> list[TokenIds]:
+    """The token ids of every prompt."""
+    if not options.prompts:
+        raise UserError("--prompt is missing: there is nothing to answer")
+    found = []
+    for prompt in options.prompts:
+        if not prompt:
+            raise UserError("--prompt is empty: it has no token after which to go on")
+        if options.chat:
+            if not getattr(tokenizer, "chat_template", None):
+                raise UserError(f"{options.model}: its tokenizer has no chat template; leave --chat out")
+            message = [{"role": "user", "content": prompt}]
+            prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        found.append(tokenize(tokenizer, prompt, special_tokens=False).astype(np.int64))
+    return found
+
+
+def _end_tokens(checkpoint: Any) -> frozenset[int]:
+    """The tokens that end a text, as the checkpoint says."""
+    from transformers import GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True).eos_token_id
+    except OSError:
+        ends = checkpoint.text_config_value("eos_token_id")
+    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
