@@ -7,14 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpmpi.cost import price as cost
-from cpmpi.cost.choose import ALIKE, ALL_PRICED, candidates, choose, least_seconds, schedule_on
+from cpmpi.cost.choose import ALIKE, ALL_PRICED, NothingFitsError, candidates, choose, least_seconds, schedule_on
 from cpmpi.cost.links import Links
 from cpmpi.cost.price import price
 from cpmpi.cost.rates import Rates
 from cpmpi.cost.shape import AttentionShape
 from cpmpi.cost.simulate import Sizes
+from cpmpi.errors import UserError
 from cpmpi.kernels.mask import Mask
-from cpmpi.topology.describe import LinkClass, Measurement, Topology
+from cpmpi.topology.describe import LinkClass, Measurement, Topology, UnknownBandwidthError
 from cpmpi.topology.node import Node, RankPlace
 from cpmpi.topology.synthetic import synthetic
 
@@ -183,7 +184,7 @@ def test_choice_within_memory():
     least = min(p.resident_bytes for p in free.prices.values())
     tight = choose(topology, s, FAST, memory=least)
     assert tight.prices[tight.schedule.kind].resident_bytes == least
-    with pytest.raises(ValueError, match=r"no schedule fits into 1e-09 GB for a layer's attention: .*ring .* GB"):
+    with pytest.raises(NothingFitsError, match=r"no schedule fits into 1e-09 GB for a layer's attention: .*ring .* GB"):
         choose(topology, s, FAST, memory=1)
 
 
@@ -241,13 +242,15 @@ def test_what_does_not_fit_is_refused():
         choose(topology, shape(), GPU, kinds=["star"])
     with pytest.raises(ValueError, match="the topology describes 8 ranks, but 4 were launched"):
         price(schedule_on("ring", synthetic("nodes=1,ranks=4")), topology, shape(), GPU)
-    with pytest.raises(ValueError, match=r"bandwidth between ranks 0 and 2 \(leaf\) is unknown: measure it, or give"):
+    with pytest.raises(
+        UnknownBandwidthError, match=r"bandwidth between ranks 0 and 2 \(leaf\) is unknown: measure it, or give"
+    ):
         choose(Topology(nodes=topology.nodes), shape(), GPU)
-    with pytest.raises(ValueError, match=r"segments \(0\) must be at least 1"):
+    with pytest.raises(UserError, match=r"segments \(0\) must be at least 1"):
         shape(segments=0)
-    with pytest.raises(ValueError, match=r"query heads \(9\) must be a multiple of the KV heads \(8\)"):
+    with pytest.raises(UserError, match=r"query heads \(9\) must be a multiple of the KV heads \(8\)"):
         shape(heads=9)
-    with pytest.raises(ValueError, match=r"new \(0\) must be at least 1"):
+    with pytest.raises(UserError, match=r"new \(0\) must be at least 1"):
         shape(new=0)
     with pytest.raises(ValueError, match=r"attention_flops \(0\) must be positive"):
         Rates(attention_flops=0, memory_gb_per_s=1)

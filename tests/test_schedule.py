@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpmpi.attention.layout import Layout
-from cpmpi.attention.schedule import KINDS, Item, Schedule, rank_tree, releases
+from cpmpi.attention.schedule import Item, Schedule, rank_tree, releases
+from cpmpi.choices import SCHEDULES
 
 
 @st.composite
@@ -101,7 +102,7 @@ def run(schedule):
 
 
 @settings(max_examples=150, deadline=None)
-@given(machines(), st.sampled_from(KINDS), st.data())
+@given(machines(), st.sampled_from(SCHEDULES), st.data())
 def test_every_query_meets_every_key_once(machine, kind, data):
     nodes, parents = machine
     world = sum(map(len, nodes))
@@ -182,7 +183,11 @@ def test_layout_covers_every_token_once(n_tokens, world, segments, start):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    machines(max_nodes=3, max_ring=3), st.integers(1, 30), st.integers(0, 20), st.integers(1, 5), st.sampled_from(KINDS)
+    machines(max_nodes=3, max_ring=3),
+    st.integers(1, 30),
+    st.integers(0, 20),
+    st.integers(1, 5),
+    st.sampled_from(SCHEDULES),
 )
 def test_every_causal_pair_is_attended_exactly_once(machine, new, stored, segments, kind):
     """From owners down to single positions: new tokens after a stored context, each (query, key) pair once."""

@@ -27,7 +27,11 @@ VERSION = 1
 
 # What lies between two ranks, nearest first: the same rank; the same NUMA domain; the same node; one NVLink domain
 # over several nodes; one leaf switch; different leaf switches; a network of which at least one leaf is unknown.
-KINDS = ("self", "numa", "node", "fabric", "leaf", "spine", "network")
+LINK_KINDS = ("self", "numa", "node", "fabric", "leaf", "spine", "network")
+
+
+class UnknownBandwidthError(ValueError):
+    """A bandwidth that somebody needs was neither measured nor given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class LinkClass:
     latency_us: float | None = None
 
     def __post_init__(self) -> None:
-        choice("link class", self.kind, KINDS[1:])
+        choice("link class", self.kind, LINK_KINDS[1:])
         positive(gb_per_s=self.gb_per_s, latency_us=self.latency_us)
 
 
@@ -58,7 +62,7 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """What lies between two ranks: its kind (one of ``KINDS``), its figures, and if this very pair was measured."""
+    """What lies between two ranks: its kind (one of ``LINK_KINDS``), its figures, and whether it was measured."""
 
     kind: str
     gb_per_s: float | None = None
@@ -142,7 +146,7 @@ class Topology:
         return next(gpu.numa for gpu in self.nodes[index].gpus if gpu.index == place.gpu)
 
     def kind(self, a: int, b: int) -> str:
-        """What lies between two ranks: one of ``KINDS``."""
+        """What lies between two ranks: one of ``LINK_KINDS``."""
         if a == b:
             return "self"
         i, j = self.node_of(a), self.node_of(b)
@@ -180,7 +184,7 @@ class Topology:
 
         Where nothing is known of pairs in one NUMA domain, they get the figures of pairs in a node."""
         figures = {}
-        for kind in KINDS[1:]:
+        for kind in LINK_KINDS[1:]:
             near = (kind, "node") if kind == "numa" else (kind,)
             sources = [table[k] for table in (self._medians, self._given) for k in near if k in table]
             figures[kind] = LinkClass(
@@ -206,6 +210,19 @@ class Topology:
             latency_us=_first((mine.latency_us if mine else None, figure.latency_us)),
             measured=mine is not None and mine.gb_per_s is not None,
         )
+
+    def known_link(self, a: int, b: int) -> tuple[float, float]:
+        """Bandwidth (bytes/s) and latency (s, 0 where nobody knows it) between two ranks, as :meth:`link` has them.
+
+        Raises:
+            UnknownBandwidthError: nobody knows the bandwidth.
+        """
+        link = self.link(a, b)
+        if link.gb_per_s is None:
+            raise UnknownBandwidthError(
+                f"the bandwidth between ranks {a} and {b} ({link.kind}) is unknown: measure it, or give a link class"
+            )
+        return link.gb_per_s * 1e9, (link.latency_us or 0.0) * 1e-6
 
     def gpu_link(self, a: int, b: int) -> GpuLink | None:
         """The link between the GPUs of two ranks: in their node, or through an NVLink domain that spans nodes.

@@ -24,7 +24,7 @@ INCHES, WIDEST_INCHES, HIGHEST_INCHES = 0.42, 22.0, 30.0  # of one unit; of the 
 
 
 def require_matplotlib(path: str | Path) -> None:
-    """Check before any work that :func:`draw` can write ``path``.
+    """Check before any work that :func:`draw_machine` can write ``path``.
 
     Raises:
         ValueError: matplotlib is not installed, or the file name ends in no known format.
@@ -35,7 +35,7 @@ def require_matplotlib(path: str | Path) -> None:
         raise ValueError("drawing needs matplotlib: pip install 'cpmpi[plot]'")
 
 
-def draw(topology: Topology, path: str | Path) -> None:
+def draw_machine(topology: Topology, path: str | Path) -> None:
     """Write a picture of the machine (PNG, SVG or PDF by the name of the file).
 
     Lines are the wider the more bandwidth they have, on a logarithmic scale.

@@ -23,8 +23,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+from cpmpi.choices import SCHEDULES
+
 Kind = Literal["key", "query", "partial"]
-KINDS = ("ring", "tree", "hybrid")
 Nodes = Sequence[Sequence[int]]  # the ranks of each node, in ring order
 Parents = Sequence[int | None]  # the parent of each node (or rank) in a tree, None for the root
 INNER, OUTER = 0, 1  # channels: a communicator each, so that slow links never queue before fast ones
@@ -213,8 +214,8 @@ class Schedule:
     askers: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown schedule {self.kind!r}: choose one of {', '.join(KINDS)}")
+        if self.kind not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.kind!r}: choose one of {', '.join(SCHEDULES)}")
         if len(self.nodes) != len(self.parents) or list(self.parents).count(None) != 1:
             raise ValueError(
                 f"a tree over {len(self.nodes)} nodes needs as many parents, one of them None: {self.parents}"

@@ -9,22 +9,28 @@ from typing import NamedTuple
 import torch
 
 from cpmpi.attention.grid import Grid
-from cpmpi.attention.schedule import KINDS, Schedule
+from cpmpi.attention.schedule import Schedule
+from cpmpi.choices import SCHEDULES
 from cpmpi.comm.ranks import Ranks
 from cpmpi.cost.links import Links
 from cpmpi.cost.measure import measure_together
 from cpmpi.cost.price import Price, price
 from cpmpi.cost.rates import Rates
 from cpmpi.cost.shape import AttentionShape
+from cpmpi.errors import UserError
 from cpmpi.kernels.backend import Backend
 from cpmpi.kernels.mask import Mask
 from cpmpi.model.probe import Layer
 from cpmpi.text import seconds_text
 from cpmpi.topology.derive import node_order, rings, tree
-from cpmpi.topology.describe import Node, Topology
+from cpmpi.topology.describe import Node, Topology, UnknownBandwidthError
 
 ALIKE = 1.05  # times the least price: not told apart; of these, the one that sends the least: networks vary the most
 ALL_PRICED = 64  # ranks up to which every candidate is priced; beyond, those that might be the cheapest
+
+
+class NothingFitsError(UserError):
+    """No schedule fits into the memory that there is; the text names what each needs."""
 
 
 class Choice(NamedTuple):
@@ -64,7 +70,7 @@ def candidates(topology: Topology, askers: frozenset[int] | None = None) -> list
     """The schedules worth a price: hybrid is a ring on a single node, and a tree where every node has one rank."""
     kinds = [
         kind
-        for kind in KINDS
+        for kind in SCHEDULES
         if not (kind == "tree" and topology.world == 1)
         and not (kind == "hybrid" and (len(topology.nodes) == 1 or len(topology.nodes) == topology.world))
     ]
@@ -90,7 +96,9 @@ def choose(
         kinds: the kinds to choose from; None: all that differ on this machine.
 
     Raises:
-        ValueError: nothing fits the memory, an unknown kind, or a bandwidth that the price needs is not known.
+        NothingFitsError: nothing fits the memory.
+        UnknownBandwidthError: a bandwidth that the price needs is not known.
+        ValueError: an unknown kind.
     """
     askers = shape.asking(topology.world)
     schedules = candidates(topology, askers) if kinds is None else [schedule_on(k, topology, askers) for k in kinds]
@@ -104,7 +112,7 @@ def choose(
     fitting = [kind for kind, p in prices.items() if memory is None or p.resident_bytes <= memory]
     if not fitting:
         needs = ", ".join(f"{kind} {p.resident_bytes / 1e9:.3g} GB" for kind, p in prices.items())
-        raise ValueError(f"no schedule fits into {(memory or 0) / 1e9:.3g} GB for a layer's attention: {needs}")
+        raise NothingFitsError(f"no schedule fits into {(memory or 0) / 1e9:.3g} GB for a layer's attention: {needs}")
     least = min(prices[kind].total_s for kind in fitting)
     alike = [kind for kind in fitting if prices[kind].total_s <= ALIKE * least]
     best = min(alike, key=lambda kind: (prices[kind].busiest_bytes, prices[kind].total_s))
@@ -157,7 +165,7 @@ def head_group(topology: Topology, grid: Grid) -> Topology:
     of one is.
 
     Raises:
-        ValueError: ``tp`` does not divide a node's ranks.
+        UserError: ``tp`` does not divide a node's ranks.
     """
     if grid.tp == 1:
         return topology
@@ -165,7 +173,7 @@ def head_group(topology: Topology, grid: Grid) -> Topology:
     for node in topology.nodes:
         if len(node.ranks) % grid.tp:
             count = len(node.ranks)
-            raise ValueError(f"tensor parallelism ({grid.tp}) must divide the {count} ranks of node {node.name}")
+            raise UserError(f"tensor parallelism ({grid.tp}) must divide the {count} ranks of node {node.name}")
         kept = [replace(place, rank=grid.position(place.rank)) for place in node.ranks if not grid.group(place.rank)]
         networks = node.fast_networks[:: min(grid.head_groups, len(node.fast_networks) or 1)]
         nodes.append(replace(node, ranks=tuple(kept), networks=networks))
@@ -203,7 +211,7 @@ def choose_schedule(
     def decide() -> tuple[str, str]:
         try:
             choice = choose(head_group(topology, grid), shape, measured)
-        except ValueError as problem:
+        except UnknownBandwidthError as problem:
             return "ring", f"ring: not priced, {problem}"
         return choice.schedule.kind, f"{choice.reason} (predicted, a layer)"
 

@@ -39,7 +39,7 @@ class Links:
         capacity: of each wire, in bytes/s.
 
     Raises:
-        ValueError: on use, for a pair of ranks between which no bandwidth is known.
+        UnknownBandwidthError: on use, for a pair of ranks between which no bandwidth is known.
     """
 
     def __init__(self, topology: Topology) -> None:
@@ -61,8 +61,8 @@ class Links:
         return min(self.capacity[wire] for wire in self.route(source, target).wires)
 
     def _find(self, a: int, b: int) -> Route:
-        rate, latency_s = self._figures(a, b)
         t = self.topology
+        rate, latency_s = t.known_link(a, b)
         i, j, kind = t.node_of(a), t.node_of(b), t.kind(a, b)
         if kind in ("numa", "node", "fabric"):
             wires = [self._wire(f"rank {a} out", self._port(a)), self._wire(f"rank {b} in", self._port(b))]
@@ -75,15 +75,6 @@ class Links:
             wires.append(self._wire(f"{one.leaf} up", self._uplink[one.leaf]))
             wires.append(self._wire(f"{two.leaf} down", self._uplink[two.leaf]))
         return Route(tuple(wires), rate, latency_s)
-
-    def _figures(self, a: int, b: int) -> tuple[float, float]:
-        """(bytes/s, s) between two ranks of the description."""
-        link = self.topology.link(a, b)
-        if link.gb_per_s is None:
-            raise ValueError(
-                f"the bandwidth between ranks {a} and {b} ({link.kind}) is unknown: measure it, or give a link class"
-            )
-        return link.gb_per_s * 1e9, (link.latency_us or 0.0) * 1e-6
 
     def _wire(self, name: str, bytes_per_s: float) -> int:
         if name not in self._wires:
@@ -99,7 +90,7 @@ class Links:
         peers = [place.rank for place in node.ranks if place.rank != rank]
         if not peers:  # alone in its node, in a domain over several nodes
             return (node.fabric_gb_per_s or t.figures["fabric"].gb_per_s or float("inf")) * 1e9
-        return max(self._figures(rank, peer)[0] for peer in peers)
+        return max(t.known_link(rank, peer)[0] for peer in peers)
 
     def _device(self, node: int) -> float:
         """Bytes/s of all network devices of a node."""

@@ -67,7 +67,8 @@ def price(
         links: the machine's `Links`, where several prices share them.
 
     Raises:
-        ValueError: the schedule is for another number of ranks, or a bandwidth is not known.
+        ValueError: the schedule is for another number of ranks.
+        UnknownBandwidthError: a bandwidth is not known.
     """
     topology.require(schedule.world)
     links = links or Links(topology)
