@@ -75,8 +75,9 @@ def described(ranks: Ranks, saved: Path | None, leaf_file: Path | None, *, measu
     from cpmpi.topology.discover import discover, require_match
 
     if saved is None:
-        return ranks.together(told, discover, ranks.comm, measure=measure, leaf_file=leaf_file)
-    topology: Topology = ranks.on_root(told, Topology.load, saved)
+        topology: Topology = ranks.together(told, discover, ranks.comm, measure=measure, leaf_file=leaf_file)
+        return topology
+    topology = ranks.on_root(told, Topology.load, saved)
     ranks.together(told, require_match, ranks.comm, topology)
     return topology
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,10 +11,11 @@ from hypothesis import strategies as st
 from cpmpi.cost import price as cost
 from cpmpi.cost.choose import ALIKE, ALL_PRICED, NothingFitsError, candidates, choose, least_seconds, schedule_on
 from cpmpi.cost.links import Links
+from cpmpi.cost.lockstep import in_step, play_ring
 from cpmpi.cost.price import price
 from cpmpi.cost.rates import Rates
 from cpmpi.cost.shape import AttentionShape
-from cpmpi.cost.simulate import Sizes
+from cpmpi.cost.simulate import Sizes, attend_seconds, play
 from cpmpi.errors import UserError
 from cpmpi.kernels.mask import Mask
 from cpmpi.topology.describe import LinkClass, Measurement, Topology, UnknownBandwidthError
@@ -139,7 +142,9 @@ def test_no_price_is_below_the_bound_and_none_is_clearly_below_the_choice(sizes,
     for schedule in candidates(topology, s.asking(topology.world)):
         p = price(schedule, topology, s, rates)
         assert p == choice.prices[schedule.kind]
-        assert p.total_s >= least_seconds(schedule, s, rates, links) * (1 - 1e-9)
+        assert p.total_s >= least_seconds(schedule, s, rates, links, attend_seconds(s, rates, topology.world)) * (
+            1 - 1e-9
+        )
         chosen = choice.prices[choice.schedule.kind]
         assert chosen.total_s <= ALIKE * p.total_s
         assert chosen.total_s <= p.total_s or chosen.busiest_bytes <= p.busiest_bytes
@@ -153,14 +158,52 @@ def test_a_long_ring_is_priced_by_its_first_steps(monkeypatch):
     for rates in (FAST, GPU, SLOW):
         exact = price(schedule_on("ring", topology), topology, s, rates)
         monkeypatch.setattr(cost, "MOST_ROUNDS", 100)
+        stepped = price(schedule_on("ring", topology), topology, s, rates)
+        monkeypatch.setattr(cost, "MOST_STEPPED", 10)
         quick = price(schedule_on("ring", topology), topology, s, rates)
         monkeypatch.undo()
+        assert replace(stepped, intervals=()) == replace(exact, intervals=())  # in step, to the last bit
         assert quick.extrapolated
         assert not exact.extrapolated
         assert quick.total_s == pytest.approx(exact.total_s, rel=0.04)
         assert quick.compute_s == pytest.approx(exact.compute_s, rel=0.04)
         for name, n_bytes in exact.link_bytes.items():
             assert quick.link_bytes[name] == pytest.approx(n_bytes, rel=0.02)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 6), st.integers(1, 6), st.integers(1, 3), st.integers(1, 3000), st.integers(0, 900),
+    st.sampled_from([FAST, GPU, SLOW]), st.sampled_from([1, 3, 8]),
+)  # fmt: skip
+def test_in_step_a_ring_takes_the_same_times_to_the_last_bit(nodes, ranks, leaf, new, stored, rates, taper):
+    topology = synthetic(f"machine=cpu-2s,nodes={nodes},ranks={ranks},leaf={leaf},taper={taper}")
+    s, links, again = shape(new, stored), Links(topology), Links(topology)
+    ring, seconds = schedule_on("ring", topology), attend_seconds(s, rates, topology.world)
+    slow = play(ring, s, rates, links, seconds)
+    assert in_step(ring, again)
+    quick = play_ring(ring, Sizes(s, topology.world), rates, again, seconds)
+    assert quick.round_ends == slow.round_ends
+    assert quick.busy_s == slow.busy_s
+    assert named(quick, again) == named(slow, links)
+    assert sorted(quick.intervals, key=str) == sorted((i for i in slow.intervals if i.rank in shown(quick)), key=str)
+    assert len(shown(quick)) <= 32
+
+
+def named(played, links):
+    return {links.names[wire]: n for wire, n in played.wire_bytes.items()}
+
+
+def shown(played):
+    return {i.rank for i in played.intervals}
+
+
+def test_only_rings_of_nodes_that_are_alike_go_in_step():
+    uneven, even = synthetic("machine=cpu-2s,ranks=2/3"), synthetic("machine=cpu-2s,nodes=2,ranks=3")
+    assert not in_step(schedule_on("ring", uneven), Links(uneven))
+    assert not in_step(schedule_on("hybrid", even), Links(even))
+    fabric = synthetic("machine=gb200-nvl72,nodes=2,gpus=4")  # what crosses goes over the ranks' own ports
+    assert not in_step(schedule_on("ring", fabric), Links(fabric))
 
 
 def test_resident_bytes():
@@ -188,18 +231,11 @@ def test_choice_within_memory():
         choose(topology, s, FAST, memory=1)
 
 
-@pytest.mark.parametrize(("heads", "kv"), [(8, 8), (64, 8), (32, 1), (128, 8)])
-def test_metas_rule(heads, kv):
-    """Queries are the smaller message iff T / (T + P) <= 2 G / H (arXiv 2411.01783)."""
-    for new in (1, 31, 32, 128, 1000, 4096, 100_000):
-        for stored in (0, 1000, 30_000, 64_000):
-            s = shape(new, stored, heads=heads, kv=kv)
-            assert s.queries_are_smaller == (new * heads <= (new + stored) * 2 * kv)
-
-
 @pytest.mark.parametrize(("heads", "kv"), [(16, 8), (64, 8)])
 def test_on_uniform_links_the_choice_changes_near_metas_rule(heads, kv):
     """Where links are uniform and transfers are all that counts, keys travel above the rule and queries below.
+
+    The rule: queries are the smaller message iff T / (T + P) <= 2 G / H (arXiv 2411.01783), T new and P stored tokens.
 
     Our partials travel back in float32, so queries win once T H (D + E + 1) is less than (T + P) G (D + E): Meta's
     rule with its threshold divided by 2 (for float32 keys and D = E).

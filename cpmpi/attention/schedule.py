@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -228,6 +228,13 @@ class Schedule:
         """Ranks on all nodes."""
         return sum(map(len, self.nodes))
 
+    @cached_property
+    def tree(self) -> tuple[Nodes, Parents]:
+        """What queries and partials travel along: the nodes and their parents or, of a tree, the ranks and theirs."""
+        if self.kind == "tree":
+            return [[rank] for rank in range(self.world)], rank_tree(self.nodes, self.parents)
+        return self.nodes, self.parents
+
     def of(self, places: Mapping[int, int]) -> Schedule:
         """The same kind on the same nodes for some of the ranks, under other numbers.
 
@@ -243,9 +250,7 @@ class Schedule:
         askers = range(self.world) if self.askers is None else self.askers
         if self.kind == "ring":
             return ring_program(self.nodes, rank, steps)
-        if self.kind == "tree":
-            return hybrid_program([[r] for r in range(self.world)], rank_tree(self.nodes, self.parents), askers, rank)
-        return hybrid_program(self.nodes, self.parents, askers, rank)
+        return hybrid_program(*self.tree, askers, rank)
 
 
 def releases(program: Program) -> list[list[Item]]:

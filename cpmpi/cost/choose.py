@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from cpmpi.attention.grid import Grid
@@ -17,6 +18,7 @@ from cpmpi.cost.measure import measure_together
 from cpmpi.cost.price import Price, price
 from cpmpi.cost.rates import Rates
 from cpmpi.cost.shape import AttentionShape
+from cpmpi.cost.simulate import Seconds, attend_seconds
 from cpmpi.errors import UserError
 from cpmpi.kernels.backend import Backend
 from cpmpi.kernels.mask import Mask
@@ -104,11 +106,12 @@ def choose(
     schedules = candidates(topology, askers) if kinds is None else [schedule_on(k, topology, askers) for k in kinds]
     links = Links(topology)
     prices: dict[str, Price] = {}
-    bounds = {s.kind: least_seconds(s, shape, rates, links) for s in schedules}
+    seconds = attend_seconds(shape, rates, topology.world)
+    bounds = {s.kind: least_seconds(s, shape, rates, links, seconds) for s in schedules}
     for schedule in sorted(schedules, key=lambda s: bounds[s.kind]):
         affordable = [p.total_s for p in prices.values() if memory is None or p.resident_bytes <= memory]
         if topology.world <= ALL_PRICED or not affordable or bounds[schedule.kind] < min(affordable):
-            prices[schedule.kind] = price(schedule, topology, shape, rates, links=links)
+            prices[schedule.kind] = price(schedule, topology, shape, rates, links=links, seconds=seconds)
     fitting = [kind for kind, p in prices.items() if memory is None or p.resident_bytes <= memory]
     if not fitting:
         needs = ", ".join(f"{kind} {p.resident_bytes / 1e9:.3g} GB" for kind, p in prices.items())
@@ -121,15 +124,18 @@ def choose(
     return Choice(next(s for s in schedules if s.kind == best), "; ".join(words), prices)
 
 
-def least_seconds(schedule: Schedule, shape: AttentionShape, rates: Rates, links: Links) -> float:
+def least_seconds(schedule: Schedule, shape: AttentionShape, rates: Rates, links: Links, seconds: Seconds) -> float:
     """A time that one layer's attention takes at least, from arithmetic and the bytes that must enter a node.
 
     A ring brings every key from elsewhere into each node. Of a tree, an outer node's one edge first brings the queries
     of all others in and, once they have met its keys, takes their partials out: one message, or a lane for each rank.
+    ``seconds`` is what `attend_seconds` gives.
     """
     world = schedule.world
     pairs = shape.mask.pairs(range(shape.stored, shape.tokens), range(shape.tokens))
     computing = shape.copies * pairs * shape.pair_flops / rates.attention_flops / world
+    if schedule.kind != "ring":
+        computing = max(computing, _least_of_a_leaf(schedule, shape, links, seconds))
     if len(schedule.nodes) == 1:
         return computing
     outer = [m for m in range(len(schedule.nodes)) if m not in schedule.parents]
@@ -145,6 +151,26 @@ def least_seconds(schedule: Schedule, shape: AttentionShape, rates: Rates, links
     rate_out, rate_in = (min(links.narrowest(*way), lanes * links.route(*way).bytes_per_s) for way in (out, into))
     moving = shape.query_bytes / rate_in + shape.partial_bytes / rate_out
     return max(computing, shape.copies * shape.new * elsewhere * moving)
+
+
+def _least_of_a_leaf(schedule: Schedule, shape: AttentionShape, links: Links, seconds: Seconds) -> float:
+    """What an outer node of a tree takes: each of its lanes computes, and then its partials go up to its parent."""
+    nodes, parents = schedule.tree
+    if len(nodes) == 1:
+        return 0.0
+    leaf = max(m for m in range(len(nodes)) if m not in parents)
+    ranks, up = nodes[leaf], parents[leaf]
+    assert up is not None
+    lanes_N = np.empty(schedule.world, np.int64)
+    for node in nodes:
+        lanes_N[list(node)] = np.arange(len(node)) % len(ranks)
+    asking = np.array(sorted(range(schedule.world) if schedule.askers is None else schedule.askers))
+    spent = np.bincount(lanes_N[asking], seconds[np.ix_(asking, list(ranks))].sum(axis=1), len(ranks))
+    layout = shape.query_layout(schedule.world)
+    outside = sum(layout.size(rank) for rank in set(asking.tolist()) - set(ranks))
+    way = ranks[0], nodes[up][0]
+    rate = min(links.narrowest(*way), len(ranks) * links.route(*way).bytes_per_s)
+    return float(spent.min()) + outside * shape.partial_bytes / rate
 
 
 def reason(best: str, prices: dict[str, Price], memory: int | None = None) -> str:

@@ -7,6 +7,7 @@ uplink of a leaf switch. Bytes on a wire queue behind each other; the directions
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -87,10 +88,24 @@ class Links:
         """Bytes/s of a rank's fastest link in its node or NVLink domain."""
         t = self.topology
         node = t.nodes[t.node_of(rank)]
-        peers = [place.rank for place in node.ranks if place.rank != rank]
+        peers = self._peers(rank)
         if not peers:  # alone in its node, in a domain over several nodes
             return (node.fabric_gb_per_s or t.figures["fabric"].gb_per_s or float("inf")) * 1e9
         return max(t.known_link(rank, peer)[0] for peer in peers)
+
+    def _peers(self, rank: int) -> Iterable[int]:
+        """The other ranks of a rank's node; where it has no links of its own there, one of each NUMA domain."""
+        t = self.topology
+        peers = [place.rank for place in t.nodes[t.node_of(rank)].ranks if place.rank != rank]
+        if t.place(rank).gpu is not None or rank in self._measured_inside:
+            return peers
+        return {t.numa_of(peer): peer for peer in peers}.values()
+
+    @cached_property
+    def _measured_inside(self) -> set[int]:
+        """The ranks with a measured link in their node."""
+        t = self.topology
+        return {rank for m in t.measured if t.node_of(m.a) == t.node_of(m.b) for rank in (m.a, m.b)}
 
     def _device(self, node: int) -> float:
         """Bytes/s of all network devices of a node."""

@@ -89,15 +89,6 @@ class AttentionShape:
         """Floating point operations for one (query, key) pair over all heads: q . k, and the weight times v."""
         return 2 * self.query_heads * (self.key_dim + self.value_dim)
 
-    @property
-    def queries_are_smaller(self) -> bool:
-        """Whether all queries are fewer bytes than all keys and values.
-
-        With D = E this is the rule of Yang et al., 'Context Parallelism for Scalable Million-Token Inference'
-        (arXiv 2411.01783): queries are the smaller message iff T / (T + P) <= 2 * G / H, T new and P stored tokens.
-        """
-        return self.copies * self.new * self.query_bytes <= self.tokens * self.key_bytes
-
     def query_layout(self, world: int) -> Layout:
         """Which rank holds which queries."""
         return Layout(n_tokens=self.new, world=world, segments=self.segments, start=self.stored, copies=self.copies)
