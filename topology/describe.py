@@ -49,15 +49,21 @@ class LinkClass:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What ranks ``a`` < ``b`` got talking with each other; bandwidth one way, with as much the other way."""
+    """What ranks ``a`` < ``b`` got talking with each other; bandwidth one way, with as much the other way.
+
+    ``at_most``: the time ran out while bytes were under way, and ``gb_per_s`` is what the link had at most.
+    """
 
     a: int
     b: int
     gb_per_s: float | None = None
     latency_us: float | None = None
+    at_most: bool = False
 
     def __post_init__(self) -> None:
         positive(gb_per_s=self.gb_per_s, latency_us=self.latency_us)
+        if self.at_most and self.gb_per_s is None:
+            raise ValueError("at_most needs gb_per_s: a bound of what?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,7 @@ class Link:
     gb_per_s: float | None = None
     latency_us: float | None = None
     measured: bool = False
+    at_most: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +202,9 @@ class Topology:
         return figures
 
     def link(self, a: int, b: int) -> Link:
-        """The link between two ranks as messages see it, in constant time: what was measured of the pair, else the
-        median of what was measured of its kind, else the link between their GPUs, else what ``classes`` says.
+        """The link between two ranks as messages see it, in constant time: what was measured of the pair, if only as an
+        upper bound, else the median of what was measured of its kind (bounds among it: without them it would be too
+        high), else the link between their GPUs, else what ``classes`` says.
 
         A figure that nobody knows is None."""
         kind = self.kind(a, b)
@@ -209,6 +217,7 @@ class Topology:
             gb_per_s=_first((mine.gb_per_s if mine else None, gpus.gb_per_s if gpus else None, figure.gb_per_s)),
             latency_us=_first((mine.latency_us if mine else None, figure.latency_us)),
             measured=mine is not None and mine.gb_per_s is not None,
+            at_most=mine is not None and mine.at_most,
         )
 
     def known_link(self, a: int, b: int) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TypeVar
 
-from cpmpi.topology.derive import double_tree, node_order, rings, tree
+from cpmpi.topology.derive import node_order, rings, tree
 from cpmpi.topology.describe import LinkClass, Topology
 from cpmpi.topology.node import Node
 
@@ -45,14 +45,11 @@ def summary(topology: Topology) -> str:
     kinds = kinds_shown(topology)
     for kind, figure in topology.figures.items():
         if kind in kinds and (figure.gb_per_s is not None or figure.latency_us is not None):
-            count = sum(topology.kind(m.a, m.b) == kind for m in topology.measured)
-            how = f"median of {_counted(count, 'measured pair')}" if count else "given"
-            lines.append(f"  {SAID[kind]}: {_figures(figure)} ({how})")
-    spanning, pair = tree(topology), double_tree(topology)
+            lines.append(f"  {SAID[kind]}: {_figures(figure)} ({how_known(topology, kind)})")
     if len(nodes) > 1:
-        shape = f"root {topology.nodes[spanning.root].name}, {_counted(len(spanning.rounds()), 'round')}"
-        twin = "a second tree for half of the bytes pays" if pair else "a second tree would not pay"
-        lines.append(f"  tree: {shape}; {twin}")
+        spanning = tree(topology)
+        root = topology.nodes[spanning.root].name
+        lines.append(f"  tree: root {root}, {_counted(len(spanning.rounds()), 'round')}")
     return "\n".join([*lines, *(f"  note: {note}" for note in topology.notes)])
 
 
@@ -66,6 +63,18 @@ def kinds_shown(topology: Topology) -> set[str]:
     near, far = (topology.figures[kind] for kind in ("numa", "node"))
     same = (near.gb_per_s, near.latency_us) == (far.gb_per_s, far.latency_us)
     return used - {"numa"} if same and "node" in used else used
+
+
+def how_known(topology: Topology, kind: str) -> str:
+    """Where the figures of a kind of link come from, in words."""
+    samples = [m for m in topology.measured if topology.kind(m.a, m.b) == kind]
+    bounds = sum(m.at_most for m in samples)
+    if not samples:
+        return "given"
+    words = f"median of {_counted(len(samples), 'measured pair')}"
+    if not bounds:
+        return words
+    return f"{words}, at most" if bounds == len(samples) else f"{words}, {bounds} of them at most"
 
 
 def rate(gb_per_s: float | None) -> str:

@@ -27,8 +27,8 @@ from cpmpi.text import seconds_text
 from cpmpi.topology.derive import node_order, rings, tree
 from cpmpi.topology.describe import Node, Topology, UnknownBandwidthError
 
-ALIKE = 1.05  # times the least price: not told apart; of these, the one that sends the least: networks vary the most
-ALL_PRICED = 64  # ranks up to which every candidate is priced; beyond, those that might be the cheapest
+ALIKE = 1.05  # up to this times the least price, prices count as equal; networks vary most, so the fewest bytes win
+ALL_PRICED = 64  # ranks up to which all candidates are priced; beyond, only those that could be the cheapest
 
 
 class NothingFitsError(UserError):
