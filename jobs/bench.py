@@ -145,8 +145,13 @@ def row_of(kind: str, m: Measured, predicted: Price) -> tuple[str, ...]:
     times = (m.seconds, min(m.total_s), max(m.total_s), predicted.total_s, m.compute, m.move)
     return (
         kind, *map(seconds_text, times), f"{m.hidden:.0%}", f"{m.bound_share:.0%}", f"{m.sent_bytes / 1e6:,.3g} MB",
-        f"{m.flops / m.seconds / 1e9:,.3g}",
+        rate_text(m.flops / m.seconds / 1e9),
     )  # fmt: skip
+
+
+def rate_text(rate: float) -> str:
+    """A rate with three digits, and with all of those before the point."""
+    return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.3g}"
 
 
 def print_rows(asked: Asked, bench: AttentionBench, rates: Rates, rows: Sequence[Sequence[str]]) -> None:
@@ -157,7 +162,7 @@ def print_rows(asked: Asked, bench: AttentionBench, rates: Rates, rows: Sequence
     click.echo(
         f"{counted(topology.world, 'rank')} on {counted(len(topology.nodes), 'node')}, {asked.new:,} new tokens "
         f"after {asked.stored:,}, {asked.query_heads} query and {asked.kv_heads} KV heads of {asked.head_dim}, "
-        f"{asked.dtype}; kernel {bench.backend.name}: {rates.attention_flops / 1e9:,.3g} GFLOP/s a rank, a call "
+        f"{asked.dtype}; kernel {bench.backend.name}: {rate_text(rates.attention_flops / 1e9)} GFLOP/s a rank, a call "
         f"{seconds_text(rates.call_s)}"
     )
     click.echo(table(HEADER, rows, left=1))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from cpmpi.cost.attention_bench import Measured, Overlap
 from cpmpi.errors import UserError
-from cpmpi.jobs.bench import command
+from cpmpi.jobs.bench import HEADER, command, row_of
 
 from .conftest import mpirun
 
@@ -78,6 +79,18 @@ def test_fractions():
     assert (m.seconds, m.hidden, m.bound_share) == (2.5, 0.5, 0.8)
     assert Measured(total_s=(3.0,), compute_s=(2.0,), move_s=(0.1,), flops=1.0, sent_bytes=0).hidden == 1
     assert Overlap(1, move_s=1.0, compute_s=2.0, both_s=2.25).hidden == 0.75
+
+
+def test_a_row_of_the_table():
+    """Median, least and most are those of the repetitions; predicted, compute and move follow."""
+    m = Measured(
+        total_s=(3.0, 2.0, 2.5), compute_s=(2.0, 9.0, 1.0), move_s=(1.0,), flops=5e12, sent_bytes=1_500_000
+    )  # fmt: skip
+    row = row_of("tree", m, SimpleNamespace(total_s=0.25))
+    assert dict(zip(HEADER, row, strict=True)) == {
+        "schedule": "tree", "median": "2.5 s", "least": "2 s", "most": "3 s", "predicted": "250 ms", "compute": "2 s",
+        "move": "1 s", "hidden": "50%", "of bound": "80%", "sent a rank": "1.5 MB", "GFLOP/s": "2,000",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpmpi.attention.execute import Heads, Rule
+from cpmpi.attention.grid import Grid
 from cpmpi.cost import price as cost
 from cpmpi.cost.choose import ALIKE, ALL_PRICED, NothingFitsError, candidates, choose, least_seconds, schedule_on
 from cpmpi.cost.links import Links
@@ -18,6 +21,8 @@ from cpmpi.cost.shape import AttentionShape
 from cpmpi.cost.simulate import Sizes, attend_seconds, play
 from cpmpi.errors import UserError
 from cpmpi.kernels.mask import Mask
+from cpmpi.kernels.select import named
+from cpmpi.model.probe import Layer
 from cpmpi.topology.describe import LinkClass, Measurement, Topology, UnknownBandwidthError
 from cpmpi.topology.node import Node, RankPlace
 from cpmpi.topology.synthetic import synthetic
@@ -185,12 +190,12 @@ def test_in_step_a_ring_takes_the_same_times_to_the_last_bit(nodes, ranks, leaf,
     quick = play_ring(ring, Sizes(s, topology.world), rates, again, seconds)
     assert quick.round_ends == slow.round_ends
     assert quick.busy_s == slow.busy_s
-    assert named(quick, again) == named(slow, links)
+    assert by_name(quick, again) == by_name(slow, links)
     assert sorted(quick.intervals, key=str) == sorted((i for i in slow.intervals if i.rank in shown(quick)), key=str)
     assert len(shown(quick)) <= 32
 
 
-def named(played, links):
+def by_name(played, links):
     return {links.names[wire]: n for wire, n in played.wire_bytes.items()}
 
 
@@ -215,6 +220,71 @@ def test_resident_bytes():
     assert ring.resident_bytes <= own + 4 * token * s.key_bytes * 1.01
     assert tree.resident_bytes > (1 << 14) * s.partial_bytes  # an accumulator for every query there is
     assert hybrid.resident_bytes < tree.resident_bytes
+
+
+def test_two_ranks_of_a_tree_by_hand():
+    """Both hold the other's partial: while the other's queries are here, and then with its copy for the message."""
+    topology = synthetic("machine=cpu-2s,nodes=1,ranks=2,node_gb_per_s=2,node_latency_us=5")
+    s = shape(2048, heads=4, kv=2, dim=16)
+    query, key, partial = (1024 * n for n in (4 * 16 * 4, 2 * 2 * 16 * 4, 4 * 17 * 4))
+    p = price(schedule_on("tree", topology), topology, s, FAST)
+    own = query + key + partial
+    meeting = own + query + partial  # the other's queries, and the accumulator for them
+    parting = own + partial + 2 * partial  # the accumulator, its copy that leaves, and the one that comes
+    assert p.resident_bytes == max(meeting, parting)
+
+
+def test_what_keeps_two_ranks_busy_with_one_asker_by_hand():
+    """Rank 0 asks and rank 1 answers: each computes with its own keys, and the one that asked merges the answer."""
+    topology = synthetic("machine=cpu-2s,nodes=1,ranks=2,node_gb_per_s=1,node_latency_us=7")
+    s = shape(1, 999, heads=4, kv=2, dim=16)
+    rates = Rates(attention_flops=1e6, memory_gb_per_s=1e9, merge_gb_per_s=1e-3, call_s=0.01, message_s=0.002)
+    assert s.asking(2) == frozenset({0})
+    schedule = schedule_on("tree", topology, s.asking(2))
+    played = play(schedule, s, rates, Links(topology), attend_seconds(s, rates, 2))
+    sizes = Sizes(s, 2)
+    flops = 2 * 4 * (16 + 16)
+    pieces = [sum(len(layout.pieces(rank)) for layout in s.key_layouts(2)) for rank in range(2)]
+    attending = [sizes.keys[rank] * flops / 1e6 + pieces[rank] * 0.01 for rank in range(2)]
+    merging = s.partial_bytes / 1e6
+    assert played.busy_s == pytest.approx([attending[0] + merging, attending[1]], rel=1e-6)
+    query = s.query_bytes / 1e9 + 7e-6 + 0.002
+    answer = s.partial_bytes / 1e9 + 7e-6 + 0.002
+    assert played.total_s == pytest.approx(max(query + attending[1], attending[0]) + answer + merging, rel=1e-6)
+
+
+def test_a_bug_while_pricing_is_no_schedule_that_was_not_priced(monkeypatch):
+    """Only a bandwidth that nobody knows leaves a ring unpriced; any other error is one."""
+    from cpmpi.cost import choose as module
+
+    class Alone:
+        size, rank, comm = 4, 0, None
+
+        def on_root(self, work):
+            return work()
+
+    heads = Heads(query_heads=2, kv_heads=2, key_dim=8, value_dim=8, dtype=torch.float32)
+    layer = Layer(heads, Rule(mask=Mask(), scale=1.0), "")
+    monkeypatch.setattr(module, "measure_together", lambda *_: GPU)
+
+    def chosen(topology):
+        return module.choose_schedule(
+            Alone(), topology, "auto", (layer,), (named("reference"),), tokens=100, segments=2,
+            device=torch.device("cpu"), grid=Grid(),
+        )  # fmt: skip
+
+    known = synthetic("machine=cpu-2s,nodes=2,ranks=2")
+    assert chosen(known)[1].endswith("(predicted, a layer)")
+    schedule, reason = chosen(replace(known, classes=()))
+    assert schedule.kind == "ring"
+    assert reason.startswith("ring: not priced, the bandwidth between ranks ")
+
+    def broken(*_, **__):
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr(module, "price", broken)
+    with pytest.raises(ValueError, match="a bug of ours"):
+        chosen(known)
 
 
 def test_choice_within_memory():

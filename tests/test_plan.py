@@ -191,6 +191,31 @@ def test_choices_are_listed(option, value, choices):
     assert all(f"'{choice}'" in failed.output for choice in choices)
 
 
+@pytest.mark.parametrize(
+    ("option", "phases"),
+    [
+        ("--matmul-tflops", {"matmul", "head"}),
+        ("--attention-tflops", {"attention"}),
+        ("--disk-gb-per-s", {"KV writing"}),
+    ],
+)
+def test_a_rate_that_is_given_changes_its_own_phases_only(option, phases):
+    words = ["--model", str(CONFIGS / "llama-3-8b.json"), "--tokens", "20000", "--gpus-per-node", "1"]
+    words += ["--matmul-tflops", "100", "--attention-tflops", "100", "--disk-gb-per-s", "0.001"]
+
+    def seconds(*more):
+        done = CliRunner().invoke(command, [*words, *more])
+        assert done.exit_code == 0, done.output
+        lines = done.output.partition("time: ")[2].splitlines()
+        return {line[2:23].strip(): line[24:33].strip() for line in lines if line.startswith("  ") and "%" in line}
+
+    before, after = seconds(), seconds(option, "0.002" if "disk" in option else "50")
+    assert set(before) == {"attention", "matmul", "head", "exposed transfer", "KV writing"}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed - {"KV writing"} == phases - {"KV writing"}  # what writing hides behind may change
+    assert phases <= changed
+
+
 def test_more_ranks_than_tokens(llama_8b):
     p = make_plan(llama_8b, Request(tokens=5), synthetic("nodes=4,gpus=8"), HARDWARE["h100"])
     assert p.total_s > 0

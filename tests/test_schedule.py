@@ -125,6 +125,19 @@ def test_every_query_meets_every_key_once(machine, kind, data):
         assert max(resident) == 0
 
 
+@settings(max_examples=60, deadline=None)
+@given(machines(), st.sampled_from(["ring", "hybrid"]))
+def test_what_crosses_nodes_has_a_channel_of_its_own(machine, kind):
+    """So that a message over a slow link never stands before one inside a node."""
+    nodes, parents = machine
+    home = {r: m for m, ring in enumerate(nodes) for r in ring}
+    schedule = Schedule(kind=kind, nodes=nodes, parents=parents)
+    for rank in range(schedule.world):
+        for now in schedule.program(rank):
+            for transfer in (*now.sends, *now.receives):
+                assert transfer.channel == (0 if home[transfer.peer] == home[rank] else 1)
+
+
 @settings(max_examples=100, deadline=None)
 @given(machines(), st.sampled_from(["tree", "hybrid"]), st.data())
 def test_each_tree_edge_carries_queries_one_way_and_partials_the_other(machine, kind, data):

@@ -92,7 +92,8 @@ class Message:
 class MPITransport:
     """Messages over MPI between the ranks of a communicator, a duplicate of it for each channel.
 
-    ``exposed_s`` counts the seconds spent waiting, ``sent_bytes`` what was sent to peers, ``sums`` and ``summed_bytes`` the all-reduces and what of this rank went into them.
+    ``exposed_s`` counts the seconds spent waiting, ``sent_bytes`` what was sent to peers, ``sums`` and ``summed_bytes``
+    the all-reduces and what of this rank went into them.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:

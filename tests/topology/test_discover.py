@@ -89,7 +89,8 @@ def test_latency_and_bandwidth_of_a_known_wire(monkeypatch):
     assert talk.finished
     assert [s for s in talk.sizes if s > measure.SMALL] == [*measure.SIZES, measure.SIZES[-1]]
     assert talk.now < 101.0
-    slow, talk = led(0.2, latency_s=1e-3, bytes_per_s=12.5e6)  # 256 KiB take 31 ms the first time: four times that is left no more
+    # 256 KiB take 31 ms the first time, and four times that is not left.
+    slow, talk = led(0.2, latency_s=1e-3, bytes_per_s=12.5e6)
     assert slow.gb_per_s == pytest.approx(0.0125, rel=1e-12)
     assert slow.latency_us == pytest.approx(1000.0, rel=1e-12)
     assert max(talk.sizes) == 256 << 10
