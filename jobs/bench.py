@@ -11,7 +11,7 @@ import click
 
 from cpmpi.choices import AUTO, DTYPES, SCHEDULES
 from cpmpi.errors import told, told_to_the_user
-from cpmpi.jobs.options import option_of
+from cpmpi.jobs.options import job_option
 
 if TYPE_CHECKING:
     from cpmpi.cost.attention_bench import AttentionBench, Measured
@@ -55,21 +55,21 @@ class Asked:
 
 
 @command.command()
-@option_of("attention", type=click.Choice([AUTO, *SCHEDULES, ALL]), help="Schedules to measure.")
+@job_option("attention", type=click.Choice([AUTO, *SCHEDULES, ALL]), help="Schedules to measure.")
 @click.option("--new", type=LEAST, default=4096, show_default=True, help="Tokens with queries.")
 @click.option("--stored", type=click.IntRange(min=0), default=0, show_default=True,
               help="Tokens before them, with keys only.")  # fmt: skip
 @click.option("--query-heads", type=LEAST, default=8, show_default=True)
 @click.option("--kv-heads", type=LEAST, default=8, show_default=True)
 @click.option("--head-dim", type=LEAST, default=64, show_default=True)
-@option_of("segments")
-@option_of("dtype", type=click.Choice(DTYPES), default="float32", help="Of queries, keys and values.")
-@option_of("device")
+@job_option("segments")
+@job_option("dtype", type=click.Choice(DTYPES), default="float32", help="Of queries, keys and values.")
+@job_option("device")
 @repeat_option
 @topology_file
 @leaf_file
-@option_of("trace")
-@option_of("plot")
+@job_option("trace")
+@job_option("plot")
 def attention(**options: Any) -> None:
     """One layer's attention of random tokens: measured against predicted, and how much of the transfers is hidden."""
     from cpmpi.comm import ranks as launched
@@ -169,7 +169,7 @@ def print_rows(asked: Asked, bench: AttentionBench, rates: Rates, rows: Sequence
 
 
 @command.command()
-@option_of("device")
+@job_option("device")
 @repeat_option
 @topology_file
 @leaf_file

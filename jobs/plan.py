@@ -11,7 +11,7 @@ import click
 
 from cpmpi.choices import STORED_DTYPES
 from cpmpi.errors import UserError, told, told_to_the_user
-from cpmpi.jobs.options import option_of
+from cpmpi.jobs.options import job_option
 
 if TYPE_CHECKING:
     from cpmpi.cost.hardware import Hardware
@@ -61,7 +61,7 @@ class Asked:
 
 
 @click.command("plan")
-@option_of("model", help="Checkpoint folder or config.json; weights need not be there.")
+@job_option("model", help="Checkpoint folder or config.json; weights need not be there.")
 @click.option("--tokens", type=int, required=True, help="Length of the document.")
 @click.option("--nodes", type=int, help="Nodes of the allocation.  [default: 1]")
 @click.option("--gpus-per-node", "--ranks-per-node", "ranks_per_node", type=int,
@@ -71,17 +71,17 @@ class Asked:
 )
 @click.option("--hardware", default="h100", show_default=True,
               help="h100, h200, a100 or cpu; here: this machine, measured in seconds and remembered.")  # fmt: skip
-@option_of("attention", help="Schedule of attention across ranks.")
-@option_of("segments")
-@option_of("tp")
-@option_of("chunk_tokens")
-@option_of("dtype")
-@option_of("kv_dtype", type=click.Choice([NONE, *STORED_DTYPES]), help="Type to store keys and values in.")
+@job_option("attention", help="Schedule of attention across ranks.")
+@job_option("segments")
+@job_option("tp")
+@job_option("chunk_tokens")
+@job_option("dtype")
+@job_option("kv_dtype", type=click.Choice([NONE, *STORED_DTYPES]), help="Type to store keys and values in.")
 @click.option("--matmul-tflops", type=float, help="TFLOP/s of a rank in products, in place of the table's.")
 @click.option("--attention-tflops", type=float, help="TFLOP/s of a rank in attention, in place of the table's.")
 @click.option("--disk-gb-per-s", type=float, help="GB/s of a node to the file system.  [default: 2]")
-@option_of("trace", help="Write one layer's predicted timeline for chrome://tracing.")
-@option_of("plot")
+@job_option("trace", help="Write one layer's predicted timeline for chrome://tracing.")
+@job_option("plot")
 def command(**options: Any) -> None:
     """Time by phase, memory, disk and schedule of a document on an allocation; exit status 3 where it does not fit."""
     from cpmpi.cost.plan import make_plan, mends, plan_text

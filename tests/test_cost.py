@@ -158,6 +158,16 @@ def test_no_price_is_below_the_bound_and_none_is_clearly_below_the_choice(sizes,
         assert p.exposed_s <= waits + 1e-12 or waits == 0
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 5), st.integers(1, 4), st.integers(1, 3000), st.integers(0, 9000), st.sampled_from([FAST, GPU]))
+def test_no_price_is_below_the_bound_where_nodes_share_an_nvlink_domain(nodes, gpus, new, stored, rates):
+    topology, s = synthetic(f"machine=gb200-nvl72,nodes={nodes},gpus={gpus}"), shape(new, stored)
+    links, seconds = Links(topology), attend_seconds(s, rates, topology.world)
+    for schedule in candidates(topology, s.asking(topology.world)):
+        p = price(schedule, topology, s, rates)
+        assert p.total_s >= least_seconds(schedule, s, rates, links, seconds) * (1 - 1e-9)
+
+
 def test_a_long_ring_is_priced_by_its_first_steps(monkeypatch):
     topology, s = synthetic("nodes=12,gpus=4"), shape(1 << 16, 5)
     for rates in (FAST, GPU, SLOW):

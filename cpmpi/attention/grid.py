@@ -1,8 +1,8 @@
 """Ranks as a grid: which share the weights, which share the sequence, and who holds which heads of which tokens.
 
 ``tp`` neighbouring ranks (tensor parallelism) compute the same tokens, each with its share of the heads and of the
-weights. Their KV heads are split ``head_groups`` ways. Where tp exceeds the KV heads, ``copies`` ranks would hold the same
-KV head: they hold different pieces of the sequence instead, so no key is kept twice.
+weights. Their KV heads are split ``head_groups`` ways. Where tp exceeds the KV heads, ``copies`` ranks would hold the
+same KV head: they hold different pieces of the sequence instead, so no key is kept twice.
 
 A head group is a world of its own for attention: its ranks, by *position*, hold the keys of different tokens.
 """

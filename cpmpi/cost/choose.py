@@ -144,11 +144,12 @@ def least_seconds(schedule: Schedule, shape: AttentionShape, rates: Rates, links
     assert up is not None
     elsewhere = 1 - len(ranks) / world
     if schedule.kind == "ring":
-        before = schedule.nodes[node - 1][0]
-        return max(computing, shape.tokens * elsewhere * shape.key_bytes / links.narrowest(before, ranks[0]))
+        before = schedule.nodes[node - 1]
+        rate = links.together(before[0], ranks[0], max(len(before), len(ranks)))
+        return max(computing, shape.tokens * elsewhere * shape.key_bytes / rate)
     lanes = 1 if schedule.kind == "tree" else len(ranks)
     out, into = (ranks[0], schedule.nodes[up][0]), (schedule.nodes[up][0], ranks[0])
-    rate_out, rate_in = (min(links.narrowest(*way), lanes * links.route(*way).bytes_per_s) for way in (out, into))
+    rate_out, rate_in = (links.together(*way, lanes) for way in (out, into))
     moving = shape.query_bytes / rate_in + shape.partial_bytes / rate_out
     return max(computing, shape.copies * shape.new * elsewhere * moving)
 
@@ -159,17 +160,16 @@ def _least_of_a_leaf(schedule: Schedule, shape: AttentionShape, links: Links, se
     if len(nodes) == 1:
         return 0.0
     leaf = max(m for m in range(len(nodes)) if m not in parents)
-    ranks, up = nodes[leaf], parents[leaf]
+    ranks, up = list(nodes[leaf]), parents[leaf]
     assert up is not None
     lanes_N = np.empty(schedule.world, np.int64)
     for node in nodes:
         lanes_N[list(node)] = np.arange(len(node)) % len(ranks)
     asking = np.array(sorted(range(schedule.world) if schedule.askers is None else schedule.askers))
-    spent = np.bincount(lanes_N[asking], seconds[np.ix_(asking, list(ranks))].sum(axis=1), len(ranks))
+    spent = np.bincount(lanes_N[asking], seconds[asking][:, ranks].sum(axis=1), len(ranks))
     layout = shape.query_layout(schedule.world)
     outside = sum(layout.size(rank) for rank in set(asking.tolist()) - set(ranks))
-    way = ranks[0], nodes[up][0]
-    rate = min(links.narrowest(*way), len(ranks) * links.route(*way).bytes_per_s)
+    rate = links.together(ranks[0], nodes[up][0], len(ranks))
     return float(spent.min()) + outside * shape.partial_bytes / rate
 
 

@@ -61,6 +61,12 @@ class Links:
         """Bytes/s of the narrowest wire from one position to another, for all messages on it together."""
         return min(self.capacity[wire] for wire in self.route(source, target).wires)
 
+    def together(self, source: int, target: int, lanes: int) -> float:
+        """Bytes/s, at most, of so many pairs of ranks at once, one of them these two and all between the same nodes."""
+        route = self.route(source, target)
+        own = all(self.names[wire].startswith("rank ") for wire in route.wires)  # each pair has ports of its own
+        return min(self.narrowest(source, target) * (lanes if own else 1), lanes * route.bytes_per_s)
+
     def _find(self, a: int, b: int) -> Route:
         t = self.topology
         rate, latency_s = t.known_link(a, b)
