@@ -146,7 +146,7 @@ def test_a_node_whose_measurements_fail_stays_unknown_and_hinders_nobody():
 
 
 @pytest.mark.mpi(2)
-def test_bad_leaf_files_and_broken_probes():
+def test_bad_leaf_files_and_broken_hardware():
     from mpi4py import MPI
 
     from cpmpi.topology import discover, sysfs
@@ -189,12 +189,12 @@ def test_the_sample_grows_like_the_nodes_and_rounds_do_not_collide():
 
 def test_slurm_is_asked_only_in_a_job_and_never_believed_blindly(monkeypatch, tmp_path):
     from cpmpi.topology import discover, sysfs
-    from cpmpi.topology.decide import NodeProbe, RankProbe
+    from cpmpi.topology.decide import NodeFacts, RankFacts
     from cpmpi.topology.leaves import SlurmPlace
 
     unknown = sysfs.Processors(numa_of={}, socket_of={}, core_of={})
-    probe = NodeProbe(hostname="n1", ranks=(RankProbe(rank=0),), processors=unknown, slurm=SlurmPlace())
-    other = replace(probe, hostname="n9", ranks=(RankProbe(rank=1),))
+    probe = NodeFacts(hostname="n1", ranks=(RankFacts(rank=0),), processors=unknown, slurm=SlurmPlace())
+    other = replace(probe, hostname="n9", ranks=(RankFacts(rank=1),))
     scontrol = tmp_path / "scontrol"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
 
