@@ -13,6 +13,20 @@ DEVICES = ("cpu", "cuda")
 RESIDENCES = ("resident", "stream")
 KV_RESIDENCES = ("memory", "mapped")
 AUTO = "auto"
+MOST_SEGMENTS = 1024
+
+
+def check_segments(segments: int) -> None:
+    """Refuse numbers of segments that nobody could wait for.
+
+    Raises:
+        UserError: there are too many, or none.
+    """
+    if not 1 <= segments <= MOST_SEGMENTS:
+        raise UserError(
+            f"--segments {segments}: must be between 1 and {MOST_SEGMENTS:,}; every piece of a rank attends to every "
+            "piece of every other, so the kernel calls grow with the square of the segments"
+        )
 
 
 def one_of(name: str, value: str, choices: Sequence[str]) -> str:

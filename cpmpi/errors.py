@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
-class UserError(ValueError):
-    """A problem that the user can act on: one line that names the file, the numbers and the choices."""
+class UserError(Exception):
+    """A problem that the user can act on: one line that names the file, the numbers and the choices.
+
+    No ``ValueError``: those are of libraries, of the rooms that stand on the ground (`kernels`, `topology`), or bugs.
+    """
+
+
+@contextmanager
+def told_to_the_user(about: str = "", kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
+    """Within it, a library's ValueError or OSError is the user's: the one place where that is decided.
+
+    Put it round a single call of a library, or of a room that stands on the ground and knows no error of ours: round
+    more, a bug would be told to the user as theirs.
+
+    Args:
+        about: what the text begins with, such as the option that asked for it.
+        kinds: of errors that the user can mend.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise UserError(about + one_line(error)) from error
+
+
+def told(work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """The result of ``work(*args, **kwargs)``, a call as `told_to_the_user` takes it."""
+    with told_to_the_user():
+        return work(*args, **kwargs)
 
 
 def one_line(error: BaseException) -> str:

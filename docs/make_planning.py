@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cpmpi.cost.hardware import HARDWARE
-from cpmpi.cost.plan import Plan, Request, plan
+from cpmpi.cost.plan import Plan, Request, make_plan
 from cpmpi.model.checkpoint import Blueprint
 from cpmpi.model.size import ModelSize, model_size
 from cpmpi.text import human_bytes, seconds_text
@@ -34,7 +34,7 @@ def meta_seconds(model: ModelSize, nodes: int, tokens: int) -> tuple[float, Plan
     """What the plan says of one of Meta's runs, tensor-parallel sums left out: the achieved rate includes them."""
     chip = replace(HARDWARE["h100"], matmul_flops=META_FLOPS, attention_flops=META_FLOPS)
     request = Request(tokens=tokens, kv_dtype=None, tp=8)
-    made = plan(model, request, synthetic(f"nodes={nodes},gpus=8"), chip)
+    made = make_plan(model, request, synthetic(f"nodes={nodes},gpus=8"), chip)
     return made.total_s - made.seconds["tensor-parallel sums"], made
 
 
@@ -53,7 +53,7 @@ def scale_rows(model: ModelSize, label: str, tp: int, most_gpus: int = GPUS[-1])
             if gpus > most_gpus:
                 continue
             machine = synthetic(f"nodes={gpus // 8},gpus=8")
-            p = plan(model, Request(tokens=tokens, tp=tp), machine, HARDWARE["h200"])
+            p = make_plan(model, Request(tokens=tokens, tp=tp), machine, HARDWARE["h200"])
             other = p.seconds["matmul"] + p.seconds["head"] + p.seconds.get("tensor-parallel sums", 0.0)
             times = (p.total_s, p.seconds["attention"], other, p.seconds["exposed transfer"], p.seconds["KV writing"])
             cells = [label, f"{tokens // 1_000_000}M", f"{gpus:,}", *map(seconds_text, times)]

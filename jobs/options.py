@@ -42,6 +42,11 @@ def option_of(each: Field[Any], **changes: Any) -> Callable[..., Any]:
     return click.option(spelled(each.name), **{**wanted, "help": known["help"], **changes})
 
 
+def job_option(name: str, **changes: Any) -> Callable[..., Any]:
+    """The click option of a field of `JobOptions` by its name, for commands that share some; see `option_of`."""
+    return option_of(next(each for each in fields(JobOptions) if each.name == name), **changes)
+
+
 def inputs_of(each: Field[Any]) -> list[Callable[..., Any]]:
     """``--input`` with one or several values, or many after it as a shell expands them."""
     named = click.option(

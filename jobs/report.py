@@ -14,7 +14,7 @@ def command(run: Path, folder: Path | None) -> None:
     """Draw the surprisal along each finished document of RUN, one PNG each, and print their paths."""
     from cpmpi.run.paths import RunPaths
     from cpmpi.run.reader import open_run
-    from cpmpi.run.surprisal import draw
+    from cpmpi.run.surprisal import draw_surprisal
 
     folder = folder or RunPaths(run).report
     with open_run(run) as opened:
@@ -28,5 +28,5 @@ def command(run: Path, folder: Path | None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"surprisal-{i:06d}.png"
             title = f"{document.id}: {document.n_tokens:,} tokens, perplexity {document.perplexity:.3f}"
-            draw(document, path, title)
+            draw_surprisal(document, path, title)
             click.echo(f"{path}")

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ INNER = "CPMPI_TEST_RANK"
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "MPI_", "SLURM_", "HYDRA_", "MPIR_")
 sys.path.insert(0, str(ROOT))
+
+if INNER not in os.environ:  # rates that tests measure are kept among themselves, and not for the user
+    _cache = tempfile.TemporaryDirectory(prefix="cpmpi-tests-")
+    os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
 def clean_environment(**more: str) -> dict[str, str]:

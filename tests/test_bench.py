@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from cpmpi.cost.attention_bench import Measured, Overlap
 from cpmpi.errors import UserError
-from cpmpi.jobs.bench import command
+from cpmpi.jobs.bench import HEADER, command, row_of
 
 from .conftest import mpirun
 
@@ -54,7 +55,7 @@ def test_the_command_on_two_ranks(tmp_path):
     line = ["-m", "cpmpi", "bench", "attention", "--attention", "all", *SHAPE]
     done = mpirun(2, *line, "--trace", str(trace), "--plot", str(picture), timeout_s=120)
     assert done.returncode == 0, done.stdout
-    assert "2 ranks on 1 nodes, 64 new tokens after 256, 4 query and 2 KV heads of 16" in done.stdout
+    assert "2 ranks on 1 node, 64 new tokens after 256, 4 query and 2 KV heads of 16" in done.stdout
     for kind in ("ring", "tree", "hybrid"):
         assert f"\n{kind} " in done.stdout
     assert json.loads(trace.read_text())["traceEvents"]
@@ -80,14 +81,25 @@ def test_fractions():
     assert Overlap(1, move_s=1.0, compute_s=2.0, both_s=2.25).hidden == 0.75
 
 
+def test_a_row_of_the_table():
+    """Median, least and most are those of the repetitions; predicted, compute and move follow."""
+    m = Measured(
+        total_s=(3.0, 2.0, 2.5), compute_s=(2.0, 9.0, 1.0), move_s=(1.0,), flops=5e12, sent_bytes=1_500_000
+    )  # fmt: skip
+    row = row_of("tree", m, SimpleNamespace(total_s=0.25))
+    assert dict(zip(HEADER, row, strict=True)) == {
+        "schedule": "tree", "median": "2.5 s", "least": "2 s", "most": "3 s", "predicted": "250 ms", "compute": "2 s",
+        "move": "1 s", "hidden": "50%", "of bound": "80%", "sent a rank": "1.5 MB", "GFLOP/s": "2,000",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--attention", "star"], "unknown schedule 'star': choose one of auto, all, ring, tree, hybrid"),
-        (["--segments", "0"], "segments (0) must be at least 1"),
-        (["--new", "0"], "new (0) must be at least 1"),
         (["--query-heads", "5", "--kv-heads", "2"], "query heads (5) must be a multiple of the KV heads (2)"),
         (["--plot", "a.bmp"], "a drawing's name ends in one of"),
+        (["--plot", "/nowhere/a.png"], "--plot /nowhere/a.png: no folder /nowhere"),
+        (["--trace", "/nowhere/a.json"], "--trace /nowhere/a.json: no folder /nowhere"),
         (["--topology", "/nowhere.json"], "/nowhere.json"),
     ],
 )

@@ -13,6 +13,7 @@ import time
 import numpy as np
 
 import cpmpi
+from cpmpi.errors import UserError
 
 from .conftest import ROOT, clean_environment, mpirun
 from .test_exact import save_documents, save_llama
@@ -29,7 +30,7 @@ def finished(output):
     try:
         with cpmpi.open_run(output) as run:
             return sum(document.complete for document in run.documents)
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return 0
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from cpmpi.attention.grid import Grid
 from cpmpi.cost.choose import head_group
 from cpmpi.cost.hardware import HARDWARE, hardware
-from cpmpi.cost.plan import Request, mends, plan
+from cpmpi.cost.plan import Request, make_plan, mends
 from cpmpi.errors import UserError
 from cpmpi.jobs.plan import command
 from cpmpi.kernels.mask import Mask
@@ -56,7 +56,9 @@ def test_a_mixture_counts_the_chosen_experts_and_windows_their_pairs(tmp_path):
     experts = 4 * (4 * (32 * 2 * 48 + 48 * 32))  # layers, experts, gate and up, down
     inside = sum(4 * n for n in (32 * 32, 32 * 16, 32 * 16, 32 * 32, 32 * 4))  # q, k, v, o, router
     assert size.active == pytest.approx(experts / 2 + inside, rel=0.1)
-    p = plan(size, Request(tokens=5000, dtype="float32"), synthetic("machine=cpu-2s,nodes=1,ranks=2"), HARDWARE["cpu"])
+    p = make_plan(
+        size, Request(tokens=5000, dtype="float32"), synthetic("machine=cpu-2s,nodes=1,ranks=2"), HARDWARE["cpu"]
+    )
     assert p.fits
 
 
@@ -89,7 +91,7 @@ def test_the_documented_tables_are_current(llama_8b, llama_405b):
 
 def test_phases_follow_the_formulas(llama_8b):
     chip, tokens = HARDWARE["h100"], 1_000_000
-    p = plan(llama_8b, Request(tokens=tokens), synthetic("nodes=1,gpus=8"), chip)
+    p = make_plan(llama_8b, Request(tokens=tokens), synthetic("nodes=1,gpus=8"), chip)
     assert p.kv_bytes == 32 * tokens * 8 * 2 * 128 * 2
     assert p.writing_s == pytest.approx(p.kv_bytes / (chip.disk_gb_per_s * 1e9))
     assert p.seconds["matmul"] == pytest.approx(2 * llama_8b.active * tokens / 8 / chip.matmul_flops)
@@ -100,12 +102,14 @@ def test_phases_follow_the_formulas(llama_8b):
     assert p.memory["weights"] == 2 * llama_8b.parameters
     busy = sum(s for name, s in p.seconds.items() if name != "KV writing")
     assert p.seconds["KV writing"] == pytest.approx(p.writing_s - busy * 31 / 32)
-    assert plan(llama_8b, Request(tokens=tokens, kv_dtype=None), synthetic("gpus=8"), chip).disk_bytes == 8 * tokens
+    assert (
+        make_plan(llama_8b, Request(tokens=tokens, kv_dtype=None), synthetic("gpus=8"), chip).disk_bytes == 8 * tokens
+    )
 
 
 def test_tensor_parallelism_shares_weights_and_work(llama_8b):
     chip, machine = HARDWARE["h100"], synthetic("nodes=2,gpus=8")
-    one, eight = (plan(llama_8b, Request(tokens=1 << 18, tp=tp), machine, chip) for tp in (1, 8))
+    one, eight = (make_plan(llama_8b, Request(tokens=1 << 18, tp=tp), machine, chip) for tp in (1, 8))
     inside = llama_8b.parameters - llama_8b.outside
     assert one.memory["weights"] - eight.memory["weights"] == 2 * inside - 2 * inside // 8
     assert eight.seconds["attention"] == pytest.approx(one.seconds["attention"], rel=0.05)
@@ -113,19 +117,19 @@ def test_tensor_parallelism_shares_weights_and_work(llama_8b):
     one_copy, two_copies = Grid(tp=4, head_groups=4), Grid(tp=4, head_groups=2)
     assert [len(node.ranks) for node in head_group(machine, one_copy).nodes] == [2, 2]
     assert [len(node.ranks) for node in head_group(machine, two_copies).nodes] == [4, 4]
-    with pytest.raises(ValueError, match=r"tensor parallelism \(3\) must divide the 8 ranks of node n1"):
+    with pytest.raises(UserError, match=r"tensor parallelism \(3\) must divide the 8 ranks of node n1"):
         head_group(machine, Grid(tp=3, head_groups=3))
-    with pytest.raises(ValueError, match=r"tensor parallelism \(64\) must divide"):
-        plan(llama_8b, Request(tokens=9, tp=64), machine, chip)
+    with pytest.raises(UserError, match=r"tensor parallelism \(64\) must divide"):
+        make_plan(llama_8b, Request(tokens=9, tp=64), machine, chip)
 
 
 def test_what_would_make_it_fit_does(llama_405b):
     chip = replace(HARDWARE["h200"], memory_bytes=120e9)
     request, machine = Request(tokens=10_000_000), synthetic("nodes=2,gpus=8")
-    assert not plan(llama_405b, request, machine, chip).fits
+    assert not make_plan(llama_405b, request, machine, chip).fits
     (first, *_) = mends(llama_405b, request, machine, chip)
     assert first.startswith("tensor parallelism of 8 and 512 nodes instead of 2: ")
-    assert plan(llama_405b, replace(request, tp=8), synthetic("nodes=512,gpus=8"), chip).fits
+    assert make_plan(llama_405b, replace(request, tp=8), synthetic("nodes=512,gpus=8"), chip).fits
     (hopeless,) = mends(llama_405b, request, machine, HARDWARE["h100"])
     assert hopeless.startswith("devices with more than 109 GB")
 
@@ -145,7 +149,7 @@ def test_the_command(tmp_path):
     machine.save(tmp_path / "machine.json")
     words = ["--model", str(config), "--tokens", "200000000", "--topology", str(tmp_path / "machine.json")]
     full = CliRunner().invoke(command, words)
-    assert full.exit_code == 1
+    assert full.exit_code == 3
     assert "it does not fit into memory. What would make it fit:" in full.output
     assert "nodes instead of 2" in full.output
 
@@ -153,16 +157,14 @@ def test_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--attention", "star"], "unknown schedule 'star': choose one of auto, ring, tree, hybrid"),
-        (["--hardware", "abacus"], "unknown hardware 'abacus': choose one of h100, h200, a100, cpu"),
-        (["--segments", "0"], "segments (0) must be at least 1"),
+        (["--hardware", "abacus"], "unknown hardware 'abacus': choose one of h100, h200, a100, cpu, here"),
+        (["--segments", "1000000000"], "--segments 1000000000: must be between 1 and 1,024; every piece"),
         (["--tokens", "0"], "tokens (0) must be at least 1"),
         (["--tp", "3"], "tensor parallelism (3) must divide the 32 query heads"),
         (["--tp", "16"], "tensor parallelism (16) must divide the 8 ranks of node n1"),
         (["--nodes", "0"], "nodes (0) must be a whole number of at least 1"),
         (["--nodes", "2", "--topology", "nodes=2"], "give --topology, or --nodes and --gpus-per-node, not both"),
         (["--topology", "nods=2"], "unknown key 'nods'"),
-        (["--kv-dtype", "int3"], "unknown --kv-dtype 'int3': choose one of none, float32, bfloat16, float16"),
         (["--disk-gb-per-s", "0"], "--disk-gb-per-s (0.0) must be positive"),
         (["--model", "/nowhere"], "/nowhere: neither a config file nor a folder with a config.json"),
     ],
@@ -174,8 +176,48 @@ def test_what_cannot_be_planned(options, problem):
     assert problem in str(failed.exception)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "choices"),
+    [
+        ("--attention", "star", ("auto", "ring", "tree", "hybrid")),
+        ("--kv-dtype", "int3", ("none", "bfloat16", "float16", "float32")),
+        ("--dtype", "fp16", ("auto", "float32", "bfloat16", "float16")),
+    ],
+)
+def test_choices_are_listed(option, value, choices):
+    words = ["--model", str(CONFIGS / "llama-3-8b.json"), "--tokens", "1000", option, value]
+    failed = CliRunner().invoke(command, words)
+    assert failed.exit_code == 2
+    assert all(f"'{choice}'" in failed.output for choice in choices)
+
+
+@pytest.mark.parametrize(
+    ("option", "phases"),
+    [
+        ("--matmul-tflops", {"matmul", "head"}),
+        ("--attention-tflops", {"attention"}),
+        ("--disk-gb-per-s", {"KV writing"}),
+    ],
+)
+def test_a_rate_that_is_given_changes_its_own_phases_only(option, phases):
+    words = ["--model", str(CONFIGS / "llama-3-8b.json"), "--tokens", "20000", "--gpus-per-node", "1"]
+    words += ["--matmul-tflops", "100", "--attention-tflops", "100", "--disk-gb-per-s", "0.001"]
+
+    def seconds(*more):
+        done = CliRunner().invoke(command, [*words, *more])
+        assert done.exit_code == 0, done.output
+        lines = done.output.partition("time: ")[2].splitlines()
+        return {line[2:23].strip(): line[24:33].strip() for line in lines if line.startswith("  ") and "%" in line}
+
+    before, after = seconds(), seconds(option, "0.002" if "disk" in option else "50")
+    assert set(before) == {"attention", "matmul", "head", "exposed transfer", "KV writing"}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed - {"KV writing"} == phases - {"KV writing"}  # what writing hides behind may change
+    assert phases <= changed
+
+
 def test_more_ranks_than_tokens(llama_8b):
-    p = plan(llama_8b, Request(tokens=5), synthetic("nodes=4,gpus=8"), HARDWARE["h100"])
+    p = make_plan(llama_8b, Request(tokens=5), synthetic("nodes=4,gpus=8"), HARDWARE["h100"])
     assert p.total_s > 0
 
 

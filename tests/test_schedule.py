@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpmpi.attention.layout import Layout
-from cpmpi.attention.schedule import KINDS, Item, Schedule, rank_tree, releases
+from cpmpi.attention.schedule import Item, Schedule, rank_tree, releases
+from cpmpi.choices import SCHEDULES
 
 
 @st.composite
@@ -101,7 +102,7 @@ def run(schedule):
 
 
 @settings(max_examples=150, deadline=None)
-@given(machines(), st.sampled_from(KINDS), st.data())
+@given(machines(), st.sampled_from(SCHEDULES), st.data())
 def test_every_query_meets_every_key_once(machine, kind, data):
     nodes, parents = machine
     world = sum(map(len, nodes))
@@ -122,6 +123,19 @@ def test_every_query_meets_every_key_once(machine, kind, data):
         assert max(resident) <= 2
     if kind == "tree":
         assert max(resident) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(machines(), st.sampled_from(["ring", "hybrid"]))
+def test_what_crosses_nodes_has_a_channel_of_its_own(machine, kind):
+    """So that a message over a slow link never stands before one inside a node."""
+    nodes, parents = machine
+    home = {r: m for m, ring in enumerate(nodes) for r in ring}
+    schedule = Schedule(kind=kind, nodes=nodes, parents=parents)
+    for rank in range(schedule.world):
+        for now in schedule.program(rank):
+            for transfer in (*now.sends, *now.receives):
+                assert transfer.channel == (0 if home[transfer.peer] == home[rank] else 1)
 
 
 @settings(max_examples=100, deadline=None)
@@ -182,7 +196,11 @@ def test_layout_covers_every_token_once(n_tokens, world, segments, start):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    machines(max_nodes=3, max_ring=3), st.integers(1, 30), st.integers(0, 20), st.integers(1, 5), st.sampled_from(KINDS)
+    machines(max_nodes=3, max_ring=3),
+    st.integers(1, 30),
+    st.integers(0, 20),
+    st.integers(1, 5),
+    st.sampled_from(SCHEDULES),
 )
 def test_every_causal_pair_is_attended_exactly_once(machine, new, stored, segments, kind):
     """From owners down to single positions: new tokens after a stored context, each (query, key) pair once."""

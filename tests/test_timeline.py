@@ -12,7 +12,7 @@ from cpmpi.cost.price import price
 from cpmpi.cost.rates import Rates
 from cpmpi.cost.shape import AttentionShape
 from cpmpi.timeline.intervals import Interval, Recorder, chrome_trace, save_trace, waiting_share
-from cpmpi.timeline.plot import draw
+from cpmpi.timeline.plot import draw_timeline
 from cpmpi.topology.synthetic import synthetic
 
 
@@ -60,25 +60,23 @@ def test_the_trace_holds_every_interval_in_microseconds(intervals, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_the_drawing(intervals, tmp_path, suffix):
-    draw(intervals, tmp_path / f"a.{suffix}", title="a ring")
+    draw_timeline(intervals, tmp_path / f"a.{suffix}", title="a ring")
     assert (tmp_path / f"a.{suffix}").stat().st_size > 5000
 
 
 def test_a_drawing_of_many_ranks_shows_some(tmp_path):
     many = [Interval(rank=r, what="io", start_s=0, stop_s=1 + r, layer=2, n_bytes=5) for r in range(500)]
-    draw(many, tmp_path / "many.svg", title="many")
+    draw_timeline(many, tmp_path / "many.svg", title="many")
     text = (tmp_path / "many.svg").read_text()
     assert "499" not in text or "468" in text
 
 
 def test_what_is_not_drawn(intervals, tmp_path):
     with pytest.raises(ValueError, match=r"a drawing's name ends in one of .png, .svg, .pdf"):
-        draw(intervals, tmp_path / "a.bmp", title="")
+        draw_timeline(intervals, tmp_path / "a.bmp", title="")
     with pytest.raises(ValueError, match="without intervals"):
-        draw([], tmp_path / "a.png", title="")
-    with pytest.raises(
-        ValueError, match=r"unknown kind of interval 'sleep': choose one of layers, compute, merge, wait"
-    ):
+        draw_timeline([], tmp_path / "a.png", title="")
+    with pytest.raises(ValueError, match=r"unknown activity 'sleep': choose one of layers, compute, merge, wait"):
         Interval(rank=0, what="sleep", start_s=0, stop_s=1)
     with pytest.raises(ValueError, match="before it starts"):
         Interval(rank=0, what="wait", start_s=1, stop_s=0)

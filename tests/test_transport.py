@@ -1,5 +1,7 @@
 """Messages between ranks: large ones, sums, and what MPI refuses."""
 
+import threading
+import time
 import weakref
 
 import numpy as np
@@ -58,6 +60,84 @@ def test_what_mpi_refuses_is_raised_by_the_wait(transport):
     assert transport.receive(10, 1, 0, CPU).wait().sum() == 10
 
 
+class Owned:
+    """A lock that knows which thread holds it."""
+
+    def __init__(self):
+        self.lock, self.owner = threading.Lock(), None
+
+    def __enter__(self):
+        self.lock.acquire()
+        self.owner = threading.get_ident()
+
+    def __exit__(self, *_):
+        self.owner = None
+        self.lock.release()
+
+
+class Asked:
+    """A request that notes which threads ask for it, and whether they hold the lock."""
+
+    def __init__(self, request, lock, asked):
+        self.request, self.lock, self.asked = request, lock, asked
+
+    def Test(self):
+        self.asked.append((threading.get_ident(), self.lock.owner == threading.get_ident()))
+        return self.request.Test()
+
+
+@pytest.mark.mpi(2)
+def test_messages_move_while_the_main_thread_never_enters_mpi(transport):
+    """64 MB both ways are complete before anybody waits; and whoever asks for a request holds the lock."""
+    from mpi4py import MPI
+
+    rank, size = MPI.COMM_WORLD.rank, 64_000_000
+    transport.lock = lock = Owned()
+    asked = []
+
+    def exchange(n_bytes):
+        messages = (
+            transport.receive(n_bytes, 1 - rank, 0, CPU),
+            transport.send(torch.full((n_bytes,), rank + 1, dtype=torch.uint8), 1 - rank, 0),
+        )
+        with lock:
+            for message in messages:
+                message.requests = [Asked(request, lock, asked) for request in message.requests]
+        return messages
+
+    messages = exchange(size)
+    for _ in range(6000):  # a minute, where it takes a tenth of a second
+        if all(message.complete_s for message in messages):
+            break
+        time.sleep(0.01)
+    assert all(message.complete_s for message in messages), "nothing moves outside of MPI calls"
+    me = threading.get_ident()
+    assert asked
+    assert me not in [thread for thread, _ in asked]
+    incoming, outgoing = messages
+    assert torch.equal(incoming.wait(), torch.full((size,), 2 - rank, dtype=torch.uint8))
+    outgoing.wait()
+    for message in exchange(size):  # now the main thread asks too
+        message.wait()
+    assert all(held for _, held in asked)
+    assert len(asked) > 4
+
+
+@pytest.mark.mpi(2)
+def test_an_array_is_spread_in_messages_of_few_numbers(monkeypatch):
+    from mpi4py import MPI
+
+    from cpmpi.comm import ranks
+
+    monkeypatch.setattr(ranks, "SPREAD_NUMBERS", 3)
+    here = ranks.Ranks(MPI.COMM_WORLD)
+    for size in (0, 2, 3, 10):
+        array = np.arange(size, dtype=np.int32) * 7
+        got = here.spread(array if here.is_root else None)
+        assert got.dtype == np.int32
+        assert got.tolist() == array.tolist()
+
+
 class Watched(MPITransport):
     """Knows how many bytes that it received are in memory."""
 
@@ -98,3 +178,15 @@ def test_a_ring_holds_the_shards_of_its_price():
         transport.close()
         assert len(transport.arrays) == 5
         assert max(most) <= shards * keys.flat_B.numel()
+    for kind in ("ring", "tree", "hybrid"):  # what belongs to others is given up at the end
+        schedule = Schedule(kind=kind, nodes=[[0, 1, 2], [3, 4, 5]], parents=[None, 0])
+        transport = MPITransport(comm)
+        execution = Execution(
+            rank=comm.rank, program=schedule.program(comm.rank), transport=transport, backend=named("reference"),
+            heads=heads, rule=Rule(mask=Mask(), scale=1.0), query_layout=layout, key_layouts=(layout,), device=CPU,
+        )  # fmt: skip
+        keys = Keys.empty(pieces, heads, CPU)
+        keys.flat_B.zero_()
+        execution.run(Queries(tuple((p.start, torch.zeros(p.size, 2, 8)) for p in pieces)), keys)
+        transport.close()
+        assert set(execution.queries) == set(execution.keys) == set(execution.partials) == {comm.rank}, kind

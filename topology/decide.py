@@ -1,4 +1,4 @@
-"""From what the probes saw to a description: pure functions over plain data, no hardware, no MPI."""
+"""From what the ranks saw to a description: pure functions over plain data, no hardware, no MPI."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from itertools import combinations
 from cpmpi.topology.describe import Topology
 from cpmpi.topology.leaves import SlurmPlace, short
 from cpmpi.topology.node import Gpu, GpuLink, NetworkDevice, Node, RankPlace
-from cpmpi.topology.nvml import GpuProbe
+from cpmpi.topology.nvml import GpuFacts
 from cpmpi.topology.sysfs import Processors
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankProbe:
+class RankFacts:
     """What one rank saw of itself.
 
     Attributes:
@@ -26,13 +26,13 @@ class RankProbe:
 
     rank: int
     cpus: tuple[int, ...] | None = None
-    gpus: tuple[GpuProbe, ...] = ()
-    visible: tuple[GpuProbe, ...] | None = ()
+    gpus: tuple[GpuFacts, ...] = ()
+    visible: tuple[GpuFacts, ...] | None = ()
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class NodeProbe:
+class NodeFacts:
     """What the ranks that share memory saw, put together by the lowest of them.
 
     Attributes:
@@ -41,7 +41,7 @@ class NodeProbe:
     """
 
     hostname: str
-    ranks: tuple[RankProbe, ...]
+    ranks: tuple[RankFacts, ...]
     processors: Processors
     networks: tuple[NetworkDevice, ...] = ()
     gpu_numa: dict[str, int | None] | None = None
@@ -49,75 +49,77 @@ class NodeProbe:
     notes: tuple[str, ...] = ()
 
 
-def assemble(probes: Sequence[NodeProbe], switches: Sequence[tuple[str, ...]] | None, notes: Sequence[str]) -> Topology:
+def topology_of(
+    facts: Sequence[NodeFacts], switches: Sequence[tuple[str, ...]] | None, notes: Sequence[str]
+) -> Topology:
     """The description of the machine.
 
     Args:
-        probes: one per shared-memory group.
+        facts: one per shared-memory group.
         switches: the switches over each node, top first, as a file or ``scontrol`` gave them; None to take each
             node's own word (``SLURM_TOPOLOGY_ADDR``).
         notes: what is already known to be unknown.
     """
-    order = sorted(range(len(probes)), key=lambda i: min(r.rank for r in probes[i].ranks))
-    names = _names([probe.hostname for probe in probes])
+    order = sorted(range(len(facts)), key=lambda i: min(r.rank for r in facts[i].ranks))
+    names = _names([node.hostname for node in facts])
     nodes = []
     for i in order:
-        own = probes[i].slurm.switches(probes[i].hostname) or ()
+        own = facts[i].slurm.switches(facts[i].hostname) or ()
         path = switches[i] if switches is not None else own
-        node = describe_node(names[i], probes[i])
+        node = node_from(names[i], facts[i])
         nodes.append(replace(node, leaf=path[-1], above=path[:-1]) if path else node)
     said = []
     for i in order:
-        of_node = [*probes[i].notes, *(note for rank in probes[i].ranks for note in rank.notes)]
+        of_node = [*facts[i].notes, *(note for rank in facts[i].ranks for note in rank.notes)]
         said += [f"{names[i]}: {note}" for note in of_node]
     return Topology(nodes=tuple(nodes), origin="discovered", notes=tuple(dict.fromkeys([*notes, *said])))
 
 
-def describe_node(name: str, probe: NodeProbe) -> Node:
+def node_from(name: str, node: NodeFacts) -> Node:
     """One node, its switches left unknown.
 
     Several ranks of a node may see different GPUs (a job step with one GPU per task): the node has the union, in bus
     order. A rank that may use several GPUs takes the one at its local rank modulo their number.
     """
-    gpu_probes = {gpu.pci: gpu for rank in probe.ranks for gpu in rank.gpus if gpu.pci is not None}
-    pcis = sorted(gpu_probes)
+    gpu_facts = {gpu.pci: gpu for rank in node.ranks for gpu in rank.gpus if gpu.pci is not None}
+    pcis = sorted(gpu_facts)
     index_of = {pci: i for i, pci in enumerate(pcis)}
-    numa = probe.gpu_numa or {}
+    numa = node.gpu_numa or {}
     places = []
-    for local, rank in enumerate(sorted(probe.ranks, key=lambda r: r.rank)):
+    for local, rank in enumerate(sorted(node.ranks, key=lambda r: r.rank)):
         mine = rank.visible[local % len(rank.visible)] if rank.visible else None
         places.append(
             RankPlace(
                 rank=rank.rank,
                 cores=rank.cpus,
-                socket=_common(rank.cpus, probe.processors.socket_of),
-                numa=_common(rank.cpus, probe.processors.numa_of),
+                socket=_common(rank.cpus, node.processors.socket_of),
+                numa=_common(rank.cpus, node.processors.numa_of),
                 gpu=index_of.get(mine.pci) if mine is not None and mine.pci is not None else None,
             )
         )
-    fabrics = {gpu.fabric for gpu in gpu_probes.values()}
+    fabrics = {gpu.fabric for gpu in gpu_facts.values()}
     fabric = fabrics.pop() if len(fabrics) == 1 else None
-    speeds = [_switched(gpu) for gpu in gpu_probes.values()]
+    speeds = [_switched(gpu) for gpu in gpu_facts.values()]
     return Node(
         name=name,
         ranks=tuple(places),
         fabric=fabric,
         fabric_gb_per_s=min((s for s in speeds if s is not None), default=None) if fabric else None,
-        sockets=len(set(probe.processors.socket_of.values())) or None,
-        numa_domains=len(set(probe.processors.numa_of.values())) or None,
-        cores=len(set(probe.processors.core_of.values())) or None,
-        gpus=tuple(Gpu(index=i, name=gpu_probes[p].name, pci=p, numa=numa.get(p)) for i, p in enumerate(pcis)),
+        sockets=len(set(node.processors.socket_of.values())) or None,
+        numa_domains=len(set(node.processors.numa_of.values())) or None,
+        cores=len(set(node.processors.core_of.values())) or None,
+        gpus=tuple(Gpu(index=i, name=gpu_facts[p].name, pci=p, numa=numa.get(p)) for i, p in enumerate(pcis)),
         gpu_links=tuple(
             link
             for a, b in combinations(range(len(pcis)), 2)
-            if (link := _gpu_link(a, b, gpu_probes[pcis[a]], gpu_probes[pcis[b]])) is not None
+            if (link := _gpu_link(a, b, gpu_facts[pcis[a]], gpu_facts[pcis[b]])) is not None
         ),
-        networks=probe.networks,
+        networks=node.networks,
     )
 
 
-def _gpu_link(a: int, b: int, one: GpuProbe, two: GpuProbe) -> GpuLink | None:
-    """Direct NVLinks before a switch before PCIe; None if no probe saw a path."""
+def _gpu_link(a: int, b: int, one: GpuFacts, two: GpuFacts) -> GpuLink | None:
+    """Direct NVLinks before a switch before PCIe; None if nobody saw a path."""
     direct = one.nvlinks.get(two.pci or "?", 0)
     if direct:
         speed = one.nvlink_gb_per_s
@@ -128,7 +130,7 @@ def _gpu_link(a: int, b: int, one: GpuProbe, two: GpuProbe) -> GpuLink | None:
     return GpuLink(a=a, b=b, kind=path, gb_per_s=_least(one.pcie_gb_per_s, two.pcie_gb_per_s)) if path else None
 
 
-def _switched(gpu: GpuProbe) -> float | None:
+def _switched(gpu: GpuFacts) -> float | None:
     """GB/s of one GPU into its NVSwitches."""
     links = gpu.nvlinks.get("", 0)
     return links * gpu.nvlink_gb_per_s if links and gpu.nvlink_gb_per_s else None

@@ -1,19 +1,15 @@
-"""Rings, trees, rank order and communicators that follow from a description. Deterministic: the same everywhere."""
+"""Rings, trees and the order of ranks that follow from a description. Deterministic: the same everywhere."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from cpmpi.topology import spanning
 from cpmpi.topology.describe import Measurement, Topology
 from cpmpi.topology.node import GpuLink, Node, RankPlace
 from cpmpi.topology.ring_search import Table, best_ring
-
-if TYPE_CHECKING:  # rings and trees of a machine are planned where there is no MPI
-    from mpi4py import MPI
 
 # Breaks ties between links of one bandwidth: how far apart two GPUs are on PCIe, or the cores of two ranks.
 DISTANCE = {"nvlink": 0.0, "nvswitch": 0.0, "pix": 1.0, "pxb": 2.0, "phb": 3.0, "node": 4.0, "sys": 5.0}
@@ -50,14 +46,6 @@ class Tree:
             below[up].append(child)
         return tuple(map(tuple, below))
 
-    @cached_property
-    def depth(self) -> int:
-        """Edges on the longest way up to the root."""
-        level, depth = [self.root], 0
-        while level := [child for node in level for child in self.children[node]]:
-            depth += 1
-        return depth
-
     def rounds(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         """The (child, parent) edges of a reduction by round: a node receives one message a round, and sends its own
         once all its children have sent theirs; read backwards and turned round, a broadcast."""
@@ -74,29 +62,6 @@ class Tree:
             done = set(rounds[-1])
             waiting = [edge for edge in waiting if edge not in done]
         return tuple(rounds)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Communicators:
-    """The groups that algorithms talk in, each with ranks in an order that follows the machine.
-
-    Attributes:
-        world: all ranks; ``world.rank`` is the place in :func:`rank_order`.
-        node: the ranks of one node; ``node.rank`` is the position in its ring.
-        peers: the ranks at the same ring position of all nodes that have one, in node order.
-        leaf: the ranks under one leaf switch, None where that is unknown.
-    """
-
-    world: MPI.Comm
-    node: MPI.Comm
-    peers: MPI.Comm
-    leaf: MPI.Comm | None
-
-    def free(self) -> None:
-        """Free all of them; collective."""
-        for comm in (self.leaf, self.peers, self.node, self.world):
-            if comm is not None:
-                comm.Free()
 
 
 def rings(topology: Topology) -> tuple[tuple[int, ...], ...]:
@@ -140,56 +105,13 @@ def tree(topology: Topology) -> Tree:
     Binomial among the nodes of a leaf, and again among the leaves, so its depth is at most
     ``log2(nodes under a leaf) + log2(leaves)``, each rounded up. Nodes whose leaf is unknown stand alone.
     """
-    parents = spanning.span(_paths(topology), spanning.binomial)
+    parents = spanning.span(_paths(topology))
     return Tree(parent=tuple(parents), leaders=leaders(topology))
 
 
-def double_tree(topology: Topology) -> tuple[Tree, Tree] | None:
-    """Two trees that carry half of the bytes each, for large messages; None where they pay nothing (one node).
-
-    Binary trees whose inner nodes are, nearly all, outer nodes of the other (Sanders, Speck and Träff 2009), built
-    like :func:`tree` inside leaves and between them. They pay where their busiest node or uplink needs less time for a
-    byte than that of :func:`tree`. The second tree has leaders of its own where a node has several ranks.
-    """
-    paths = _paths(topology)
-    single = spanning.span(paths, spanning.binomial)
-    pair = [spanning.span(paths, shape) for shape in (spanning.binary, spanning.binary_twin)]
-    if _seconds_per_gb(topology, pair) >= _seconds_per_gb(topology, [single]):
-        return None
-    one, two = (Tree(parent=tuple(p), leaders=leaders(topology, nth=i)) for i, p in enumerate(pair))
-    return one, two
-
-
-def leaders(topology: Topology, nth: int = 0) -> tuple[int, ...]:
-    """The rank of each node that stands next to its fastest network device: in that device's NUMA domain, the lowest.
-
-    Args:
-        nth: 0 for the first leader, 1 for another rank (where there is one) next to another device, and so on.
-    """
-    return tuple(_leaders_of(topology, node, nth + 1)[-1] for node in topology.nodes)
-
-
-def communicators(comm: MPI.Comm, topology: Topology) -> Communicators:
-    """Communicators for world, node, peers across nodes, and leaf; collective over ``comm``.
-
-    Raises:
-        ValueError: ``comm`` does not have as many ranks as the description.
-    """
-    from mpi4py import MPI
-
-    topology.require(comm.size)
-    order, by_node = rank_order(topology), rings(topology)
-    mine = topology.node_of(comm.rank)
-    here, position = order.index(comm.rank), by_node[mine].index(comm.rank)
-    switches = [node.switches for node in topology.nodes]
-    colour = switches.index(switches[mine]) if switches[mine] else MPI.UNDEFINED
-    leaf = comm.Split(colour, key=here)
-    return Communicators(
-        world=comm.Split(0, key=here),
-        node=comm.Split(mine, key=position),
-        peers=comm.Split(position, key=here),
-        leaf=None if leaf == MPI.COMM_NULL else leaf,
-    )
+def leaders(topology: Topology) -> tuple[int, ...]:
+    """The rank of each node that stands next to its fastest network device: the lowest in the device's NUMA domain."""
+    return tuple(_leader(topology, node) for node in topology.nodes)
 
 
 def _paths(topology: Topology) -> list[spanning.Path]:
@@ -238,35 +160,11 @@ def _differ(one: int | None, two: int | None) -> bool:
     return one is not None and two is not None and one != two
 
 
-def _leaders_of(topology: Topology, node: Node, count: int) -> list[int]:
-    """Up to ``count`` ranks, each next to one of the fastest devices, in NUMA domains of their own while they last."""
+def _leader(topology: Topology, node: Node) -> int:
+    """The lowest rank in the NUMA domain of the first of the fastest devices; where that is unknown, of all."""
     top = max((device.gb_per_s or 0.0 for device in node.networks), default=0.0)
     beside = [d.numa for d in sorted(node.networks, key=lambda d: d.name) if (d.gb_per_s or 0.0) == top]
+    numa = next((n for n in beside if n is not None), None)
     ranks = sorted(place.rank for place in node.ranks)
-    chosen: list[int] = []
-    while len(chosen) < min(count, len(ranks)):
-        numa = next((n for n in beside if n is not None), None)
-        free = [rank for rank in ranks if rank not in chosen]
-        near = [rank for rank in free if numa is not None and topology.numa_of(rank) == numa]
-        chosen.append((near or free)[0])
-        beside = [n for n in beside if n != numa] or beside
-    return chosen
-
-
-def _seconds_per_gb(topology: Topology, trees: Sequence[spanning.Parents]) -> float:
-    """What the busiest direction of the busiest node or uplink takes to reduce 1 GB cut evenly over ``trees``."""
-    paths = _paths(topology)
-    figures = topology.figures
-    inside = figures["leaf"].gb_per_s or figures["network"].gb_per_s
-    across = figures["spine"].gb_per_s
-    if inside is None or across is None:
-        inside = across = 1.0  # unknown: count bytes
-    totals: dict[object, list[float]] = {}
-    for parents in trees:
-        nodes, uplinks = spanning.loads(paths, parents)
-        for bandwidth, counts in ((inside, nodes), (across, uplinks)):
-            for place, (out, entering) in counts.items():
-                sums = totals.setdefault(place, [0.0, 0.0])
-                sums[0] += out / bandwidth / len(trees)
-                sums[1] += entering / bandwidth / len(trees)
-    return max((max(sums) for sums in totals.values()), default=0.0)
+    near = [rank for rank in ranks if numa is not None and topology.numa_of(rank) == numa]
+    return (near or ranks)[0]

@@ -27,7 +27,11 @@ VERSION = 1
 
 # What lies between two ranks, nearest first: the same rank; the same NUMA domain; the same node; one NVLink domain
 # over several nodes; one leaf switch; different leaf switches; a network of which at least one leaf is unknown.
-KINDS = ("self", "numa", "node", "fabric", "leaf", "spine", "network")
+LINK_KINDS = ("self", "numa", "node", "fabric", "leaf", "spine", "network")
+
+
+class UnknownBandwidthError(ValueError):
+    """A bandwidth that somebody needs was neither measured nor given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,31 +43,38 @@ class LinkClass:
     latency_us: float | None = None
 
     def __post_init__(self) -> None:
-        choice("link class", self.kind, KINDS[1:])
+        choice("link class", self.kind, LINK_KINDS[1:])
         positive(gb_per_s=self.gb_per_s, latency_us=self.latency_us)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What ranks ``a`` < ``b`` got talking with each other; bandwidth one way, with as much the other way."""
+    """What ranks ``a`` < ``b`` got talking with each other; bandwidth one way, with as much the other way.
+
+    ``at_most``: the time ran out while bytes were under way, and ``gb_per_s`` is what the link had at most.
+    """
 
     a: int
     b: int
     gb_per_s: float | None = None
     latency_us: float | None = None
+    at_most: bool = False
 
     def __post_init__(self) -> None:
         positive(gb_per_s=self.gb_per_s, latency_us=self.latency_us)
+        if self.at_most and self.gb_per_s is None:
+            raise ValueError("at_most needs gb_per_s: a bound of what?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """What lies between two ranks: its kind (one of ``KINDS``), its figures, and if this very pair was measured."""
+    """What lies between two ranks: its kind (one of ``LINK_KINDS``), its figures, and whether it was measured."""
 
     kind: str
     gb_per_s: float | None = None
     latency_us: float | None = None
     measured: bool = False
+    at_most: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +153,7 @@ class Topology:
         return next(gpu.numa for gpu in self.nodes[index].gpus if gpu.index == place.gpu)
 
     def kind(self, a: int, b: int) -> str:
-        """What lies between two ranks: one of ``KINDS``."""
+        """What lies between two ranks: one of ``LINK_KINDS``."""
         if a == b:
             return "self"
         i, j = self.node_of(a), self.node_of(b)
@@ -180,7 +191,7 @@ class Topology:
 
         Where nothing is known of pairs in one NUMA domain, they get the figures of pairs in a node."""
         figures = {}
-        for kind in KINDS[1:]:
+        for kind in LINK_KINDS[1:]:
             near = (kind, "node") if kind == "numa" else (kind,)
             sources = [table[k] for table in (self._medians, self._given) for k in near if k in table]
             figures[kind] = LinkClass(
@@ -191,8 +202,9 @@ class Topology:
         return figures
 
     def link(self, a: int, b: int) -> Link:
-        """The link between two ranks as messages see it, in constant time: what was measured of the pair, else the
-        median of what was measured of its kind, else the link between their GPUs, else what ``classes`` says.
+        """The link between two ranks as messages see it, in constant time: what was measured of the pair, if only as an
+        upper bound, else the median of what was measured of its kind (bounds among it: without them it would be too
+        high), else the link between their GPUs, else what ``classes`` says.
 
         A figure that nobody knows is None."""
         kind = self.kind(a, b)
@@ -205,7 +217,21 @@ class Topology:
             gb_per_s=_first((mine.gb_per_s if mine else None, gpus.gb_per_s if gpus else None, figure.gb_per_s)),
             latency_us=_first((mine.latency_us if mine else None, figure.latency_us)),
             measured=mine is not None and mine.gb_per_s is not None,
+            at_most=mine is not None and mine.at_most,
         )
+
+    def known_link(self, a: int, b: int) -> tuple[float, float]:
+        """Bandwidth (bytes/s) and latency (s, 0 where nobody knows it) between two ranks, as :meth:`link` has them.
+
+        Raises:
+            UnknownBandwidthError: nobody knows the bandwidth.
+        """
+        link = self.link(a, b)
+        if link.gb_per_s is None:
+            raise UnknownBandwidthError(
+                f"the bandwidth between ranks {a} and {b} ({link.kind}) is unknown: measure it, or give a link class"
+            )
+        return link.gb_per_s * 1e9, (link.latency_us or 0.0) * 1e-6
 
     def gpu_link(self, a: int, b: int) -> GpuLink | None:
         """The link between the GPUs of two ranks: in their node, or through an NVLink domain that spans nodes.

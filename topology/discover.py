@@ -1,4 +1,4 @@
-"""Find out what the machine is: every rank probes itself, one decides, all get the same description."""
+"""Find out what the machine is: every rank facts itself, one decides, all get the same description."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import TypeVar
 from mpi4py import MPI
 
 from cpmpi.topology import leaves, nvml, sysfs
-from cpmpi.topology.decide import NodeProbe, RankProbe, assemble
+from cpmpi.topology.decide import NodeFacts, RankFacts, topology_of
 from cpmpi.topology.describe import Topology
 from cpmpi.topology.measure import measure as measure_links
 from cpmpi.topology.node import NetworkDevice
+from cpmpi.topology.text import counted
 
 SCONTROL_LIMIT_S = 0.7
 T = TypeVar("T")
@@ -37,12 +38,11 @@ def discover(comm: MPI.Comm, *, measure: bool = True, leaf_file: str | Path | No
     Raises:
         ValueError: on all ranks, if ``leaf_file`` cannot be read or misses a node.
     """
-    probe = _node_probe(comm)
-    probes = comm.gather(probe)
+    facts = comm.gather(_node_facts(comm))
     outcome: Topology | ValueError | None = None
-    if probes is not None:
+    if facts is not None:
         try:
-            outcome = _decide([p for p in probes if p is not None], leaf_file)
+            outcome = _decide([one for one in facts if one is not None], leaf_file)
         except ValueError as error:
             outcome = error
     outcome = comm.bcast(outcome)
@@ -76,7 +76,9 @@ def require_match(comm: MPI.Comm, topology: Topology) -> None:
     described = sorted(tuple(sorted(p.rank for p in node.ranks)) for node in topology.nodes)
     launched = sorted(shared_groups(comm))
     if len(described) != len(launched):
-        raise ValueError(f"the topology describes {len(described)} nodes, but ranks were launched on {len(launched)}")
+        raise ValueError(
+            f"the topology describes {counted(len(described), 'node')}, but ranks were launched on {len(launched)}"
+        )
     for want, got in zip(described, launched):
         if want != got:
             name = topology.nodes[topology.node_of(want[0])].name
@@ -85,10 +87,10 @@ def require_match(comm: MPI.Comm, topology: Topology) -> None:
             )
 
 
-def _node_probe(comm: MPI.Comm) -> NodeProbe | None:
+def _node_facts(comm: MPI.Comm) -> NodeFacts | None:
     """What this node's ranks saw, on the lowest of them; None on the others."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
-    ranks = node.gather(_rank_probe(comm.rank))
+    ranks = node.gather(_rank_facts(comm.rank))
     node.Free()
     if ranks is None:
         return None
@@ -98,7 +100,7 @@ def _node_probe(comm: MPI.Comm) -> NodeProbe | None:
     nothing: tuple[NetworkDevice, ...] = ()
     networks = _attempt("network devices", sysfs.networks, nothing, notes)
     pcis = {gpu.pci for rank in ranks for gpu in rank.gpus if gpu.pci is not None}
-    return NodeProbe(
+    return NodeFacts(
         hostname=socket.gethostname(),
         ranks=tuple(ranks),
         processors=processors,
@@ -111,35 +113,35 @@ def _node_probe(comm: MPI.Comm) -> NodeProbe | None:
     )
 
 
-def _rank_probe(rank: int) -> RankProbe:
+def _rank_facts(rank: int) -> RankFacts:
     notes: list[str] = []
     cpus = _attempt("allowed cores", sysfs.allowed_cpus, None, notes)
     gpus = nvml.gpus(notes.append)
-    return RankProbe(rank=rank, cpus=cpus, gpus=gpus, visible=nvml.visible(gpus), notes=tuple(notes))
+    return RankFacts(rank=rank, cpus=cpus, gpus=gpus, visible=nvml.visible(gpus), notes=tuple(notes))
 
 
-def _attempt(what: str, probe: Callable[[], T], otherwise: T, notes: list[str]) -> T:
-    """A probe must never end a job: odd hardware may break any of them."""
+def _attempt(what: str, look: Callable[[], T], otherwise: T, notes: list[str]) -> T:
+    """A look at the hardware must never end a job: odd hardware may break any of them."""
     try:
-        return probe()
+        return look()
     except Exception as error:
         notes.append(f"{what} unknown ({type(error).__name__}: {error})")
         return otherwise
 
 
-def _decide(probes: list[NodeProbe], leaf_file: str | Path | None) -> Topology:
-    hosts = [probe.hostname for probe in probes]
+def _decide(facts: list[NodeFacts], leaf_file: str | Path | None) -> Topology:
+    hosts = [node.hostname for node in facts]
     if leaf_file is not None:
         try:
             text = Path(leaf_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{leaf_file}: {error}") from None
-        return assemble(probes, leaves.look_up(leaves.parse(text, str(leaf_file)), hosts, str(leaf_file)), ())
+        return topology_of(facts, leaves.look_up(leaves.parse(text, str(leaf_file)), hosts, str(leaf_file)), ())
     notes: list[str] = []
     switches = None
-    if any(probe.slurm.switches(probe.hostname) is None for probe in probes):
+    if any(node.slurm.switches(node.hostname) is None for node in facts):
         switches = _ask_slurm(hosts, notes)
-    return assemble(probes, switches, notes)
+    return topology_of(facts, switches, notes)
 
 
 def _ask_slurm(hosts: list[str], notes: list[str]) -> tuple[tuple[str, ...], ...] | None:

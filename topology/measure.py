@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -52,7 +53,8 @@ def sample(topology: Topology) -> tuple[tuple[Pair, ...], ...]:
 def measure(comm: MPI.Comm, topology: Topology, *, limit_s: float = LIMIT_S) -> Topology:
     """The description with fresh measurements in place of those it had; collective, the same on all ranks.
 
-    A pair that fails (a peer that does not answer, an MPI error) stays unknown and leaves a note; the others go on.
+    A pair whose time runs out while bytes are under way gets the rate that it had at most, and a note. One that fails
+    (a peer that does not answer, an MPI error) stays unknown and leaves a note; the others go on.
 
     Args:
         limit_s: seconds for everything.
@@ -75,17 +77,10 @@ def measure(comm: MPI.Comm, topology: Topology, *, limit_s: float = LIMIT_S) -> 
             continue
         peer = mine[0] if own.rank == mine[1] else mine[1]
         talk = _Talk(own, peer, tag=i, deadline=time.perf_counter() + budget_s + GRACE_S, buffers=buffers)
-        try:
-            if own.rank == mine[0]:
-                gb_per_s, latency_us = lead(talk, budget_s)
-                measured.append(
-                    Measurement(a=mine[0], b=mine[1], gb_per_s=_rounded(gb_per_s), latency_us=_rounded(latency_us))
-                )
-            else:
-                follow(talk)
-        except Exception as error:
-            name = topology.nodes[topology.node_of(own.rank)].name
-            failures.append(f"{name}: rank {own.rank} {FAILED} with rank {peer} ({error or type(error).__name__})")
+        found, problem = _talked(talk, budget_s if own.rank == mine[0] else None)
+        measured += found
+        name = topology.nodes[topology.node_of(own.rank)].name
+        failures += [f"{name}: rank {own.rank} {FAILED} with rank {peer} ({problem})"] if problem else []
     gathered = comm.gather((measured, failures))
     results: Topology | None = None
     if gathered is not None:
@@ -100,14 +95,55 @@ def measure(comm: MPI.Comm, topology: Topology, *, limit_s: float = LIMIT_S) -> 
     return results
 
 
-def lead(talk: _Talk, budget_s: float) -> tuple[float, float]:
-    """Talk with a peer that follows: (GB/s a way, latency in us), medians, within about ``budget_s`` seconds.
+def _talked(talk: _Talk, budget_s: float | None) -> tuple[list[Measurement], str | None]:
+    """What came of a talk that this rank leads for ``budget_s`` seconds or, with None, follows; and what went wrong."""
+    try:
+        if budget_s is None:
+            follow(talk)
+            return [], None
+        found = lead(talk, budget_s)
+    except Exception as error:  # of MPI, of a peer: the other pairs go on
+        return [], str(error) or type(error).__name__
+    gb_per_s, latency_us = map(_rounded, (found.gb_per_s, found.latency_us))
+    ends = sorted((talk.comm.rank, talk.peer))
+    pair = Measurement(a=ends[0], b=ends[1], gb_per_s=gb_per_s, latency_us=latency_us, at_most=found.at_most)
+    return [pair], f"no answer from rank {talk.peer} in time; at most {gb_per_s:g} GB/s" if found.at_most else None
+
+
+class Found(NamedTuple):
+    """What a talk has shown: medians, or an upper bound of the bandwidth where an exchange was not over in time."""
+
+    gb_per_s: float
+    latency_us: float
+    at_most: bool = False
+
+
+class StuckError(TimeoutError):
+    """An exchange was not over in time; ``gb_per_s``: more than this, and its next part would have been."""
+
+    def __init__(self, peer: int, gb_per_s: float) -> None:
+        super().__init__(f"no answer from rank {peer}")
+        self.gb_per_s = gb_per_s
+
+
+def lead(talk: _Talk, budget_s: float) -> Found:
+    """Talk with a peer that follows, within about ``budget_s`` seconds.
 
     Messages grow until the next size would not fit into the time that is left."""
     end = time.perf_counter() + budget_s
     connect_s = talk.trips(SMALL, 1)[0]
     trips = max(1, min(LATENCY_TRIPS, int(0.2 * budget_s / connect_s)))
     latency_s = statistics.median(talk.trips(SMALL, trips)) / 2
+    try:
+        gb_per_s = _exchanges(talk, end)
+    except StuckError as stuck:
+        return Found(stuck.gb_per_s, latency_s * 1e6, at_most=True)
+    talk.finish()
+    return Found(gb_per_s, latency_s * 1e6)
+
+
+def _exchanges(talk: _Talk, end: float) -> float:
+    """GB/s a way by exchanges of growing messages until ``end``."""
     for size, bigger in zip(SIZES, (*SIZES[1:], None)):
         trip_s = talk.trips(size, 1, both_ways=True)[0]
         left_s = end - time.perf_counter()
@@ -116,8 +152,7 @@ def lead(talk: _Talk, budget_s: float) -> tuple[float, float]:
     trips = min(BANDWIDTH_TRIPS, int(left_s / trip_s))
     if trips > 0:
         trip_s = statistics.median(talk.trips(size, trips, both_ways=True))
-    talk.finish()
-    return size / trip_s / 1e9, latency_s * 1e6
+    return size / trip_s / 1e9
 
 
 def follow(talk: _Talk) -> None:
@@ -169,11 +204,19 @@ class _Talk:
 
     def _exchange(self, size: int) -> None:
         """Send and receive ``size`` bytes at once, in parts, so that the agreement on one hides behind another."""
+        begin = time.perf_counter()
         parts = [slice(size * i // PARTS, size * (i + 1) // PARTS) for i in range(PARTS)]
-        requests = [self.comm.Irecv(self.buffers[1][part], self.peer, self.tag) for part in parts]
-        requests += [self.comm.Isend(self.buffers[0][part], self.peer, self.tag) for part in parts]
-        for request in requests:
-            self._wait(request)
+        arriving = [self.comm.Irecv(self.buffers[1][part], self.peer, self.tag) for part in parts]
+        leaving = [self.comm.Isend(self.buffers[0][part], self.peer, self.tag) for part in parts]
+        try:
+            for request in (*arriving, *leaving):
+                self._wait(request)
+        except TimeoutError:
+            _UNFINISHED.extend((*arriving, *leaving))
+            through = min(sum(bool(request.Test()) for request in way) for way in (arriving, leaving))
+            # All parts of one way may have arrived, and only word of those that left is missing.
+            n_bytes = size * min(through + 1, PARTS) // PARTS
+            raise StuckError(self.peer, n_bytes / (time.perf_counter() - begin) / 1e9) from None
 
     def _send(self, data: np.ndarray) -> None:
         self._wait(self.comm.Isend(data, self.peer, self.tag))

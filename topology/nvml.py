@@ -23,7 +23,7 @@ FABRIC_COMPLETED = 3  # NVML_GPU_FABRIC_STATE_COMPLETED
 
 
 @dataclass(frozen=True, kw_only=True)
-class GpuProbe:
+class GpuFacts:
     """One GPU as NVML sees it.
 
     Attributes:
@@ -45,7 +45,7 @@ class GpuProbe:
     fabric: str | None
 
 
-def gpus(note: Callable[[str], None]) -> tuple[GpuProbe, ...]:
+def gpus(note: Callable[[str], None]) -> tuple[GpuFacts, ...]:
     """The GPUs NVML lets this process see; ``note`` is called with one line if NVML is present but broken."""
     try:
         nvml = importlib.import_module("pynvml")
@@ -60,7 +60,7 @@ def gpus(note: Callable[[str], None]) -> tuple[GpuProbe, ...]:
         return ()
     try:
         handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        return tuple(_probe(nvml, i, handle, handles) for i, handle in enumerate(handles))
+        return tuple(_facts(nvml, i, handle, handles) for i, handle in enumerate(handles))
     except Exception as error:
         note(f"NVML stopped answering ({_line(error)}): GPUs unknown")
         return ()
@@ -68,21 +68,21 @@ def gpus(note: Callable[[str], None]) -> tuple[GpuProbe, ...]:
         _ask(nvml, "nvmlShutdown")
 
 
-def visible(probes: tuple[GpuProbe, ...]) -> tuple[GpuProbe, ...] | None:
-    """Those of the probed GPUs that ``CUDA_VISIBLE_DEVICES`` leaves to this process, in its order.
+def visible(facts: tuple[GpuFacts, ...]) -> tuple[GpuFacts, ...] | None:
+    """Those of the GPUs seen that ``CUDA_VISIBLE_DEVICES`` leaves to this process, in its order.
 
     All of them where the variable is unset; None where it names MIG slices, which are parts of a GPU.
     """
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     if text is None:
-        return probes
-    chosen: list[GpuProbe] = []
+        return facts
+    chosen: list[GpuFacts] = []
     for entry in filter(None, (part.strip() for part in text.split(","))):
         if entry.startswith("MIG-"):
             return None
         matches = [
             p
-            for p in probes
+            for p in facts
             if entry == str(p.index) or (entry.startswith("GPU-") and p.uuid and p.uuid.startswith(entry))
         ]
         if len(matches) != 1:
@@ -91,7 +91,7 @@ def visible(probes: tuple[GpuProbe, ...]) -> tuple[GpuProbe, ...] | None:
     return tuple(chosen)
 
 
-def _probe(nvml: Any, index: int, handle: Any, handles: list[Any]) -> GpuProbe:
+def _facts(nvml: Any, index: int, handle: Any, handles: list[Any]) -> GpuFacts:
     links: Counter[str] = Counter()
     for link in range(getattr(nvml, "NVML_NVLINK_MAX_LINKS", 18)):
         if _ask(nvml, "nvmlDeviceGetNvLinkState", handle, link) != 1:
@@ -112,7 +112,7 @@ def _probe(nvml: Any, index: int, handle: Any, handles: list[Any]) -> GpuProbe:
     generation = _ask(nvml, "nvmlDeviceGetMaxPcieLinkGeneration", handle)
     width = _ask(nvml, "nvmlDeviceGetMaxPcieLinkWidth", handle)
     lane = PCIE_LANE_GB_PER_S.get(generation) if generation else None
-    return GpuProbe(
+    return GpuFacts(
         index=index,
         uuid=_str(_ask(nvml, "nvmlDeviceGetUUID", handle)),
         name=_str(_ask(nvml, "nvmlDeviceGetName", handle)),

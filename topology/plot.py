@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cpmpi.topology.describe import Topology
 from cpmpi.topology.drawing_layout import BAR, GAP, Box, Drawing, Panel, Point, arrange
 from cpmpi.topology.node import Node
-from cpmpi.topology.text import SAID, folded, kinds_shown, lag, rate
+from cpmpi.topology.text import SAID, folded, how_known, kinds_shown, lag, rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ INCHES, WIDEST_INCHES, HIGHEST_INCHES = 0.42, 22.0, 30.0  # of one unit; of the 
 
 
 def require_matplotlib(path: str | Path) -> None:
-    """Check before any work that :func:`draw` can write ``path``.
+    """Check before any work that :func:`draw_machine` can write ``path``.
 
     Raises:
         ValueError: matplotlib is not installed, or the file name ends in no known format.
@@ -35,7 +35,7 @@ def require_matplotlib(path: str | Path) -> None:
         raise ValueError("drawing needs matplotlib: pip install 'cpmpi[plot]'")
 
 
-def draw(topology: Topology, path: str | Path) -> None:
+def draw_machine(topology: Topology, path: str | Path) -> None:
     """Write a picture of the machine (PNG, SVG or PDF by the name of the file).
 
     Lines are the wider the more bandwidth they have, on a logarithmic scale.
@@ -102,14 +102,17 @@ class _Pen:
 
         self.axes.add_patch(Circle(at, radius, fc=fill, ec=edge, linewidth=weight * self.zoom, zorder=6))
 
-    def curve(self, points: list[Point], colour: str, weight: float, zorder: float, arrow: bool = False) -> None:
+    def curve(
+        self, points: list[Point], colour: str, weight: float, zorder: float, arrow: bool = False, dashed: bool = False
+    ) -> None:
         """A line (2 points) or cubic curve (4 points), with an arrow head at its end."""
         codes = [LINE_TO if len(points) == 2 else CURVE_TO] * (len(points) - 1)
-        self._path(points, [MOVE_TO, *codes], colour, weight, zorder, arrow)
+        self._path(points, [MOVE_TO, *codes], colour, weight, zorder, arrow, dashed)
 
     def route(
-        self, start: Point, end: Point, x: float, levels: list[float], colour: str, weight: float, arrow: bool
-    ) -> None:
+        self, start: Point, end: Point, x: float, levels: list[float], colour: str, weight: float, arrow: bool,
+        dashed: bool,
+    ) -> None:  # fmt: skip
         """From ``start`` up to the first level, along it to ``x``, to the second level, along it, down to ``end``."""
         corners = [(start[0], levels[0]), (x, levels[0]), (x, levels[1]), (end[0], levels[1])]
         stops = [start, *corners, (end[0], end[1] + 0.05)]
@@ -117,11 +120,12 @@ class _Pen:
         for before, corner, after in zip(stops, corners, stops[2:]):
             points += [_towards(corner, before), corner, _towards(corner, after)]
             codes += [LINE_TO, BEND_TO, BEND_TO]
-        self._path([*points, stops[-1]], [*codes, LINE_TO], colour, weight, 7, arrow)
+        self._path([*points, stops[-1]], [*codes, LINE_TO], colour, weight, 7, arrow, dashed)
 
     def _path(
-        self, points: list[Point], codes: list[int], colour: str, weight: float, zorder: float, arrow: bool
-    ) -> None:
+        self, points: list[Point], codes: list[int], colour: str, weight: float, zorder: float, arrow: bool,
+        dashed: bool,
+    ) -> None:  # fmt: skip
         from matplotlib.patches import FancyArrowPatch
         from matplotlib.path import Path as Curve
 
@@ -131,6 +135,7 @@ class _Pen:
             FancyArrowPatch(
                 path=Curve(points, codes), arrowstyle=style, mutation_scale=self.zoom if arrow else 1, color=colour,
                 linewidth=weight, zorder=zorder, capstyle="round", joinstyle="round",
+                linestyle=(0, (2, 3)) if dashed else "solid",
             )
         )  # fmt: skip
 
@@ -153,6 +158,8 @@ def _title(pen: _Pen, topology: Topology, x: float, top: float) -> None:
     words = [f"{n} {word}{'' if n == 1 else 'es' if word.endswith('ch') else 's'}" for n, word in counts if n]
     pen.text(x, top + 1.7, " · ".join(words), 15, ha="left", weight="bold", least_zoom=0.55)
     measured = f"{len(topology.measured)} links measured" if topology.measured else "not measured"
+    if bounds := sum(m.at_most for m in topology.measured):
+        measured += f", of {bounds} only what they had at most (dashed)"
     origin = (topology.origin or "origin unknown").partition(" (")[0]
     pen.text(x, top + 0.85, f"{origin} · {measured}", 9, ha="left", color=SOFT, least_zoom=0.55)
 
@@ -219,7 +226,9 @@ def _ring(pen: _Pen, topology: Topology, drawing: Drawing, box: Box) -> None:
         dx, dy = (u - x) / reach, (v - y) / reach
         start = (x + dx * radius - dy * bend, y + dy * radius + dx * bend)
         end = (u - dx * (radius + 0.06) - dy * bend, v - dy * (radius + 0.06) + dx * bend)
-        pen.curve([start, end], RING, zoom * 0.8 * _weight(topology.link(a, b).gb_per_s), 5, arrow=radius > 0.3)
+        link = topology.link(a, b)
+        weight = zoom * 0.8 * _weight(link.gb_per_s)
+        pen.curve([start, end], RING, weight, 5, arrow=radius > 0.3, dashed=link.at_most)
     for rank, at in box.discs.items():
         numa = topology.numa_of(rank)
         fill = PAPER if numa is None else NUMA[numa % len(NUMA)]
@@ -258,25 +267,35 @@ def _tree(pen: _Pen, topology: Topology, drawing: Drawing) -> None:
     few = len(spanning.edges) <= 16
     for child, parent in spanning.edges:
         low, high = where[child], where[parent]
-        gb_per_s = topology.link(spanning.leaders[child], spanning.leaders[parent]).gb_per_s
+        link = topology.link(spanning.leaders[child], spanning.leaders[parent])
         start, end = (
             (x, y + drawing.radius)
             for x, y in (low.discs[spanning.leaders[child]], high.discs[spanning.leaders[parent]])
         )
-        weight = 0.8 * _weight(gb_per_s)
+        weight = 0.8 * _weight(link.gb_per_s)
         if low.row != high.row:
             x = -0.7 - 0.8 * (1 + math.log2(abs(low.row - high.row)))
-            pen.route(start, end, x, [box.y + drawing.box[1] + 0.3 for box in (low, high)], TREE, weight, few)
+            pen.route(
+                start, end, x, [box.y + drawing.box[1] + 0.3 for box in (low, high)], TREE, weight, few, link.at_most
+            )
             label = (x, (start[1] + end[1]) / 2)
         else:
             columns = abs(start[0] - end[0]) / (drawing.box[0] + GAP)
             rise = 1.2 + 0.62 * math.log2(max(columns, 1.0))
             points = [start, (start[0], start[1] + rise), (end[0], end[1] + rise), (end[0], end[1] + 0.05)]
-            pen.curve(points, TREE, weight, 7, arrow=few)
+            pen.curve(points, TREE, weight, 7, arrow=few, dashed=link.at_most)
             label = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.75 * rise)
         if drawing.facts > 1:
             back = {"boxstyle": "round,pad=0.15", "fc": PAPER, "ec": "none", "alpha": 0.9}
-            pen.text(*label, rate(gb_per_s), 7, color=TREE, weight="bold", bbox=back, zorder=8)
+            pen.text(
+                *label,
+                ("≤ " if link.at_most else "") + rate(link.gb_per_s),
+                7,
+                color=TREE,
+                weight="bold",
+                bbox=back,
+                zorder=8,
+            )
 
 
 def _legend_lines(topology: Topology) -> list[tuple[str, float | None, str]]:
@@ -286,11 +305,11 @@ def _legend_lines(topology: Topology) -> list[tuple[str, float | None, str]]:
     for kind, figure in topology.figures.items():
         if figure.gb_per_s is None or kind not in shown:
             continue
-        count = sum(topology.kind(m.a, m.b) == kind for m in topology.measured)
-        how = f"median of {count} measured" if count else "given"
         latency = "" if figure.latency_us is None else f", {lag(figure.latency_us, 'µs')}"
         colour = RING if kind in ("numa", "node") else TREE
-        lines.append((colour, figure.gb_per_s, f"{SAID[kind]}: {rate(figure.gb_per_s)}{latency} ({how})"))
+        lines.append(
+            (colour, figure.gb_per_s, f"{SAID[kind]}: {rate(figure.gb_per_s)}{latency} ({how_known(topology, kind)})")
+        )
     return lines
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from cpmpi.topology.describe import KINDS, LinkClass, Topology
+from cpmpi.topology.describe import LINK_KINDS, LinkClass, Topology
 from cpmpi.topology.machines import MACHINES, Machine
 from cpmpi.topology.node import Gpu, GpuLink, NetworkDevice, Node, RankPlace
 
@@ -16,7 +16,7 @@ KEYS = {
     "leaf": "nodes under one leaf switch",
     "taper": "how many times slower than a node's link its share of the leaf uplink is",
 }
-FIGURES = tuple(f"{kind}_{unit}" for kind in KINDS[1:] for unit in ("gb_per_s", "latency_us"))
+FIGURES = tuple(f"{kind}_{unit}" for kind in LINK_KINDS[1:] for unit in ("gb_per_s", "latency_us"))
 
 
 def synthetic(spec: str) -> Topology:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TypeVar
 
-from cpmpi.topology.derive import double_tree, node_order, rings, tree
+from cpmpi.topology.derive import node_order, rings, tree
 from cpmpi.topology.describe import LinkClass, Topology
 from cpmpi.topology.node import Node
 
@@ -27,9 +27,9 @@ def summary(topology: Topology) -> str:
     """A few lines however many nodes: what there is, what was measured, the ring and the tree that follow."""
     nodes = [topology.nodes[i] for i in node_order(topology)]
     leaves = {node.leaf for node in nodes if node.leaf is not None}
-    head = [_counted(topology.world, "rank"), _counted(len(nodes), "node")]
+    head = [counted(topology.world, "rank"), counted(len(nodes), "node")]
     if leaves:
-        head.append(_counted(len(leaves), "leaf switch", "leaf switches"))
+        head.append(counted(len(leaves), "leaf switch", "leaf switches"))
     lines = [f"topology: {', '.join(head)} ({(topology.origin or 'of unknown origin').partition(' (')[0]})"]
     order = {node.name: ring for node, ring in zip(topology.nodes, rings(topology))}
     alike: dict[str, list[Node]] = {}
@@ -38,21 +38,18 @@ def summary(topology: Topology) -> str:
     for contents, members in _first(list(alike.items()), "kinds of node", lines):
         shown = list(dict.fromkeys(_ring(order[node.name]) for node in members))
         ring = f", ring {shown[0]}" if shown[0] else ""
-        others = f" ({_counted(len(shown) - 1, 'other order')} elsewhere)" if len(shown) > 1 else ""
+        others = f" ({counted(len(shown) - 1, 'other order')} elsewhere)" if len(shown) > 1 else ""
         lines.append(f"  {folded([node.name for node in members])}: {contents}{ring}{others}")
     for leaf, under in _first(_by_leaf(nodes) if leaves else [], "leaves", lines):
         lines.append(f"  {leaf or 'leaf unknown'}: {folded(under)}")
     kinds = kinds_shown(topology)
     for kind, figure in topology.figures.items():
         if kind in kinds and (figure.gb_per_s is not None or figure.latency_us is not None):
-            count = sum(topology.kind(m.a, m.b) == kind for m in topology.measured)
-            how = f"median of {_counted(count, 'measured pair')}" if count else "given"
-            lines.append(f"  {SAID[kind]}: {_figures(figure)} ({how})")
-    spanning, pair = tree(topology), double_tree(topology)
+            lines.append(f"  {SAID[kind]}: {_figures(figure)} ({how_known(topology, kind)})")
     if len(nodes) > 1:
-        shape = f"root {topology.nodes[spanning.root].name}, {_counted(len(spanning.rounds()), 'round')}"
-        twin = "a second tree for half of the bytes pays" if pair else "a second tree would not pay"
-        lines.append(f"  tree: {shape}; {twin}")
+        spanning = tree(topology)
+        root = topology.nodes[spanning.root].name
+        lines.append(f"  tree: root {root}, {counted(len(spanning.rounds()), 'round')}")
     return "\n".join([*lines, *(f"  note: {note}" for note in topology.notes)])
 
 
@@ -66,6 +63,18 @@ def kinds_shown(topology: Topology) -> set[str]:
     near, far = (topology.figures[kind] for kind in ("numa", "node"))
     same = (near.gb_per_s, near.latency_us) == (far.gb_per_s, far.latency_us)
     return used - {"numa"} if same and "node" in used else used
+
+
+def how_known(topology: Topology, kind: str) -> str:
+    """Where the figures of a kind of link come from, in words."""
+    samples = [m for m in topology.measured if topology.kind(m.a, m.b) == kind]
+    bounds = sum(m.at_most for m in samples)
+    if not samples:
+        return "given"
+    words = f"median of {counted(len(samples), 'measured pair')}"
+    if not bounds:
+        return words
+    return f"{words}, at most" if bounds == len(samples) else f"{words}, {bounds} of them at most"
 
 
 def rate(gb_per_s: float | None) -> str:
@@ -98,15 +107,15 @@ def folded(names: Sequence[str]) -> str:
 
 
 def _contents(node: Node) -> str:
-    parts = [_counted(len(node.ranks), "rank")]
+    parts = [counted(len(node.ranks), "rank")]
     if node.gpus:
-        parts.append(f"{_counted(len(node.gpus), 'GPU')} {node.gpus[0].name or ''}".rstrip())
+        parts.append(f"{counted(len(node.gpus), 'GPU')} {node.gpus[0].name or ''}".rstrip())
     if node.sockets:
-        parts.append(_counted(node.sockets, "socket"))
+        parts.append(counted(node.sockets, "socket"))
     if node.numa_domains:
-        parts.append(_counted(node.numa_domains, "NUMA domain"))
+        parts.append(counted(node.numa_domains, "NUMA domain"))
     if node.cores:
-        parts.append(_counted(node.cores, "core"))
+        parts.append(counted(node.cores, "core"))
     if node.networks:
         parts.append(f"network {folded([device.name for device in node.networks])}")
     return ", ".join(parts)
@@ -134,5 +143,6 @@ def _figures(figure: LinkClass) -> str:
     return f"{rate(figure.gb_per_s)}, {lag(figure.latency_us)}"
 
 
-def _counted(count: int, one: str, many: str | None = None) -> str:
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """How many of what: 1 rank, 2 ranks."""
     return f"{count} {one if count == 1 else many or one + 's'}"

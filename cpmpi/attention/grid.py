@@ -1,7 +1,7 @@
 """Ranks as a grid: which share the weights, which share the sequence, and who holds which heads of which tokens.
 
 ``tp`` neighbouring ranks (tensor parallelism) compute the same tokens, each with its share of the heads and of the
-weights. Their KV heads are split ``head_groups`` ways. Where tp exceeds the KV heads, ``copies`` of them would hold the
+weights. Their KV heads are split ``head_groups`` ways. Where tp exceeds the KV heads, ``copies`` ranks would hold the
 same KV head: they hold different pieces of the sequence instead, so no key is kept twice.
 
 A head group is a world of its own for attention: its ranks, by *position*, hold the keys of different tokens.
@@ -53,7 +53,7 @@ class Grid:
         return rank // self.tp * self.copies + rank % self.copies
 
     def computed(self, layout: Layout) -> Layout:
-        """Which position computes which tokens, from which position keeps the keys of which."""
+        """Which position computes which tokens, given which position keeps the keys of which."""
         return replace(layout, copies=self.copies)
 
     def __str__(self) -> str:

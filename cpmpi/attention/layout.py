@@ -1,11 +1,13 @@
 """Which rank holds which tokens: segments dealt in snake order.
 
 T tokens are cut into S segments, each segment into one contiguous piece per rank, as equal as possible. Rank r holds
-piece r of even segments and piece N-1-r of odd ones, so that every rank has its share of the early tokens, which are
-cheap under a causal mask, and of the late ones, which are not. S = 2 is the *zigzag* of the ring-attention literature,
-S large is *striped* attention. No divisibility rule, no padding: pieces may differ by one token or be empty.
+piece r of even segments and piece N-1-r of odd ones, so that every rank gets its share of the early tokens, which are
+cheap under a causal mask, and of the late ones, which are expensive. S = 2 is the *zigzag* of the ring-attention
+literature, S large is *striped* attention. No divisibility rule, no padding: pieces may differ by one token or be
+empty.
 
-With ``copies`` so many neighbouring ranks hold the same tokens: all that they would hold together without.
+With ``copies`` above 1, that many neighbouring ranks all hold the same tokens: what a single rank would hold if there
+were only one of them.
 """
 
 from __future__ import annotations

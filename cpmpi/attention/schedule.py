@@ -19,12 +19,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+from cpmpi.choices import SCHEDULES
+
 Kind = Literal["key", "query", "partial"]
-KINDS = ("ring", "tree", "hybrid")
 Nodes = Sequence[Sequence[int]]  # the ranks of each node, in ring order
 Parents = Sequence[int | None]  # the parent of each node (or rank) in a tree, None for the root
 INNER, OUTER = 0, 1  # channels: a communicator each, so that slow links never queue before fast ones
@@ -213,8 +214,8 @@ class Schedule:
     askers: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown schedule {self.kind!r}: choose one of {', '.join(KINDS)}")
+        if self.kind not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.kind!r}: choose one of {', '.join(SCHEDULES)}")
         if len(self.nodes) != len(self.parents) or list(self.parents).count(None) != 1:
             raise ValueError(
                 f"a tree over {len(self.nodes)} nodes needs as many parents, one of them None: {self.parents}"
@@ -226,6 +227,13 @@ class Schedule:
     def world(self) -> int:
         """Ranks on all nodes."""
         return sum(map(len, self.nodes))
+
+    @cached_property
+    def tree(self) -> tuple[Nodes, Parents]:
+        """What queries and partials travel along: the nodes and their parents or, of a tree, the ranks and theirs."""
+        if self.kind == "tree":
+            return [[rank] for rank in range(self.world)], rank_tree(self.nodes, self.parents)
+        return self.nodes, self.parents
 
     def of(self, places: Mapping[int, int]) -> Schedule:
         """The same kind on the same nodes for some of the ranks, under other numbers.
@@ -242,9 +250,7 @@ class Schedule:
         askers = range(self.world) if self.askers is None else self.askers
         if self.kind == "ring":
             return ring_program(self.nodes, rank, steps)
-        if self.kind == "tree":
-            return hybrid_program([[r] for r in range(self.world)], rank_tree(self.nodes, self.parents), askers, rank)
-        return hybrid_program(self.nodes, self.parents, askers, rank)
+        return hybrid_program(*self.tree, askers, rank)
 
 
 def releases(program: Program) -> list[list[Item]]:

@@ -92,14 +92,14 @@ class Message:
 class MPITransport:
     """Messages over MPI between the ranks of a communicator, a duplicate of it for each channel.
 
-    ``exposed_s`` counts the seconds spent waiting, ``travel_s`` the seconds from post to completion, ``sent_bytes``
-    what was sent to peers, ``sums`` and ``summed_bytes`` the all-reduces and what of this rank went into them.
+    ``exposed_s`` counts the seconds spent waiting, ``sent_bytes`` what was sent to peers, ``sums`` and ``summed_bytes``
+    the all-reduces and what of this rank went into them.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self.channels = [comm.Dup() for _ in range(CHANNELS)]
         self.lock = threading.Lock()
-        self.exposed_s = self.travel_s = 0.0
+        self.exposed_s = 0.0
         self.sent_bytes = self.sums = self.summed_bytes = 0
         self._pending: list[Message] = []
         self._posted = threading.Event()
@@ -143,7 +143,6 @@ class MPITransport:
         """Drop a complete message."""
         with self.lock:
             self._pending.remove(message)
-            self.travel_s += message.complete_s - message.posted_s
 
     def _progress(self) -> None:
         while not self._closed:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 PAUSE_S = 0.0002
-FAR = 2.0  # times that after one turn no more turns would mend
-CLOSE = 1.25  # medians of a few turns that may come out the other way round after more
+FAR = 2.0  # times the least after one turn: more turns would not make up for that
+CLOSE = 1.25  # times the least after a few turns: with more turns, the order may turn out to be another
 
 
 class Done:

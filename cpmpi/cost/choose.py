@@ -6,25 +6,33 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from cpmpi.attention.grid import Grid
-from cpmpi.attention.schedule import KINDS, Schedule
+from cpmpi.attention.schedule import Schedule
+from cpmpi.choices import SCHEDULES
 from cpmpi.comm.ranks import Ranks
 from cpmpi.cost.links import Links
 from cpmpi.cost.measure import measure_together
 from cpmpi.cost.price import Price, price
 from cpmpi.cost.rates import Rates
 from cpmpi.cost.shape import AttentionShape
+from cpmpi.cost.simulate import Seconds, attend_seconds
+from cpmpi.errors import UserError
 from cpmpi.kernels.backend import Backend
 from cpmpi.kernels.mask import Mask
 from cpmpi.model.probe import Layer
 from cpmpi.text import seconds_text
 from cpmpi.topology.derive import node_order, rings, tree
-from cpmpi.topology.describe import Node, Topology
+from cpmpi.topology.describe import Node, Topology, UnknownBandwidthError
 
-ALIKE = 1.05  # times the least price: not told apart; of these, the one that sends the least: networks vary the most
-ALL_PRICED = 64  # ranks up to which every candidate is priced; beyond, those that might be the cheapest
+ALIKE = 1.05  # up to this times the least price, prices count as equal; networks vary most, so the fewest bytes win
+ALL_PRICED = 64  # ranks up to which all candidates are priced; beyond, only those that could be the cheapest
+
+
+class NothingFitsError(UserError):
+    """No schedule fits into the memory that there is; the text names what each needs."""
 
 
 class Choice(NamedTuple):
@@ -64,7 +72,7 @@ def candidates(topology: Topology, askers: frozenset[int] | None = None) -> list
     """The schedules worth a price: hybrid is a ring on a single node, and a tree where every node has one rank."""
     kinds = [
         kind
-        for kind in KINDS
+        for kind in SCHEDULES
         if not (kind == "tree" and topology.world == 1)
         and not (kind == "hybrid" and (len(topology.nodes) == 1 or len(topology.nodes) == topology.world))
     ]
@@ -90,21 +98,24 @@ def choose(
         kinds: the kinds to choose from; None: all that differ on this machine.
 
     Raises:
-        ValueError: nothing fits the memory, an unknown kind, or a bandwidth that the price needs is not known.
+        NothingFitsError: nothing fits the memory.
+        UnknownBandwidthError: a bandwidth that the price needs is not known.
+        ValueError: an unknown kind.
     """
     askers = shape.asking(topology.world)
     schedules = candidates(topology, askers) if kinds is None else [schedule_on(k, topology, askers) for k in kinds]
     links = Links(topology)
     prices: dict[str, Price] = {}
-    bounds = {s.kind: least_seconds(s, shape, rates, links) for s in schedules}
+    seconds = attend_seconds(shape, rates, topology.world)
+    bounds = {s.kind: least_seconds(s, shape, rates, links, seconds) for s in schedules}
     for schedule in sorted(schedules, key=lambda s: bounds[s.kind]):
         affordable = [p.total_s for p in prices.values() if memory is None or p.resident_bytes <= memory]
         if topology.world <= ALL_PRICED or not affordable or bounds[schedule.kind] < min(affordable):
-            prices[schedule.kind] = price(schedule, topology, shape, rates, links=links)
+            prices[schedule.kind] = price(schedule, topology, shape, rates, links=links, seconds=seconds)
     fitting = [kind for kind, p in prices.items() if memory is None or p.resident_bytes <= memory]
     if not fitting:
         needs = ", ".join(f"{kind} {p.resident_bytes / 1e9:.3g} GB" for kind, p in prices.items())
-        raise ValueError(f"no schedule fits into {(memory or 0) / 1e9:.3g} GB for a layer's attention: {needs}")
+        raise NothingFitsError(f"no schedule fits into {(memory or 0) / 1e9:.3g} GB for a layer's attention: {needs}")
     least = min(prices[kind].total_s for kind in fitting)
     alike = [kind for kind in fitting if prices[kind].total_s <= ALIKE * least]
     best = min(alike, key=lambda kind: (prices[kind].busiest_bytes, prices[kind].total_s))
@@ -113,15 +124,18 @@ def choose(
     return Choice(next(s for s in schedules if s.kind == best), "; ".join(words), prices)
 
 
-def least_seconds(schedule: Schedule, shape: AttentionShape, rates: Rates, links: Links) -> float:
+def least_seconds(schedule: Schedule, shape: AttentionShape, rates: Rates, links: Links, seconds: Seconds) -> float:
     """A time that one layer's attention takes at least, from arithmetic and the bytes that must enter a node.
 
     A ring brings every key from elsewhere into each node. Of a tree, an outer node's one edge first brings the queries
     of all others in and, once they have met its keys, takes their partials out: one message, or a lane for each rank.
+    ``seconds`` is what `attend_seconds` gives.
     """
     world = schedule.world
     pairs = shape.mask.pairs(range(shape.stored, shape.tokens), range(shape.tokens))
     computing = shape.copies * pairs * shape.pair_flops / rates.attention_flops / world
+    if schedule.kind != "ring":
+        computing = max(computing, _least_of_a_leaf(schedule, shape, links, seconds))
     if len(schedule.nodes) == 1:
         return computing
     outer = [m for m in range(len(schedule.nodes)) if m not in schedule.parents]
@@ -130,13 +144,33 @@ def least_seconds(schedule: Schedule, shape: AttentionShape, rates: Rates, links
     assert up is not None
     elsewhere = 1 - len(ranks) / world
     if schedule.kind == "ring":
-        before = schedule.nodes[node - 1][0]
-        return max(computing, shape.tokens * elsewhere * shape.key_bytes / links.narrowest(before, ranks[0]))
+        before = schedule.nodes[node - 1]
+        rate = links.together(before[0], ranks[0], max(len(before), len(ranks)))
+        return max(computing, shape.tokens * elsewhere * shape.key_bytes / rate)
     lanes = 1 if schedule.kind == "tree" else len(ranks)
     out, into = (ranks[0], schedule.nodes[up][0]), (schedule.nodes[up][0], ranks[0])
-    rate_out, rate_in = (min(links.narrowest(*way), lanes * links.route(*way).bytes_per_s) for way in (out, into))
+    rate_out, rate_in = (links.together(*way, lanes) for way in (out, into))
     moving = shape.query_bytes / rate_in + shape.partial_bytes / rate_out
     return max(computing, shape.copies * shape.new * elsewhere * moving)
+
+
+def _least_of_a_leaf(schedule: Schedule, shape: AttentionShape, links: Links, seconds: Seconds) -> float:
+    """What an outer node of a tree takes: each of its lanes computes, and then its partials go up to its parent."""
+    nodes, parents = schedule.tree
+    if len(nodes) == 1:
+        return 0.0
+    leaf = max(m for m in range(len(nodes)) if m not in parents)
+    ranks, up = list(nodes[leaf]), parents[leaf]
+    assert up is not None
+    lanes_N = np.empty(schedule.world, np.int64)
+    for node in nodes:
+        lanes_N[list(node)] = np.arange(len(node)) % len(ranks)
+    asking = np.array(sorted(range(schedule.world) if schedule.askers is None else schedule.askers))
+    spent = np.bincount(lanes_N[asking], seconds[asking][:, ranks].sum(axis=1), len(ranks))
+    layout = shape.query_layout(schedule.world)
+    outside = sum(layout.size(rank) for rank in set(asking.tolist()) - set(ranks))
+    rate = links.together(ranks[0], nodes[up][0], len(ranks))
+    return float(spent.min()) + outside * shape.partial_bytes / rate
 
 
 def reason(best: str, prices: dict[str, Price], memory: int | None = None) -> str:
@@ -157,7 +191,7 @@ def head_group(topology: Topology, grid: Grid) -> Topology:
     of one is.
 
     Raises:
-        ValueError: ``tp`` does not divide a node's ranks.
+        UserError: ``tp`` does not divide a node's ranks.
     """
     if grid.tp == 1:
         return topology
@@ -165,7 +199,7 @@ def head_group(topology: Topology, grid: Grid) -> Topology:
     for node in topology.nodes:
         if len(node.ranks) % grid.tp:
             count = len(node.ranks)
-            raise ValueError(f"tensor parallelism ({grid.tp}) must divide the {count} ranks of node {node.name}")
+            raise UserError(f"tensor parallelism ({grid.tp}) must divide the {count} ranks of node {node.name}")
         kept = [replace(place, rank=grid.position(place.rank)) for place in node.ranks if not grid.group(place.rank)]
         networks = node.fast_networks[:: min(grid.head_groups, len(node.fast_networks) or 1)]
         nodes.append(replace(node, ranks=tuple(kept), networks=networks))
@@ -203,7 +237,7 @@ def choose_schedule(
     def decide() -> tuple[str, str]:
         try:
             choice = choose(head_group(topology, grid), shape, measured)
-        except ValueError as problem:
+        except UnknownBandwidthError as problem:
             return "ring", f"ring: not priced, {problem}"
         return choice.schedule.kind, f"{choice.reason} (predicted, a layer)"
 

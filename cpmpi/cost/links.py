@@ -7,6 +7,7 @@ uplink of a leaf switch. Bytes on a wire queue behind each other; the directions
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ class Links:
         capacity: of each wire, in bytes/s.
 
     Raises:
-        ValueError: on use, for a pair of ranks between which no bandwidth is known.
+        UnknownBandwidthError: on use, for a pair of ranks between which no bandwidth is known.
     """
 
     def __init__(self, topology: Topology) -> None:
@@ -60,9 +61,15 @@ class Links:
         """Bytes/s of the narrowest wire from one position to another, for all messages on it together."""
         return min(self.capacity[wire] for wire in self.route(source, target).wires)
 
+    def together(self, source: int, target: int, lanes: int) -> float:
+        """Bytes/s, at most, of so many pairs of ranks at once, one of them these two and all between the same nodes."""
+        route = self.route(source, target)
+        own = all(self.names[wire].startswith("rank ") for wire in route.wires)  # each pair has ports of its own
+        return min(self.narrowest(source, target) * (lanes if own else 1), lanes * route.bytes_per_s)
+
     def _find(self, a: int, b: int) -> Route:
-        rate, latency_s = self._figures(a, b)
         t = self.topology
+        rate, latency_s = t.known_link(a, b)
         i, j, kind = t.node_of(a), t.node_of(b), t.kind(a, b)
         if kind in ("numa", "node", "fabric"):
             wires = [self._wire(f"rank {a} out", self._port(a)), self._wire(f"rank {b} in", self._port(b))]
@@ -76,15 +83,6 @@ class Links:
             wires.append(self._wire(f"{two.leaf} down", self._uplink[two.leaf]))
         return Route(tuple(wires), rate, latency_s)
 
-    def _figures(self, a: int, b: int) -> tuple[float, float]:
-        """(bytes/s, s) between two ranks of the description."""
-        link = self.topology.link(a, b)
-        if link.gb_per_s is None:
-            raise ValueError(
-                f"the bandwidth between ranks {a} and {b} ({link.kind}) is unknown: measure it, or give a link class"
-            )
-        return link.gb_per_s * 1e9, (link.latency_us or 0.0) * 1e-6
-
     def _wire(self, name: str, bytes_per_s: float) -> int:
         if name not in self._wires:
             self._wires[name] = len(self.names)
@@ -96,10 +94,24 @@ class Links:
         """Bytes/s of a rank's fastest link in its node or NVLink domain."""
         t = self.topology
         node = t.nodes[t.node_of(rank)]
-        peers = [place.rank for place in node.ranks if place.rank != rank]
+        peers = self._peers(rank)
         if not peers:  # alone in its node, in a domain over several nodes
             return (node.fabric_gb_per_s or t.figures["fabric"].gb_per_s or float("inf")) * 1e9
-        return max(self._figures(rank, peer)[0] for peer in peers)
+        return max(t.known_link(rank, peer)[0] for peer in peers)
+
+    def _peers(self, rank: int) -> Iterable[int]:
+        """The other ranks of a rank's node; where it has no links of its own there, one of each NUMA domain."""
+        t = self.topology
+        peers = [place.rank for place in t.nodes[t.node_of(rank)].ranks if place.rank != rank]
+        if t.place(rank).gpu is not None or rank in self._measured_inside:
+            return peers
+        return {t.numa_of(peer): peer for peer in peers}.values()
+
+    @cached_property
+    def _measured_inside(self) -> set[int]:
+        """The ranks with a measured link in their node."""
+        t = self.topology
+        return {rank for m in t.measured if t.node_of(m.a) == t.node_of(m.b) for rank in (m.a, m.b)}
 
     def _device(self, node: int) -> float:
         """Bytes/s of all network devices of a node."""

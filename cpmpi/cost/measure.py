@@ -84,7 +84,7 @@ def measure(
     seconds = []
     for call in (*calls, _merging(heads, device, tokens)):
         together()
-        seconds.append(_mean_seconds(call, device))
+        seconds.append(mean_seconds(call, device))
     call_s, reading_s, computing_s, merging_s = seconds
     read_s = max(reading_s - call_s, 1e-9) / (key_bytes * many)  # of a byte
     # What the model counts as reading is no computing; at least half of a large call is.
@@ -118,10 +118,10 @@ def _merging(heads: Heads, device: torch.device, tokens: int) -> Callable[[], ob
     return call
 
 
-def _mean_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Mean seconds of a call over ``MEASURED_S``."""
+def mean_seconds(call: Callable[[], object], device: torch.device, least_s: float = MEASURED_S) -> float:
+    """Mean seconds of a call over at least so many seconds."""
     calls, begun = -1, time.perf_counter()  # the first call warms up
-    while calls < 1 or time.perf_counter() - begun < MEASURED_S:
+    while calls < 1 or time.perf_counter() - begun < least_s:
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

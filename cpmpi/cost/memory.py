@@ -21,7 +21,6 @@ from cpmpi.model.probe import Layer
 from cpmpi.model.size import inner_width
 from cpmpi.model.weights import WeightBytes
 
-RESIDENCES = ("auto", "resident", "stream")
 HEAD_TOKENS = 256  # tokens whose logits exist at a time, see `cpmpi.model.forward.Head`
 
 

@@ -8,18 +8,20 @@ with its share of the heads, and sum their results twice a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cpmpi.attention.grid import Grid, shares_heads
-from cpmpi.cost.choose import choose, head_group
+from cpmpi.choices import AUTO, check_segments
+from cpmpi.cost.choose import Choice, NothingFitsError, choose, head_group
 from cpmpi.cost.hardware import Hardware
 from cpmpi.cost.memory import parts_of
 from cpmpi.cost.price import Price
 from cpmpi.cost.shape import AttentionShape
+from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import DTYPES
 from cpmpi.model.size import LayerKind, ModelSize
-from cpmpi.text import human_bytes, seconds_text
+from cpmpi.text import counted, human_bytes, seconds_text
 from cpmpi.topology.describe import Topology
 
 DEVICE_SPARE = 0.05  # of a device's memory, for its runtime
@@ -30,7 +32,7 @@ class Request:
     """What is to be planned.
 
     Raises:
-        ValueError: a number is out of range.
+        UserError: a number is out of range.
     """
 
     tokens: int
@@ -45,13 +47,14 @@ class Request:
     """Tokens that go through a layer at a time."""
     tp: int = 1
     """Ranks that share the weights."""
-    attention: str = "auto"
+    attention: str = AUTO
     """The schedule."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "segments", "chunk_tokens", "tp"):
+        check_segments(self.segments)
+        for name in ("tokens", "chunk_tokens", "tp"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', ' ')} ({getattr(self, name)}) must be at least 1")
+                raise UserError(f"{name.replace('_', ' ')} ({getattr(self, name)}) must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,62 +104,84 @@ class Plan:
         return self.needed_bytes <= self.memory_bytes
 
 
-def plan(model: ModelSize, request: Request, topology: Topology, hardware: Hardware) -> Plan:
+def make_plan(model: ModelSize, request: Request, topology: Topology, hardware: Hardware) -> Plan:
     """Plan one document.
 
     Args:
         model: its size.
         request: what is to be done.
         topology: the allocation, a rank for each device.
-        hardware: of a rank.
+        hardware: of a rank, computing in the request's type.
 
     Raises:
-        ValueError: tensor parallelism that does not divide the node's ranks or the heads, an unknown schedule, a link
-            whose bandwidth is not known.
+        UserError: tensor parallelism that does not divide the node's ranks or the heads.
+        UnknownBandwidthError: nobody knows the bandwidth of a link.
+        ValueError: an unknown schedule.
     """
-    grids = [grid_of(kind, request.tp) for kind, _ in model.layers]
-    groups = head_group(topology, grids[0])
-    world = topology.world // request.tp
-    itemsize = DTYPES[request.dtype].itemsize
-    rank_tokens = -(-request.tokens // world)
-    shapes = [(attention_shape(kind, request), count) for kind, count in model.layers]
-    kinds = None if request.attention == "auto" else [request.attention]
+    choice, prices = _choose_for_all(model, request, topology, hardware)
     available = int(hardware.memory_bytes * (1 - DEVICE_SPARE))
-    room = available - sum(_memory(model, request, rank_tokens, resident=0).values())
-    try:
-        choice = choose(groups, shapes[0][0], hardware.rates, memory=max(room, 1), kinds=kinds)
-    except ValueError as problem:
-        if "no schedule fits" not in str(problem):
-            raise
-        choice = choose(groups, shapes[0][0], hardware.rates, kinds=kinds)
-    chosen = choice.schedule.kind
-    prices = [(choice.prices[chosen], shapes[0][1])]
-    prices += [(choose(groups, s, hardware.rates, kinds=[chosen]).prices[chosen], n) for s, n in shapes[1:]]
-    memory = _memory(model, request, rank_tokens, resident=max(p.resident_bytes for p, _ in prices))
-
-    seconds = {
-        "attention": sum(p.compute_s * n for p, n in prices),
-        "matmul": 2 * model.active * rank_tokens / (hardware.matmul_flops * request.tp),
-        "head": 2 * model.head * rank_tokens / (hardware.matmul_flops * request.tp),
-        "exposed transfer": sum(p.exposed_s * n for p, n in prices),
-    }
-    if request.tp > 1:
-        summed = rank_tokens * model.hidden * itemsize * 2 * (request.tp - 1) / request.tp
-        seconds["tensor-parallel sums"] = 2 * model.n_layers * summed / _node_bytes_per_s(topology)
+    resident = max(p.resident_bytes for p, _ in prices)
     kv_itemsize = 0 if request.kv_dtype is None else DTYPES[request.kv_dtype].itemsize
     kv_bytes = model.kv_numbers() * request.tokens * kv_itemsize
     largest = max(len(node.ranks) for node in topology.nodes)
     writing_s = kv_bytes * largest / topology.world / (hardware.disk_gb_per_s * 1e9)
+    seconds = _seconds(model, request, topology, hardware, prices)
     last_layer = 1 / model.n_layers
     if kv_bytes:
         seconds["KV writing"] = max(writing_s * last_layer, writing_s - sum(seconds.values()) * (1 - last_layer))
+    shapes = [(attention_shape(kind, request), count) for kind, count in model.layers]
     pairs = sum(s.mask.pairs(range(request.tokens), range(request.tokens)) * s.pair_flops * n for s, n in shapes)
     return Plan(
-        schedule=chosen, reason=choice.reason, seconds=seconds, writing_s=writing_s, memory=memory, kv_bytes=kv_bytes,
-        weights_s=model.parameters * itemsize / (hardware.disk_gb_per_s * 1e9),
+        schedule=choice.schedule.kind, reason=choice.reason, seconds=seconds, writing_s=writing_s, kv_bytes=kv_bytes,
+        memory=_memory(model, request, hardware, _rank_tokens(request, topology), resident),
+        weights_s=model.parameters * DTYPES[request.dtype].itemsize / (hardware.disk_gb_per_s * 1e9),
         disk_bytes=kv_bytes + request.tokens * 8, memory_bytes=available, ranks=topology.world,
         flops=2.0 * (model.active + model.head) * request.tokens + pairs * request.tp, price=prices[0][0],
     )  # fmt: skip
+
+
+def _choose_for_all(
+    model: ModelSize, request: Request, topology: Topology, hardware: Hardware
+) -> tuple[Choice, list[tuple[Price, int]]]:
+    """The schedule that suits the costliest kind of layer, and the price of every kind by it, with their numbers."""
+    grids = [grid_of(kind, request.tp) for kind, _ in model.layers]
+    groups = head_group(topology, grids[0])
+    shapes = [(attention_shape(kind, request), count) for kind, count in model.layers]
+    kinds = None if request.attention == AUTO else [request.attention]
+    taken = sum(_memory(model, request, hardware, _rank_tokens(request, topology), resident=0).values())
+    room = max(int(hardware.memory_bytes * (1 - DEVICE_SPARE)) - taken, 1)
+    try:
+        choice = choose(groups, shapes[0][0], hardware.rates, memory=room, kinds=kinds)
+    except NothingFitsError:  # the plan says so, and what it would take
+        choice = choose(groups, shapes[0][0], hardware.rates, kinds=kinds)
+    chosen = choice.schedule.kind
+    prices = [(choice.prices[chosen], shapes[0][1])]
+    prices += [(choose(groups, s, hardware.rates, kinds=[chosen]).prices[chosen], n) for s, n in shapes[1:]]
+    return choice, prices
+
+
+def _seconds(
+    model: ModelSize, request: Request, topology: Topology, hardware: Hardware, prices: Sequence[tuple[Price, int]]
+) -> dict[str, float]:
+    """Seconds of a document by phase, but for writing keys and values."""
+    tokens, products = _rank_tokens(request, topology), hardware.matmul_flops * request.tp
+    seconds = {
+        "attention": sum(p.compute_s * n for p, n in prices),
+        "matmul": 2 * model.active * tokens / products,
+        "head": 2 * model.head * tokens / products,
+        "exposed transfer": sum(p.exposed_s * n for p, n in prices),
+    }
+    if request.tp > 1:
+        summed = tokens * model.hidden * DTYPES[request.dtype].itemsize * 2 * (request.tp - 1) / request.tp
+        one, two, *_ = topology.nodes[0].ranks
+        rate, _ = topology.known_link(one.rank, two.rank)
+        seconds["tensor-parallel sums"] = 2 * model.n_layers * summed / rate
+    return seconds
+
+
+def _rank_tokens(request: Request, topology: Topology) -> int:
+    """Tokens of the fullest rank."""
+    return -(-request.tokens // (topology.world // request.tp))
 
 
 def attention_shape(kind: LayerKind, request: Request) -> AttentionShape:
@@ -173,34 +198,26 @@ def grid_of(kind: LayerKind, tp: int) -> Grid:
     """How ``tp`` ranks share a layer's heads.
 
     Raises:
-        ValueError: they cannot share them evenly.
+        UserError: they cannot share them evenly.
     """
     if not shares_heads(tp, kind.query_heads, kind.kv_heads):
-        raise ValueError(
+        raise UserError(
             f"tensor parallelism ({tp}) must divide the {kind.query_heads} query heads, and divide the "
             f"{kind.kv_heads} KV heads or be a multiple of them"
         )
     return Grid(tp=tp, head_groups=min(tp, kind.kv_heads))
 
 
-def _node_bytes_per_s(topology: Topology) -> float:
-    """Bytes/s between two ranks of the first node."""
-    one, two, *_ = topology.nodes[0].ranks
-    rate = topology.link(one.rank, two.rank).gb_per_s
-    if rate is None:
-        raise ValueError("the bandwidth inside a node is unknown: measure it, or give the link class node")
-    return rate * 1e9
-
-
-def _memory(model: ModelSize, request: Request, rank_tokens: int, resident: int) -> dict[str, int]:
-    """Bytes of a rank by what they are for, as a job states them at its start; the program is not among them."""
+def _memory(model: ModelSize, request: Request, hardware: Hardware, rank_tokens: int, resident: int) -> dict[str, int]:
+    """Bytes of a rank by what they are for, as a job states them at its start."""
     shape = max((attention_shape(kind, request) for kind, _ in model.layers), key=lambda s: s.key_bytes)
     parts = parts_of(
         shape, tokens=rank_tokens, resident=resident, hidden=model.hidden, inner=model.inner // request.tp,
         vocabulary=model.vocabulary, chunk_tokens=request.chunk_tokens,
         stored_itemsize=DTYPES[request.kv_dtype].itemsize if request.kv_dtype else 0,
     )  # fmt: skip
-    return {"weights": _weights(model, request.tp) * shape.itemsize, **parts}
+    program = {"program": int(hardware.program_bytes)} if hardware.program_bytes else {}
+    return {"weights": _weights(model, request.tp) * shape.itemsize, **program, **parts}
 
 
 def _weights(model: ModelSize, tp: int) -> int:
@@ -228,7 +245,7 @@ def mends(model: ModelSize, request: Request, topology: Topology, hardware: Hard
             # A ring's share of a layer: own queries, partials and keys, and four more shards of keys.
             shape = attention_shape(model.layers[0][0], asked)
             resident = tokens * (shape.query_bytes + shape.partial_bytes + 5 * shape.key_bytes)
-            memory = sum(_memory(model, asked, tokens, resident).values())
+            memory = sum(_memory(model, asked, hardware, tokens, resident).values())
             if memory <= room:
                 break
             factor *= 2
@@ -236,7 +253,7 @@ def mends(model: ModelSize, request: Request, topology: Topology, hardware: Hard
             continue
         nodes = len(topology.nodes) * factor
         words = [f"tensor parallelism of {tp}"] if tp > request.tp else []
-        words += [f"{nodes} nodes instead of {len(topology.nodes)}"] if factor > 1 else []
+        words += [f"{nodes:,} nodes instead of {len(topology.nodes)}"] if factor > 1 else []
         if words:
             yield f"{' and '.join(words)}: {human_bytes(memory)} a rank"
     most = max(sharing, default=1)
@@ -248,12 +265,12 @@ def mends(model: ModelSize, request: Request, topology: Topology, hardware: Hard
         )
 
 
-def describe(p: Plan, model: ModelSize, request: Request, topology: Topology, hardware: Hardware) -> str:
+def plan_text(p: Plan, model: ModelSize, request: Request, topology: Topology, hardware: Hardware) -> str:
     """The plan in words, for a terminal."""
     tp = f", {request.tp} ranks to a copy of the weights" if request.tp > 1 else ""
     lines = [
         f"model: {model.name}, {model.parameters / 1e9:.3g} billion parameters, {request.dtype}",
-        f"machine: {p.ranks} ranks on {len(topology.nodes)} nodes{tp}; {hardware.name}",
+        f"machine: {counted(p.ranks, 'rank')} on {counted(len(topology.nodes), 'node')}{tp}; {hardware.name}",
         f"document: {request.tokens:,} tokens, {p.flops:.3g} FLOPs; "
         + (f"KV {human_bytes(p.kv_bytes)} as {request.kv_dtype}" if request.kv_dtype else "no KV kept"),
         f"attention: {p.reason} (a layer)",

@@ -6,14 +6,16 @@ from dataclasses import dataclass, field
 
 from cpmpi.attention.schedule import Item, Program, Schedule, releases
 from cpmpi.cost.links import Links
+from cpmpi.cost.lockstep import OutOfStepError, in_step, play_ring
 from cpmpi.cost.rates import Rates
 from cpmpi.cost.shape import AttentionShape
-from cpmpi.cost.simulate import Played, Sizes, attend_seconds, play
+from cpmpi.cost.simulate import Played, Seconds, Sizes, attend_seconds, play
 from cpmpi.text import seconds_text
 from cpmpi.timeline.intervals import Interval
 from cpmpi.topology.describe import Topology
 
 MOST_ROUNDS = 50_000  # rounds of all ranks that are played through one by one
+MOST_STEPPED, MOST_CROSSING = 20_000, 300_000  # rounds of a rank, and messages between nodes, played through in step
 FEW_STEPS = 4  # outer steps of a ring that is longer
 SAMPLED_RANKS = 16  # whose memory is followed where there are more
 
@@ -28,7 +30,7 @@ class Price:
         exposed_s: the rest of ``total_s``: waiting for messages, and for ranks that have more to do.
         link_bytes: bytes over each wire by its name (see `Links`).
         resident_bytes: the most that a rank holds of this layer: queries, keys, partials, and messages under way.
-        intervals: what every rank does when, for a timeline; empty where rounds were extrapolated.
+        intervals: what ranks do when, for a timeline: all of them, or 32 of many; none of very long rings.
         extrapolated: whether a long ring was priced by its first steps.
     """
 
@@ -50,42 +52,60 @@ class Price:
 
 
 def price(
-    schedule: Schedule, topology: Topology, shape: AttentionShape, rates: Rates, *, links: Links | None = None
-) -> Price:
+    schedule: Schedule, topology: Topology, shape: AttentionShape, rates: Rates, *, links: Links | None = None,
+    seconds: Seconds | None = None,
+) -> Price:  # fmt: skip
     """What ``schedule`` takes on ``topology``, whose ranks are its positions in `topology.derive.rank_order`.
 
-    All ranks are played through round by round (`simulate`). Of a ring with more than ``MOST_ROUNDS`` rounds in all,
-    ``FEW_STEPS`` outer steps are, and the others are taken to last as long as the inner ones of these: the steps of a
-    ring repeat themselves, as long as the layout gives all ranks the same work. Memory is followed on all ranks
-    up to ``SAMPLED_RANKS``, else on so many evenly spread ones.
+    All ranks are played through round by round (`simulate`); those of a ring with more than ``MOST_ROUNDS`` rounds in
+    all in step (`lockstep`), which gives the same times, where its nodes are alike. Of a ring too long for either,
+    ``FEW_STEPS`` outer steps are played, and the others are taken to last as long as the inner ones of these: the steps
+    of a ring repeat themselves, as long as the layout gives all ranks the same work. Memory is followed on all ranks up
+    to ``SAMPLED_RANKS``, else on so many evenly spread ones.
 
     Args:
         schedule: what to price.
         topology: the machine.
         shape: of the attention.
         rates: of a rank.
-        links: the machine's `Links`, where several prices share them.
+        links, seconds: the machine's `Links`, and what `attend_seconds` gives, where several prices share them.
 
     Raises:
-        ValueError: the schedule is for another number of ranks, or a bandwidth is not known.
+        ValueError: the schedule is for another number of ranks.
+        UnknownBandwidthError: a bandwidth is not known.
     """
     topology.require(schedule.world)
     links = links or Links(topology)
-    world = schedule.world
-    seconds = attend_seconds(shape, rates, world)
+    seconds = attend_seconds(shape, rates, schedule.world) if seconds is None else seconds
     resident = resident_bytes(schedule, shape)
-    outer = len(schedule.nodes)
-    rounds = sum(len(node) ** 2 for node in schedule.nodes) * outer
-    if schedule.kind == "ring" and rounds > MOST_ROUNDS and outer > FEW_STEPS:
-        played = play(schedule, shape, rates, links, seconds, FEW_STEPS)
+    played, steps = _played(schedule, shape, rates, links, seconds)
+    if steps is not None:
         return _extrapolated(schedule, played, links, resident)
-    played = play(schedule, shape, rates, links, seconds)
     compute_s = max(played.busy_s)
     return Price(
         total_s=played.total_s, compute_s=compute_s, exposed_s=max(0.0, played.total_s - compute_s),
         link_bytes={links.names[wire]: n for wire, n in sorted(played.wire_bytes.items())},
         resident_bytes=resident, intervals=tuple(played.intervals),
     )  # fmt: skip
+
+
+def _played(
+    schedule: Schedule, shape: AttentionShape, rates: Rates, links: Links, seconds: Seconds
+) -> tuple[Played, int | None]:
+    """A schedule played through, and how many of its outer steps were; None for all."""
+    outer = len(schedule.nodes)
+    rounds = sum(len(node) ** 2 for node in schedule.nodes) * outer
+    if schedule.kind != "ring" or rounds <= MOST_ROUNDS:
+        return play(schedule, shape, rates, links, seconds), None
+    if in_step(schedule, links):
+        few = outer * schedule.world > MOST_CROSSING or outer * len(schedule.nodes[0]) > MOST_STEPPED
+        steps = FEW_STEPS if few and outer > FEW_STEPS else None
+        try:
+            return play_ring(schedule, Sizes(shape, schedule.world), rates, links, seconds, steps), steps
+        except OutOfStepError:
+            pass
+    steps = FEW_STEPS if outer > FEW_STEPS else None
+    return play(schedule, shape, rates, links, seconds, steps), steps
 
 
 def _extrapolated(schedule: Schedule, played: Played, links: Links, resident: int) -> Price:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpmpi.attention.layout import Layout, Piece
+from cpmpi.errors import UserError
 from cpmpi.kernels.mask import Mask
 
 PARTIAL_ITEMSIZE = 4  # partials travel in float32
@@ -25,7 +26,7 @@ class AttentionShape:
     """``new`` tokens that attend to ``stored`` ones and causally to themselves, in one layer.
 
     Raises:
-        ValueError: a number is out of range, or the query heads are no multiple of the KV heads.
+        UserError: a number is out of range, or the query heads are no multiple of the KV heads.
     """
 
     new: int
@@ -54,14 +55,14 @@ class AttentionShape:
     def __post_init__(self) -> None:
         for name in ("new", "query_heads", "kv_heads", "key_dim", "value_dim", "itemsize"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+                raise UserError(f"{name} ({getattr(self, name)}) must be at least 1")
         for name in ("segments", "stored_segments", "copies"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', ' ')} ({getattr(self, name)}) must be at least 1")
+                raise UserError(f"{name.replace('_', ' ')} ({getattr(self, name)}) must be at least 1")
         if self.stored < 0:
-            raise ValueError(f"stored tokens ({self.stored}) must not be negative")
+            raise UserError(f"stored tokens ({self.stored}) must not be negative")
         if self.query_heads % self.kv_heads:
-            raise ValueError(f"query heads ({self.query_heads}) must be a multiple of the KV heads ({self.kv_heads})")
+            raise UserError(f"query heads ({self.query_heads}) must be a multiple of the KV heads ({self.kv_heads})")
 
     @property
     def tokens(self) -> int:
@@ -87,15 +88,6 @@ class AttentionShape:
     def pair_flops(self) -> int:
         """Floating point operations for one (query, key) pair over all heads: q . k, and the weight times v."""
         return 2 * self.query_heads * (self.key_dim + self.value_dim)
-
-    @property
-    def queries_are_smaller(self) -> bool:
-        """Whether all queries are fewer bytes than all keys and values.
-
-        With D = E this is the rule of Yang et al., 'Context Parallelism for Scalable Million-Token Inference'
-        (arXiv 2411.01783): queries are the smaller message iff T / (T + P) <= 2 * G / H, T new and P stored tokens.
-        """
-        return self.copies * self.new * self.query_bytes <= self.tokens * self.key_bytes
 
     def query_layout(self, world: int) -> Layout:
         """Which rank holds which queries."""

@@ -7,7 +7,17 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from cpmpi.choices import AUTO, DEVICES, DTYPES, KV_RESIDENCES, RESIDENCES, SCHEDULES, STORED_DTYPES, one_of
+from cpmpi.choices import (
+    AUTO,
+    DEVICES,
+    DTYPES,
+    KV_RESIDENCES,
+    RESIDENCES,
+    SCHEDULES,
+    STORED_DTYPES,
+    check_segments,
+    one_of,
+)  # fmt: skip
 from cpmpi.errors import UserError
 from cpmpi.text import parse_bytes
 
@@ -149,5 +159,7 @@ def _check(each: Field[Any], value: Any) -> None:
         one_of(spelled(each.name), value, known["choices"])
     if known["least"] is not None and not (isinstance(value, int) and value >= known["least"]):
         raise UserError(f"{spelled(each.name)} must be at least {known['least']}, not {value}")
+    if each.name == "segments":
+        check_segments(value)
     if known.get("needed") and value is None:
         raise UserError(f"{spelled(each.name)} is missing")

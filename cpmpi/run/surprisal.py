@@ -26,7 +26,7 @@ def windows(
     return (bounds[:-1] + bounds[1:]) / 2, stats
 
 
-def draw(document: Document, path: Path, title: str) -> None:
+def draw_surprisal(document: Document, path: Path, title: str) -> None:
     """Draw surprisal (bits per token) along the document to an image file; its ending says which kind.
 
     Raises:

@@ -1,41 +1,55 @@
-"""The files that a timeline is asked for: a picture and a trace."""
+"""The files that options name: checked before any work, written after it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from cpmpi.errors import UserError
+from cpmpi.errors import UserError, told_to_the_user
 from cpmpi.timeline.intervals import Interval, save_trace
 
 
-def check_files(*, plot: Path | None, trace: Path | None, run_folder: Path) -> None:
-    """Refuse what could not be written after hours of work.
+def check_files(
+    *, plot: Path | None = None, trace: Path | None = None, json: Path | None = None, run_folder: Path | None = None
+) -> None:
+    """Refuse what could not be written after hours of work. Each file goes by the name of its option.
 
     Raises:
-        UserError: a folder is missing, a file would be in the run's folder, or pictures cannot be drawn here.
+        UserError: a folder is missing or cannot be written to, a file is a folder or would be in the run's folder, two
+            options name one file, or pictures cannot be drawn here.
     """
-    for name, path in (("--plot", plot), ("--trace", trace)):
-        if path is None:
-            continue
-        if run_folder.absolute() in path.absolute().parents:
-            raise UserError(f"{name} {path}: is in the run folder, which holds a run alone; choose another place")
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"{name} {path}: no folder {path.parent}")
+    named = {f"--{name}": path for name, path in (("plot", plot), ("trace", trace), ("json", json)) if path is not None}
+    seen: dict[Path, str] = {}
+    for option, path in named.items():
+        place, folder = path.absolute(), path.absolute().parent
+        if run_folder is not None and run_folder.absolute() in place.parents:
+            raise UserError(f"{option} {path}: is in the run folder, which holds a run alone; choose another place")
+        if not folder.is_dir():
+            raise UserError(f"{option} {path}: no folder {path.parent}")
+        if path.is_dir():
+            raise UserError(f"{option} {path}: is a folder; name a file")
+        if not os.access(path if path.exists() else folder, os.W_OK):
+            raise UserError(f"{option} {path}: cannot be written to")
+        if (other := seen.setdefault(place, option)) != option:
+            raise UserError(f"{option} {path}: {other} names the same file")
     if plot is not None:
         from cpmpi.topology.plot import require_matplotlib
 
-        try:
+        with told_to_the_user("--plot: "):
             require_matplotlib(plot)
-        except ValueError as problem:
-            raise UserError(f"--plot: {problem}") from problem
 
 
 def save_files(intervals: Sequence[Interval], *, plot: Path | None, trace: Path | None, title: str) -> None:
-    """Write the files that are asked for."""
-    if trace is not None:
-        save_trace(intervals, trace)
-    if plot is not None and intervals:
-        from cpmpi.timeline.plot import draw
+    """Write the files that are asked for.
 
-        draw(intervals, plot, title=title)
+    Raises:
+        UserError: the file system refuses.
+    """
+    with told_to_the_user(kinds=(OSError,)):
+        if trace is not None:
+            save_trace(intervals, trace)
+        if plot is not None and intervals:
+            from cpmpi.timeline.plot import draw_timeline
+
+            draw_timeline(intervals, plot, title=title)

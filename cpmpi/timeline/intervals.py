@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-KINDS = ("layers", "compute", "merge", "wait", "transfer", "io")
+ACTIVITIES = ("layers", "compute", "merge", "wait", "transfer", "io")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class Interval:
     n_bytes: int = 0
 
     def __post_init__(self) -> None:
-        if self.what not in KINDS:
-            raise ValueError(f"unknown kind of interval {self.what!r}: choose one of {', '.join(KINDS)}")
+        if self.what not in ACTIVITIES:
+            raise ValueError(f"unknown activity {self.what!r}: choose one of {', '.join(ACTIVITIES)}")
         if self.stop_s < self.start_s:
             raise ValueError(f"interval ends ({self.stop_s} s) before it starts ({self.start_s} s)")
 

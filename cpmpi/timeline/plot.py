@@ -29,7 +29,7 @@ BARS = {
 MOST_RANKS = 32
 
 
-def draw(intervals: Iterable[Interval], path: str | Path, *, title: str) -> None:
+def draw_timeline(intervals: Iterable[Interval], path: str | Path, *, title: str) -> None:
     """Write a picture (PNG, SVG or PDF by the name of the file) of up to ``MOST_RANKS`` evenly spread ranks.
 
     Raises:

@@ -1,10 +1,8 @@
 """Discovery and measurement on four nodes under two leaves with a slow uplink between them."""
 
-import time
-
 import pytest
 
-from cpmpi.topology.derive import double_tree, rank_order, tree
+from cpmpi.topology.derive import rank_order, tree
 from cpmpi.topology.describe import Topology
 
 from .emulated import NODES, UPLINK_MBIT, Cluster
@@ -14,7 +12,6 @@ pytestmark = pytest.mark.cluster
 DISCOVER = """
 import sys, time
 from mpi4py import MPI
-from cpmpi.topology.derive import communicators
 from cpmpi.topology.discover import discover, require_match
 comm = MPI.COMM_WORLD
 comm.Barrier(); begin = time.perf_counter()
@@ -23,9 +20,6 @@ comm.Barrier(); middle = time.perf_counter()
 topology = discover(comm, leaf_file=sys.argv[2] if len(sys.argv) > 2 else None)
 comm.Barrier(); end = time.perf_counter()
 require_match(comm, topology)
-groups = communicators(comm, topology)
-assert (groups.node.size, groups.peers.size, groups.leaf.size, groups.world.size) == (2, 4, 4, 8)
-assert groups.node.allreduce(comm.rank) in (1, 5, 9, 13)
 assert len(set(comm.allgather(topology.to_json()))) == 1
 if comm.rank == 0:
     topology.save(sys.argv[1])
@@ -41,8 +35,7 @@ def check(topology: Topology) -> None:
 
     crossings = [(a, b) for a, b in tree(topology).edges if topology.nodes[a].leaf != topology.nodes[b].leaf]
     assert crossings == [(2, 0)]
-    assert tree(topology).depth == 2
-    assert double_tree(topology) is not None
+    assert len(tree(topology).rounds()) == 2
 
     spine = [m for m in topology.measured if topology.kind(m.a, m.b) == "spine"]
     assert [(m.a, m.b) for m in spine] == [(0, 4)]
@@ -66,8 +59,6 @@ def test_mpirun_with_a_leaf_file(cluster: Cluster, tmp_path, capsys):
     look_s, measured_s = times(out)
     topology = Topology.load(tmp_path / "topology.json")
     check(topology)
-    assert look_s < 1
-    assert measured_s < 3
     with capsys.disabled():
         shown = {kind: figure.gb_per_s for kind, figure in topology.figures.items() if figure.gb_per_s}
         print(f"\ndiscovery {look_s:.2f} s, with measurement {measured_s:.2f} s; GB/s: {shown}")
@@ -79,13 +70,11 @@ def test_slurm_tells_the_leaves(slurm_cluster: Cluster, tmp_path):
 
 
 def test_mpirun_without_a_word_about_leaves(cluster: Cluster, tmp_path):
-    begin = time.monotonic()
     cluster.mpirun("-m", "cpmpi", "topology", "--json", str(tmp_path / "topology.json"))
     topology = Topology.load(tmp_path / "topology.json")
     assert [node.leaf for node in topology.nodes] == [None] * 4
     assert {topology.kind(m.a, m.b) for m in topology.measured} <= {"numa", "node", "network"}
     assert tree(topology).parent == (None, 0, 0, 2)
-    assert time.monotonic() - begin < 30
 
 
 def test_a_leaf_file_without_a_node_ends_in_one_line(cluster: Cluster, tmp_path):

@@ -99,8 +99,10 @@ def test_planning_needs_neither_mpi_nor_matplotlib():
         (["--synthetic", "nodes=2", "--read", "x"], "give --read or --synthetic, not both"),
         (["--read", "/nowhere.json"], "/nowhere.json: [Errno 2] No such file"),
         (["--leaf-file", "/nowhere.conf"], "/nowhere.conf: [Errno 2] No such file"),
-        (["--plot", "picture.bmp"], "picture.bmp: a drawing's name ends in one of .png, .svg, .pdf"),
-        (["--synthetic", "nodes=2", "--json", "/nowhere/t.json"], "[Errno 2] No such file"),
+        (["--plot", "picture.bmp"], "--plot: picture.bmp: a drawing's name ends in one of .png, .svg, .pdf"),
+        (["--synthetic", "nodes=2", "--json", "/nowhere/t.json"], "--json /nowhere/t.json: no folder /nowhere"),
+        (["--plot", "/nowhere/t.png"], "--plot /nowhere/t.png: no folder /nowhere"),
+        (["--plot", "a.svg", "--json", "a.svg"], "--json a.svg: --plot names the same file"),
     ],
 )
 def test_bad_input_is_one_clear_line(run, arguments, message):
@@ -111,7 +113,7 @@ def test_bad_input_is_one_clear_line(run, arguments, message):
 
 def test_without_matplotlib_the_error_says_what_to_install(run, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    message = "error: drawing needs matplotlib: pip install 'cpmpi[plot]'\n"
+    message = "error: --plot: drawing needs matplotlib: pip install 'cpmpi[plot]'\n"
     assert run("--synthetic", "nodes=2", "--plot", "x.png") == (1, "", message)
 
 

@@ -1,7 +1,6 @@
 """Descriptions: JSON and back, what bad ones say, and the link between any two ranks."""
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpmpi.topology.codec import numbers, ranges
-from cpmpi.topology.describe import LinkClass, Measurement, Topology
+from cpmpi.topology.describe import LinkClass, Measurement, Topology, UnknownBandwidthError
 from cpmpi.topology.node import Node, RankPlace
 from cpmpi.topology.synthetic import synthetic
+
+from .work import calls
 
 MACHINES = sorted((Path(__file__).parent / "machines").glob("*.json"))
 
@@ -162,9 +163,34 @@ def test_gpu_links_reach_over_nodes_in_one_nvlink_domain():
     assert topology.link(0, 1).gb_per_s == 900
 
 
-def test_the_link_between_any_two_of_thousands_of_ranks_is_quick():
-    topology = synthetic("nodes=1024,gpus=8,leaf=32,machine=dgx-h100")
-    begin = time.perf_counter()
-    for rank in range(8192):
-        topology.link(rank, (rank * 5003 + 1) % 8192)
-    assert (time.perf_counter() - begin) / 8192 < 1e-3
+def test_the_link_between_any_two_of_thousands_of_ranks_is_as_much_work_as_of_a_few():
+    few, many = synthetic("nodes=4,gpus=8,leaf=2"), synthetic("nodes=1024,gpus=8,leaf=32")
+    for topology in (few, many):
+        topology.link(0, 1)  # makes the tables
+    for a, b in ((0, 1), (0, 8), (7, 24)):
+        assert calls(lambda a=a, b=b: few.link(a, b)) + 2 >= calls(lambda a=a, b=b: many.link(a, b))
+
+
+def test_a_bound_is_kept_as_one():
+    nodes = nodes_of(1, 1, 1, 1)
+    measured = (
+        Measurement(a=0, b=1, gb_per_s=0.1, latency_us=3.0),
+        Measurement(a=0, b=2, gb_per_s=0.025, latency_us=9.0, at_most=True),
+    )
+    topology = Topology(nodes=nodes, measured=measured)
+    text = topology.to_json()
+    assert text.count("at_most") == 1
+    assert Topology.from_json(text) == topology
+    link = topology.link(2, 0)
+    assert (link.gb_per_s, link.measured, link.at_most) == (0.025, True, True)
+    assert not topology.link(0, 1).at_most
+    assert topology.known_link(0, 2) == (0.025e9, 9e-6)
+    assert topology.link(1, 2).gb_per_s == 0.0625  # the median of its kind, with the bound in it
+    with pytest.raises(ValueError, match="at_most needs gb_per_s"):
+        Measurement(a=0, b=1, at_most=True)
+
+
+def test_a_bandwidth_that_nobody_knows_is_an_error_of_its_own():
+    topology = Topology(nodes=nodes_of(2, 1))
+    with pytest.raises(UnknownBandwidthError, match=r"bandwidth between ranks 0 and 2 \(network\) is unknown: measure"):
+        topology.known_link(0, 2)

@@ -1,7 +1,6 @@
 # mypy: allow-untyped-calls
 """Discovery and measurement on real ranks of this machine."""
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -14,22 +13,15 @@ from cpmpi.topology.synthetic import synthetic
 def test_discovery_is_the_same_everywhere_and_measures_all_pairs_of_a_node():
     from mpi4py import MPI
 
-    from cpmpi.topology.derive import communicators, rank_order
     from cpmpi.topology.discover import discover, require_match
     from cpmpi.topology.measure import measure
 
     comm = MPI.COMM_WORLD
-    discover(comm, measure=False)  # imports and connections
-    comm.Barrier()
-    begin = time.perf_counter()
     bare = discover(comm, measure=False)
-    assert time.perf_counter() - begin < 1
     assert (bare.world, len(bare.nodes), bare.measured) == (5, 1, ())
     assert all(place.cores for place in bare.nodes[0].ranks)
 
-    begin = time.perf_counter()
     topology = measure(comm, bare)
-    assert time.perf_counter() - begin < 2.5
     assert len(set(comm.allgather(topology.to_json()))) == 1
     assert Topology.from_json(topology.to_json()) == topology
     assert [(m.a, m.b) for m in topology.measured] == [(a, b) for a in range(5) for b in range(a + 1, 5)]
@@ -40,33 +32,72 @@ def test_discovery_is_the_same_everywhere_and_measures_all_pairs_of_a_node():
     assert len(again.measured) == 10
     require_match(comm, topology)
 
-    groups = communicators(comm, topology)
-    assert groups.world.rank == rank_order(topology).index(comm.rank) == groups.node.rank
-    assert (groups.world.size, groups.node.size, groups.peers.size, groups.leaf) == (5, 5, 1, None)
-    groups.free()
-
 
 @pytest.mark.mpi(4)
-def test_communicators_of_uneven_nodes_under_two_leaves():
-    """The description decides: here a made-up one, of nodes with 1 and 3 ranks."""
+def test_a_description_of_other_ranks_is_refused():
     from mpi4py import MPI
 
-    from cpmpi.topology.derive import communicators
     from cpmpi.topology.discover import require_match, shared_groups
 
     comm = MPI.COMM_WORLD
-    topology = synthetic("ranks=1/3,leaf=1")
-    groups = communicators(comm, topology)
-    assert groups.leaf is not None
-    sizes = (groups.world.size, groups.node.size, groups.peers.size, groups.leaf.size)
-    assert sizes == ((4, 1, 2, 1), (4, 3, 2, 3), (4, 3, 1, 3), (4, 3, 1, 3))[comm.rank]
     assert shared_groups(comm) == ((0, 1, 2, 3),)
     with pytest.raises(ValueError, match="describes 2 nodes, but ranks were launched on 1"):
-        require_match(comm, topology)
-    with pytest.raises(ValueError, match="the topology describes 6 ranks, but 4 were launched"):
-        communicators(comm, synthetic("nodes=1,ranks=6"))
+        require_match(comm, synthetic("ranks=1/3,leaf=1"))
     with pytest.raises(ValueError, match="the topology describes 6 ranks, but 4 were launched"):
         require_match(comm, synthetic("nodes=1,ranks=6"))
+
+
+class FakeTalk:
+    """A conversation over a wire of known latency and rate, on a clock of its own; each size is slow the first time."""
+
+    def __init__(self, latency_s, bytes_per_s, stuck_at=None):
+        self.latency_s, self.bytes_per_s, self.stuck_at = latency_s, bytes_per_s, stuck_at
+        self.now, self.sizes, self.finished = 100.0, [], False
+
+    def perf_counter(self):
+        return self.now
+
+    def trips(self, size, count, *, both_ways=False):
+        if size == self.stuck_at:
+            from cpmpi.topology.measure import StuckError
+
+            raise StuckError(7, 0.001)
+        first = both_ways and size not in self.sizes
+        self.sizes.append(size)
+        one = size / self.bytes_per_s if both_ways else 2 * self.latency_s
+        seconds = [one * (1.5 if first else 1.0)] * count
+        self.now += sum(seconds)
+        return seconds
+
+    def finish(self):
+        self.finished = True
+
+
+def test_latency_and_bandwidth_of_a_known_wire(monkeypatch):
+    """Latency is half a round trip; bandwidth is that of one way; the first exchange of a size only warms up."""
+    from cpmpi.topology import measure
+
+    def led(budget_s, **wire):
+        talk = FakeTalk(**wire)
+        monkeypatch.setattr(measure, "time", talk)
+        return measure.lead(talk, budget_s), talk
+
+    found, talk = led(1.0, latency_s=3e-6, bytes_per_s=5e9)
+    assert found.gb_per_s == pytest.approx(5.0, rel=1e-12)
+    assert found.latency_us == pytest.approx(3.0, rel=1e-12)
+    assert not found.at_most
+    assert talk.finished
+    assert [s for s in talk.sizes if s > measure.SMALL] == [*measure.SIZES, measure.SIZES[-1]]
+    assert talk.now < 101.0
+    # 256 KiB take 31 ms the first time, and four times that is not left.
+    slow, talk = led(0.2, latency_s=1e-3, bytes_per_s=12.5e6)
+    assert slow.gb_per_s == pytest.approx(0.0125, rel=1e-12)
+    assert slow.latency_us == pytest.approx(1000.0, rel=1e-12)
+    assert max(talk.sizes) == 256 << 10
+    assert talk.now < 100.2 + measure.GRACE_S
+    stuck, talk = led(1.0, latency_s=3e-6, bytes_per_s=5e9, stuck_at=1 << 20)
+    assert stuck == (0.001, pytest.approx(3.0), True)
+    assert not talk.finished
 
 
 @pytest.mark.mpi(4)
@@ -85,9 +116,7 @@ def test_a_node_whose_measurements_fail_stays_unknown_and_hinders_nobody():
         follow(talk)
 
     measure.follow = broken
-    begin = time.perf_counter()
     topology = discover(comm)
-    assert time.perf_counter() - begin < 4
     assert [(m.a, m.b) for m in topology.measured] == [(0, 1), (0, 2), (1, 2)]
     node = topology.nodes[0].name
     assert len(topology.notes) == 6
@@ -95,9 +124,29 @@ def test_a_node_whose_measurements_fail_stays_unknown_and_hinders_nobody():
     assert f"{node}: rank 0 could not measure with rank 3 (no answer from rank 3)" in topology.notes
     assert topology.link(0, 3).gb_per_s == topology.figures[topology.kind(0, 3)].gb_per_s  # what the others got
 
+    def silent(talk, size):
+        raise TimeoutError("the wire is full")
+
+    measure.follow = follow
+    if comm.rank == 3:  # answers, but no large message gets through in the time
+        measure._Talk._exchange = silent
+    stuck = measure.measure(comm, topology)
+    bounds = {(m.a, m.b): m for m in stuck.measured if m.at_most}
+    assert sorted(bounds) == [(0, 3), (1, 3), (2, 3)]
+    a_part = measure.SIZES[0] / measure.PARTS
+    for m in bounds.values():  # less than a part got through in more than the grace
+        assert m.gb_per_s is not None
+        assert 0 < m.gb_per_s < a_part / measure.GRACE_S / 1e9
+        assert m.latency_us is not None
+    assert len(stuck.measured) == 6
+    assert Topology.from_json(stuck.to_json()) == stuck
+    assert stuck.link(3, 0).gb_per_s == bounds[0, 3].gb_per_s
+    said = f"{node}: rank 0 could not measure with rank 3 (no answer from rank 3 in time; at most "
+    assert any(note.startswith(said) for note in stuck.notes)
+
 
 @pytest.mark.mpi(2)
-def test_bad_leaf_files_and_broken_probes():
+def test_bad_leaf_files_and_broken_hardware():
     from mpi4py import MPI
 
     from cpmpi.topology import discover, sysfs
@@ -140,12 +189,12 @@ def test_the_sample_grows_like_the_nodes_and_rounds_do_not_collide():
 
 def test_slurm_is_asked_only_in_a_job_and_never_believed_blindly(monkeypatch, tmp_path):
     from cpmpi.topology import discover, sysfs
-    from cpmpi.topology.decide import NodeProbe, RankProbe
+    from cpmpi.topology.decide import NodeFacts, RankFacts
     from cpmpi.topology.leaves import SlurmPlace
 
     unknown = sysfs.Processors(numa_of={}, socket_of={}, core_of={})
-    probe = NodeProbe(hostname="n1", ranks=(RankProbe(rank=0),), processors=unknown, slurm=SlurmPlace())
-    other = replace(probe, hostname="n9", ranks=(RankProbe(rank=1),))
+    probe = NodeFacts(hostname="n1", ranks=(RankFacts(rank=0),), processors=unknown, slurm=SlurmPlace())
+    other = replace(probe, hostname="n9", ranks=(RankFacts(rank=1),))
     scontrol = tmp_path / "scontrol"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
 
@@ -164,7 +213,5 @@ def test_slurm_is_asked_only_in_a_job_and_never_believed_blindly(monkeypatch, tm
     answer("echo slurm_load_topology error >&2; exit 1")
     assert discover._decide([probe], None).notes == ()
     answer("exec sleep 9")
-    begin = time.perf_counter()
     slow = discover._decide([probe], None)
-    assert time.perf_counter() - begin < 3
     assert "timed out after 0.7 seconds" in slow.notes[0]

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-calls
-"""Probes on made-up hardware, and deciding over what they saw."""
+"""What ranks see of made-up hardware, and deciding over it."""
 
 import sys
 from types import SimpleNamespace
@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from cpmpi.topology import leaves, nvml, sysfs
-from cpmpi.topology.decide import NodeProbe, RankProbe, assemble
+from cpmpi.topology.decide import NodeFacts, RankFacts, topology_of
 from cpmpi.topology.leaves import SlurmPlace
 from cpmpi.topology.node import NetworkDevice
-from cpmpi.topology.nvml import GpuProbe
+from cpmpi.topology.nvml import GpuFacts
 
 
 def write(root, **files):
@@ -140,7 +140,7 @@ class FakeNvml:
         return 16
 
 
-def probe_with(monkeypatch, fake):
+def seen_with(monkeypatch, fake):
     notes: list[str] = []
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     return nvml.gpus(notes.append), notes
@@ -150,15 +150,15 @@ UNKNOWN = sysfs.Processors(numa_of={}, socket_of={}, core_of={})
 
 
 def test_gpus_and_their_links_become_a_node(monkeypatch):
-    gpus, notes = probe_with(monkeypatch, FakeNvml())
+    gpus, notes = seen_with(monkeypatch, FakeNvml())
     assert notes == []
     assert [gpu.name for gpu in gpus] == ["NVIDIA Test"] * 4
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    ranks = tuple(RankProbe(rank=r, gpus=gpus, visible=nvml.visible(gpus)) for r in range(5))
-    probe = NodeProbe(
+    ranks = tuple(RankFacts(rank=r, gpus=gpus, visible=nvml.visible(gpus)) for r in range(5))
+    probe = NodeFacts(
         hostname="a", ranks=ranks, processors=UNKNOWN, slurm=SlurmPlace(), gpu_numa={"00000000:1B:00.0": 1}
     )
-    node = assemble([probe], None, ()).nodes[0]
+    node = topology_of([probe], None, ()).nodes[0]
     assert [place.gpu for place in node.ranks] == [0, 1, 2, 3, 0]
     assert [gpu.numa for gpu in node.gpus] == [1, None, None, None]
     links = {(link.a, link.b): (link.kind, link.gb_per_s) for link in node.gpu_links}
@@ -169,10 +169,10 @@ def test_gpus_and_their_links_become_a_node(monkeypatch):
 
 def test_one_visible_gpu_each_is_put_together(monkeypatch):
     """A job step with one GPU per task: every rank sees another GPU as its first."""
-    gpus, _ = probe_with(monkeypatch, FakeNvml())
-    ranks = tuple(RankProbe(rank=r, gpus=(gpus[3 - r],), visible=(gpus[3 - r],)) for r in range(4))
-    probe = NodeProbe(hostname="a", ranks=ranks, processors=UNKNOWN, slurm=SlurmPlace())
-    node = assemble([probe], None, ()).nodes[0]
+    gpus, _ = seen_with(monkeypatch, FakeNvml())
+    ranks = tuple(RankFacts(rank=r, gpus=(gpus[3 - r],), visible=(gpus[3 - r],)) for r in range(4))
+    probe = NodeFacts(hostname="a", ranks=ranks, processors=UNKNOWN, slurm=SlurmPlace())
+    node = topology_of([probe], None, ()).nodes[0]
     assert [place.gpu for place in node.ranks] == [3, 2, 1, 0]
     assert {link.kind for link in node.gpu_links} == {"nvlink", "nvswitch", "sys"}
 
@@ -189,7 +189,7 @@ def test_one_visible_gpu_each_is_put_together(monkeypatch):
     ],
 )
 def test_visible_devices(monkeypatch, value, expected):
-    gpus, _ = probe_with(monkeypatch, FakeNvml())
+    gpus, _ = seen_with(monkeypatch, FakeNvml())
     if value is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
@@ -200,41 +200,41 @@ def test_visible_devices(monkeypatch, value, expected):
 
 def test_nvml_that_is_broken_is_a_note_and_one_that_is_missing_is_not(monkeypatch):
     error = FakeNvml.NVMLError("Driver/library version\nmismatch")
-    assert probe_with(monkeypatch, FakeNvml(nvmlInit=error)) == (
+    assert seen_with(monkeypatch, FakeNvml(nvmlInit=error)) == (
         (),
         ["NVML is installed but does not answer (NVMLError: Driver/library version mismatch): GPUs unknown"],
     )
-    assert probe_with(monkeypatch, FakeNvml(nvmlDeviceGetCount=error))[0] == ()
+    assert seen_with(monkeypatch, FakeNvml(nvmlDeviceGetCount=error))[0] == ()
     missing = type("NVMLError_LibraryNotFound", (Exception,), {})()
-    assert probe_with(monkeypatch, FakeNvml(nvmlInit=missing)) == ((), [])
-    assert probe_with(monkeypatch, None) == ((), [])  # import pynvml raises
+    assert seen_with(monkeypatch, FakeNvml(nvmlInit=missing)) == ((), [])
+    assert seen_with(monkeypatch, None) == ((), [])  # import pynvml raises
 
 
 def test_an_old_nvml_leaves_single_facts_unknown(monkeypatch):
     error = AttributeError("no such function")
     old = FakeNvml(nvmlDeviceGetNvLinkRemoteDeviceType=error, nvmlDeviceGetMaxPcieLinkWidth=error)
-    gpus, notes = probe_with(monkeypatch, old)
+    gpus, notes = seen_with(monkeypatch, old)
     assert notes == []
     assert (gpus[0].nvlinks, gpus[0].pcie_gb_per_s, gpus[0].pcie_paths["00000000:2B:00.0"]) == ({}, None, "pxb")
 
 
 def test_an_nvlink_domain_over_nodes():
     def gpu(pci):
-        return GpuProbe(
+        return GpuFacts(
             index=0, uuid=None, name=None, pci=pci, nvlinks={"": 18}, nvlink_gb_per_s=50.0, pcie_paths={},
             pcie_gb_per_s=None, fabric="cafe.1",
         )  # fmt: skip
 
-    probes = [
-        NodeProbe(
+    facts = [
+        NodeFacts(
             hostname=f"n{i}",
-            ranks=(RankProbe(rank=i, gpus=(gpu("a"),), visible=(gpu("a"),)),),
+            ranks=(RankFacts(rank=i, gpus=(gpu("a"),), visible=(gpu("a"),)),),
             processors=UNKNOWN,
             slurm=SlurmPlace(),
         )
         for i in range(2)
     ]
-    topology = assemble(probes, None, ())
+    topology = topology_of(facts, None, ())
     assert topology.kind(0, 1) == "fabric"
     link = topology.gpu_link(0, 1)
     assert link is not None
@@ -243,20 +243,20 @@ def test_an_nvlink_domain_over_nodes():
 
 def test_ranks_bound_to_cores_have_a_socket_and_a_numa_domain(machine):
     cpus = [(0, 4), (2, 3, 6, 7), (0, 2), None]
-    ranks = tuple(RankProbe(rank=i, cpus=c) for i, c in enumerate(cpus))
-    probe = NodeProbe(hostname="a.site", ranks=ranks, processors=sysfs.processors(machine), slurm=SlurmPlace())
-    node = assemble([probe], None, ()).nodes[0]
+    ranks = tuple(RankFacts(rank=i, cpus=c) for i, c in enumerate(cpus))
+    probe = NodeFacts(hostname="a.site", ranks=ranks, processors=sysfs.processors(machine), slurm=SlurmPlace())
+    node = topology_of([probe], None, ()).nodes[0]
     assert [(p.numa, p.socket) for p in node.ranks] == [(0, 0), (1, 1), (None, None), (None, None)]
     assert (node.name, node.sockets, node.numa_domains, node.cores) == ("a", 2, 2, 4)
 
 
 def test_node_names_are_unique():
     def named(*hosts):
-        probes = [
-            NodeProbe(hostname=h, ranks=(RankProbe(rank=i),), processors=UNKNOWN, slurm=SlurmPlace(), notes=("odd",))
+        facts = [
+            NodeFacts(hostname=h, ranks=(RankFacts(rank=i),), processors=UNKNOWN, slurm=SlurmPlace(), notes=("odd",))
             for i, h in enumerate(hosts)
         ]
-        topology = assemble(probes, None, ("first",))
+        topology = topology_of(facts, None, ("first",))
         assert topology.notes[0] == "first"
         assert topology.notes[1] == f"{topology.nodes[0].name}: odd"
         return [node.name for node in topology.nodes]
@@ -312,11 +312,14 @@ def test_a_bad_leaf_file_is_one_clear_line(text, message):
 
 
 def test_a_file_overrules_what_nodes_say_of_themselves():
-    probe = NodeProbe(
+    probe = NodeFacts(
         hostname="n1",
-        ranks=(RankProbe(rank=0),),
+        ranks=(RankFacts(rank=0),),
         processors=UNKNOWN,
         slurm=SlurmPlace(address="s.l.n1", pattern="switch.switch.node"),
     )
-    assert (assemble([probe], None, ()).nodes[0].leaf, assemble([probe], None, ()).nodes[0].above) == ("l", ("s",))
-    assert assemble([probe], [("other",)], ()).nodes[0].switches == ("other",)
+    assert (topology_of([probe], None, ()).nodes[0].leaf, topology_of([probe], None, ()).nodes[0].above) == (
+        "l",
+        ("s",),
+    )
+    assert topology_of([probe], [("other",)], ()).nodes[0].switches == ("other",)
