@@ -1,12 +1,15 @@
 """Packaging. The four top-level folders are reached through links inside ``cpmpi`` (see docs/development.md)."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
+VERSION = re.search(r'__version__ = "(.+)"', Path("cpmpi/version.py").read_text(encoding="utf-8"))[1]
+
 setup(
     name="cpmpi",
-    version="0.1.0",
+    version=VERSION,
     description="Exact whole-document LLM prefill and scoring as MPI batch jobs",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

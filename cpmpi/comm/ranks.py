@@ -39,9 +39,6 @@ OPEN_MPI = {
 }
 
 
-SPREAD_NUMBERS = 1 << 26  # of a message: counts of bytes from 2^31 on fail in some MPI libraries
-
-
 class AgreedError(UserError):
     """A user's error that every rank has raised together: rank 0 reports it, all exit with status 1."""
 
@@ -103,16 +100,12 @@ class Ranks:
         value: T = result  # type: ignore[assignment]
         return value
 
-    def spread(self, array_N: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
-        """A one-dimensional array of rank 0, given to all in messages that every MPI library can count. Collective."""
-        import numpy as np
+    def spread(self, array: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+        """An array of rank 0, given to all, of any size: mpi4py's own pickle-5 messages stay countable. Collective."""
+        from mpi4py.util import pkl5
 
-        size, dtype = self.comm.bcast(None if array_N is None else (len(array_N), array_N.dtype))
-        if array_N is None:
-            array_N = np.empty(size, dtype)
-        for first in range(0, size, SPREAD_NUMBERS):
-            self.comm.Bcast(array_N[first : first + SPREAD_NUMBERS])
-        return array_N
+        given: npt.NDArray[Any] = pkl5.Intracomm(self.comm).bcast(array)
+        return given
 
 
 def start() -> Ranks:
