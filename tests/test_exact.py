@@ -119,7 +119,6 @@ def test_every_schedule_gives_the_same_result(tmp_path):
     from cpmpi.engine.score import Engine
     from cpmpi.model.checkpoint import Checkpoint
     from cpmpi.model.probe import backends_of, probe
-    from cpmpi.model.weights import Weights
 
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)
@@ -127,15 +126,17 @@ def test_every_schedule_gives_the_same_result(tmp_path):
         save_llama(folder / "model", 2)
     comm.Barrier()
     device = torch.device("cpu")
-    model = Checkpoint(folder / "model").load(torch.float32, device)
-    layers = probe(model)
+    checkpoint = Checkpoint(folder / "model")
+    skeleton = checkpoint.skeleton(torch.float32)
+    layers = probe(skeleton)
+    weights = checkpoint.weights(checkpoint.reader(skeleton, device), stream=False)
     transport = MPITransport(comm)
     for n_tokens in (3, 1000):
         token_ids = np.random.default_rng(n_tokens).integers(0, VOCABULARY, n_tokens)
         expected = truth(folder / "model", token_ids)[0] if comm.rank == 0 else None
         for kind in ("ring", "tree", "hybrid"):
             engine = Engine(
-                rank=comm.rank, weights=Weights(model), layers=layers, transport=transport, device=device,
+                rank=comm.rank, weights=weights, layers=layers, transport=transport, device=device,
                 schedule=Schedule(kind=kind, nodes=[[0], [1, 2, 3], [4, 5]], parents=[1, None, 1]),
                 backends=backends_of(layers, device), progress=Progress(enabled=False), chunk_tokens=100,
             )  # fmt: skip

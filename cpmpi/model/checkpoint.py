@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -11,17 +10,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from cpmpi.errors import UserError, one_line, some
+from cpmpi.errors import UserError, one_line
 from cpmpi.model.attention_call import ATTENTION
-from cpmpi.model.fingerprint import check_whole, weight_files
-from cpmpi.model.finite import finite
 from cpmpi.model.forward import register
 from cpmpi.model.stages import spans_of
 from cpmpi.model.tensor_parallel import WHOLE, Sharing
+from cpmpi.model.transformers_private import is_causal_lm, kept_in_float32
+from cpmpi.model.weight_files import Stored, stored_tensors
 from cpmpi.model.weight_reader import WeightReader
 from cpmpi.model.weights import StreamedWeights, Weights
 
@@ -64,17 +63,14 @@ class Checkpoint:
             raise UserError(
                 f"{self.folder}: an adapter (adapter_config.json) is not applied; merge it into the weights"
             )
-        for file in weight_files(self.folder):
-            check_whole(file)
+        _ = self.stored
 
     def _check_architecture(self) -> None:
-        from transformers import AutoModelForCausalLM
-
         config = self.config
         name = f"{self.folder}: {config.model_type}"
         if getattr(config, "is_encoder_decoder", False):
             raise UserError(f"{name} is an encoder-decoder; cpmpi runs decoder-only models")
-        if type(config) not in AutoModelForCausalLM._model_mapping:
+        if not is_causal_lm(config):
             raise UserError(f"{name} is not a causal language model of transformers")
         odd = [t for t in dict.fromkeys(self.text_config_value("layer_types") or ()) if t in UNSUPPORTED_LAYERS]
         if odd:
@@ -105,6 +101,11 @@ class Checkpoint:
             raise
         except Exception as error:  # of any type: each config class has its own checks
             raise UserError(f"{self.config_file}: {one_line(error)}") from error
+
+    @cached_property
+    def stored(self) -> dict[str, Stored]:
+        """The tensors of the weight files, by name."""
+        return stored_tensors(self.folder)
 
     def text_config_value(self, name: str) -> Any:
         """A value of the config, or of its text part where it has several."""
@@ -174,7 +175,9 @@ class Checkpoint:
                 cannot be shared (why).
         """
         model = self.skeleton(probed.config.dtype, probed=False, sharing=sharing)
-        return WeightReader(model, self.folder, device, spans_of(probed), sharing=sharing, check_finite=check_finite)
+        return WeightReader(
+            model, self.folder, self.stored, device, spans_of(probed), sharing=sharing, check_finite=check_finite
+        )
 
     def weights(self, reader: WeightReader, *, stream: bool) -> Weights:
         """The causal-LM model with cpmpi's attention, in evaluation mode, with its weights.
@@ -188,46 +191,13 @@ class Checkpoint:
         """
         if stream:
             return StreamedWeights(reader)
-        if reader.sharing == WHOLE:
-            return Weights(self.load(reader.model.config.dtype, reader.device, check_finite=reader.check_finite))
         reader.load(reader.groups)
         return Weights(reader.model)
-
-    def load(self, dtype: torch.dtype, device: torch.device, *, check_finite: bool = False) -> torch.nn.Module:
-        """The causal-LM model with cpmpi's attention, in evaluation mode.
-
-        Raises:
-            UserError: a file is damaged, or tensors are missing or of the wrong shape (named).
-        """
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-
-        register()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, local_files_only=True,
-                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{self.folder}: {one_line(error)}") from error
-        for problem, names in (("missing", info["missing_keys"]), ("of the wrong shape", info["mismatched_keys"])):
-            if names:
-                listed = some(sorted(str(n[0] if isinstance(n, tuple) else n) for n in names))
-                raise UserError(f"{self.folder}: {len(names)} tensors {problem} in the weights: {listed}")
-        if check_finite:
-            for name, weight in model.named_parameters():
-                finite(weight, f"{self.folder}: tensor {name}")
-        module: torch.nn.Module = model.eval().to(device)
-        return module
 
 
 def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
     """Make float32 what the model keeps so whatever the type of the rest, as transformers does when it loads."""
-    if plan := model._get_dtype_plan(dtype):
-        kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in plan))
+    if kept := kept_in_float32(model, dtype):
         for name, tensor in model.state_dict(keep_vars=True).items():
             if kept.search(name):
                 tensor.data = tensor.data.float()
@@ -236,15 +206,17 @@ def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Within it, modules are made without memory for their parameters."""
-    register_parameter = torch.nn.Module.register_parameter
 
-    def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # tied ones stay one
-            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register_parameter(module, name, parameter)
+    def on_meta(_: torch.nn.Module, __: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter | None:
+        if parameter.is_meta:  # tied ones stay one
+            return None
+        return torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    with mock.patch.object(torch.nn.Module, "register_parameter", on_meta):
+    hook = register_module_parameter_registration_hook(on_meta)
+    try:
         yield
+    finally:
+        hook.remove()
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ integrity of the weights: ``model_sha256`` reads a sample.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from cpmpi.documents.tokenization import tokenizer_files
 from cpmpi.errors import UserError
+from cpmpi.model.weight_files import weight_files
 
 BLOCK_BYTES = 1 << 20
 BLOCKS = 18
@@ -51,49 +51,6 @@ def model_sha256(checkpoint: Path) -> str:
     for file in weight_files(checkpoint):
         _add(digest, file.name, *_sample(file))
     return digest.hexdigest()
-
-
-def weight_files(checkpoint: Path) -> list[Path]:
-    """The safetensors files that transformers loads from the folder, sorted by name.
-
-    Raises:
-        UserError: there are none, the index is broken, or a file that it names is missing.
-    """
-    single, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise UserError(f"{checkpoint}: no weights there: neither {single.name} nor {index.name}")
-    try:
-        files = [checkpoint / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of safetensors files: no readable weight_map") from error
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UserError(f"{checkpoint}: {len(missing)} of {len(files)} weight files are missing: {', '.join(missing)}")
-    return files
-
-
-def check_whole(file: Path) -> None:
-    """Check that a safetensors file is as long as its header says; reads the header alone.
-
-    Raises:
-        UserError: the file was cut short or is not a safetensors file.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(header_bytes) if 8 + header_bytes <= size else b"")
-            content = max(
-                (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{file}: not a safetensors file, or cut short: no readable header in {size} bytes"
-            ) from error
-    if 8 + header_bytes + content != size:
-        raise UserError(f"{file}: has {size} bytes where its header asks for {8 + header_bytes + content}: cut short?")
 
 
 def _sample(file: Path) -> list[bytes]:
