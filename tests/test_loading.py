@@ -46,11 +46,10 @@ def add_odd(folder):
     """Add tensors that a model may have no place for; their names."""
     stored = tensors(folder)
     weights = [key for key in stored if key.endswith(".weight") and ".experts." not in key]
-    layered = [key for key in stored if ".0." in key]
     odd = {
         "nonesuch.weight", "position_ids", "lm_head.nonesuch", "model.layers.0.self_attn.rotary_emb.inv_freq",
         "transformer.h.0.attn.masked_bias", "rotary_emb.inv_freq", "model.position_ids",
-        *(re.sub(r"\.0\.", ".99.", key, count=1) for key in layered),
+        *(re.sub(r"^(\D*)\.0\.", r"\1.99.", key) for key in stored),
         *(f"{key.removesuffix('weight')}bias" for key in weights),
     } - stored.keys()  # fmt: skip
     for file in folder.glob("*.safetensors*"):
