@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -26,6 +27,8 @@ from cpmpi.model.weights import StreamedWeights, Weights
 
 # Layer types of configs that mix tokens by other means than attention; the probe finds those with other names.
 UNSUPPORTED_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm", "rwkv", "short_conv")
+COUNTS = re.compile(r"(num_|n_)?(\w*_)?(layers?|experts)")  # names of what makes a skeleton large
+MOST = 4096  # of them: four times the largest known model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -72,6 +75,9 @@ class Checkpoint:
             raise UserError(f"{name} is an encoder-decoder; cpmpi runs decoder-only models")
         if not is_causal_lm(config):
             raise UserError(f"{name} is not a causal language model of transformers")
+        layers = self.text_config_value("num_hidden_layers")
+        if isinstance(layers, int) and layers < 1:
+            raise UserError(f"{name} has {layers} layers (num_hidden_layers) in its config; it takes at least 1")
         odd = [t for t in dict.fromkeys(self.text_config_value("layer_types") or ()) if t in UNSUPPORTED_LAYERS]
         if odd:
             raise UserError(f"{name} has layers of type {', '.join(odd)}; cpmpi runs layers with attention only")
@@ -92,6 +98,7 @@ class Checkpoint:
 
         try:
             raw = json.loads(self.config_file.read_text())
+            _check_counts(raw, self.config_file)
             if "auto_map" in raw and "AutoModelForCausalLM" in raw["auto_map"]:
                 raise UserError(
                     f"{self.folder}: the model needs code from the checkpoint (auto_map), which is never run"
@@ -193,6 +200,19 @@ class Checkpoint:
             return StreamedWeights(reader)
         reader.load(reader.groups)
         return Weights(reader.model)
+
+
+def _check_counts(raw: Any, file: Path) -> None:
+    """Refuse a config with so many layers or experts that reading it takes minutes; in all parts of the config.
+
+    Raises:
+        UserError: naming the field and the bound.
+    """
+    for name, value in raw.items() if isinstance(raw, dict) else ():
+        if isinstance(value, dict):
+            _check_counts(value, file)
+        elif isinstance(value, int | float) and value > MOST and COUNTS.fullmatch(name):
+            raise UserError(f"{file}: {name} is {value:,}; at most {MOST:,} are taken for a real model")
 
 
 def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
