@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from cpmpi.model.weight_files import stored_tensors
 from tests.tiny_models import tiny_config
 
 A = {"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}
-DAMAGED = {
+DAMAGED: dict[str, dict[str, Any]] = {
     "length beyond the file": {"length": 1 << 20},
     "length beyond all files": {"length": 1 << 63},
     "length within the header": {"length": 5},
@@ -41,7 +42,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_a_damaged_weight_file_is_named(damage: str, tmp_path: Path) -> None:
-    given = {"header": A, "body": bytes(64), "length": None, "whole": None, **DAMAGED[damage]}
+    given: dict[str, Any] = {"header": A, "body": bytes(64), "length": None, "whole": None, **DAMAGED[damage]}
     header = given["header"] if isinstance(given["header"], bytes) else json.dumps(given["header"]).encode()
     length = len(header) if given["length"] is None else given["length"]
     content = struct.pack("<Q", length) + header + given["body"] if given["whole"] is None else given["whole"]

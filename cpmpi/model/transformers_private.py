@@ -8,11 +8,14 @@ the Auto classes, the attention and mask interfaces, ``tp_plan``, ``base_model_p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
 
+# Operations of conversions: experts are stacked, tensors are joined.
+MERGE, CONCATENATE = "MergeModulelist", "Concatenate"
 # Buffers that older checkpoints hold and newer models make themselves: refused only where the model has none of them.
 MADE_BUFFERS = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
 
@@ -104,5 +107,23 @@ def unexpected(model: Any, placed: Iterable[Destination]) -> dict[str, list[str]
 
 
 def operations(conversion: Any) -> list[str]:
-    """The names of what a conversion does beside renaming."""
+    """The names of what a conversion does beside renaming: ``MERGE``, ``CONCATENATE``, or another one."""
     return [type(operation).__name__ for operation in getattr(conversion, "operations", None) or ()]
+
+
+def convert(
+    conversion: Any, model: Any, target: str, parts: Iterable[tuple[str, str, Callable[[], torch.Tensor]]]
+) -> dict[str, torch.Tensor]:
+    """The parameters that a conversion makes, by name.
+
+    Args:
+        conversion: of a `Destination`; it is left as it is.
+        model: the causal-LM model.
+        target: the first of the parameters.
+        parts: what it is made of: the key, the pattern, and what reads the tensor.
+    """
+    own = deepcopy(conversion)
+    for key, pattern, read in parts:
+        own.add_tensor(target, key, pattern, read)
+    made = own.convert(target, model=model, config=model.config)
+    return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}

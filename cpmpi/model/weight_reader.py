@@ -12,7 +12,6 @@ import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,10 @@ from cpmpi.model.finite import finite
 from cpmpi.model.stages import Stages, span_of_all
 from cpmpi.model.tensor_parallel import WHOLE, Cut, Sharing
 from cpmpi.model.transformers_private import (
+    CONCATENATE,
+    MERGE,
     Destination,
+    convert,
     destinations,
     may_be_missing,
     operations,
@@ -92,7 +94,7 @@ class WeightReader:
         self.groups = _groups(to for to in placed if to.conversion is not None)
         for group in self.groups:
             group.span = span_of_all(group.targets, spans)
-            odd = sorted({*group.operations} - {"MergeModulelist", "Concatenate"})
+            odd = sorted({*group.operations} - {MERGE, CONCATENATE})
             if odd and self._cuts.keys() & set(group.targets):
                 raise UserError(f"{folder}: --tp cannot cut {group.targets[0]}, which is stored otherwise ({odd[0]})")
         self._check()
@@ -110,6 +112,8 @@ class WeightReader:
                     )
             whole = self._convert(group, lambda key: torch.empty(self._stored[key].shape, device="meta"))
             for name, tensor in whole.items():
+                if name not in self.meta:
+                    continue  # one of several that are made together: it has no place
                 shape = list(self.meta[name].shape)
                 self._check_shape(name, tensor, self._cuts[name].whole(shape) if name in self._cuts else shape)
         if missing := self._tie():
@@ -148,7 +152,7 @@ class WeightReader:
         """The parameters of a group, by name."""
         first = group.targets[0]
         dtype, cut = self.meta[first].dtype, self._cuts.get(first)
-        if cut is not None and "Concatenate" in group.operations:
+        if cut is not None and CONCATENATE in group.operations:
             cut = cut._replace(packed=False)  # gate and up are stored on their own
         made = {}
         with _OpenFiles() as files:  # what is mapped goes with the tensors
@@ -162,15 +166,13 @@ class WeightReader:
 
     def _convert(self, group: Group, stored: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
         """Make the parameters of a group of its stored tensors."""
-        conversion, first = deepcopy(group.conversion), group.targets[0]
-        for key, pattern in group.keys:
-            conversion.add_tensor(first, key, pattern, partial(stored, key))
+        first = group.targets[0]
+        parts = [(key, pattern, partial(stored, key)) for key, pattern in group.keys]
         try:
-            made = conversion.convert(first, model=self.model, config=self.model.config)
+            return convert(group.conversion, self.model, first, parts)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             names = ", ".join(key for key, _ in group.keys[:2]) + (", ..." if len(group.keys) > 2 else "")
             raise UserError(f"{self.folder}: tensor {first} cannot be made of {names}: {one_line(error)}") from error
-        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
     def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that is in the device's memory when this returns, without waiting for what the device computes."""
