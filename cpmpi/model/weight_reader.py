@@ -45,13 +45,13 @@ MOST_READERS = 8  # threads that read weights where nothing else is done meanwhi
 class Group:
     """Parameters that are made together: of which keys (and patterns), by which conversion, used in which stages.
 
-    ``span`` is None for parameters outside of layers.
+    ``stages`` is None for parameters outside of layers.
     """
 
     conversion: Any
     targets: list[str]
     keys: list[tuple[str, str]] = field(default_factory=list)
-    span: Stages | None = None
+    stages: Stages | None = None
 
     @property
     def operations(self) -> list[str]:
@@ -93,7 +93,7 @@ class WeightReader:
         placed = list(destinations(model, stored))
         self.groups = _groups(to for to in placed if to.conversion is not None)
         for group in self.groups:
-            group.span = span_of_all(group.targets, spans)
+            group.stages = span_of_all(group.targets, spans)
             odd = sorted({*group.operations} - {MERGE, CONCATENATE})
             if odd and self._cuts.keys() & set(group.targets):
                 raise UserError(f"{folder}: --tp cannot cut {group.targets[0]}, which is stored otherwise ({odd[0]})")
