@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpmpi.model import transformers_private as private
 from cpmpi.model.checkpoint import Blueprint
@@ -44,7 +45,7 @@ def test_the_transformers_here_is_one_that_setup_allows():
 def test_private_names_are_in_one_file():
     """No other file of cpmpi touches a name of transformers that begins with an underscore, or its inner modules."""
     names = (
-        r"_model_mapping|_get_dtype_plan|_keys_to_ignore|_keep_in_fp32|tie_weights|core_model_loading|conversion_mapping"
+        r"_model_mapping|_is_hf_initialized|_get_dtype_plan|_keys_to_ignore|_keep_in_fp32|tie_weights|core_model_loading|conversion_mapping"
         r"|rename_source_key|dot_natural_key|WeightRenaming\(|\.add_tensor\(|MergeModulelist|\"Concatenate\""
     )
     used = [p.name for p in (ROOT / "cpmpi").rglob("*.py") if re.search(names, p.read_text())]
@@ -56,6 +57,22 @@ def test_is_causal_lm():
 
     assert private.is_causal_lm(tiny_config("llama"))
     assert not private.is_causal_lm(CONFIG_MAPPING["clip_vision_model"]())
+
+
+def test_not_to_initialize():
+    """No random numbers are drawn for a skeleton's weights, but by torch's embedding itself; buffers are made."""
+    drawn = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            drawn.extend([func] if "normal_" in str(func) else [])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        model = skeleton("gemma3_text")
+        assert len(drawn) == sum(isinstance(module, torch.nn.Embedding) for module in model.modules())
+        assert all(p.is_meta for p in model.parameters())
+        assert not any(b.is_meta for b in model.buffers())
 
 
 def test_kept_in_float32():

@@ -20,7 +20,7 @@ from cpmpi.model.attention_call import ATTENTION
 from cpmpi.model.forward import register
 from cpmpi.model.stages import spans_of
 from cpmpi.model.tensor_parallel import WHOLE, Sharing
-from cpmpi.model.transformers_private import is_causal_lm, kept_in_float32
+from cpmpi.model.transformers_private import is_causal_lm, kept_in_float32, not_to_initialize
 from cpmpi.model.weight_files import Stored, stored_tensors
 from cpmpi.model.weight_reader import WeightReader
 from cpmpi.model.weights import StreamedWeights, Weights
@@ -230,7 +230,7 @@ def _parameters_on_meta() -> Iterator[None]:
     def on_meta(_: torch.nn.Module, __: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter | None:
         if parameter.is_meta:  # tied ones stay one
             return None
-        return torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+        return not_to_initialize(torch.nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     hook = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # it may return one
     try:

@@ -43,6 +43,12 @@ def is_causal_lm(config: Any) -> bool:
     return type(config) in AutoModelForCausalLM._model_mapping
 
 
+def not_to_initialize(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """The same, marked: transformers draws no random numbers for it, which takes most of a large skeleton's time."""
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    return parameter
+
+
 def kept_in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
     """What the names of parameters contain that stay in float32 whatever the type of the rest; None: no such ones."""
     plan = model._get_dtype_plan(dtype)
