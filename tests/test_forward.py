@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpmpi.attention.layout import Layout, Piece
-from cpmpi.model.forward import Sum, chunks
+from cpmpi.model.forward import Sum, chunked
 
 
 @given(st.integers(0, 3000), st.integers(1, 7), st.integers(1, 6), st.integers(1, 700))
@@ -15,7 +15,7 @@ def test_chunks_cover_the_pieces_and_are_of_one_size(n_tokens, world, segments, 
     layout = Layout(n_tokens=n_tokens, world=world, segments=segments)
     for rank in range(world):
         pieces = layout.pieces(rank)
-        cut = chunks(pieces, limit)
+        cut = chunked(pieces, limit)
         assert [i for c in cut for i in range(c.start, c.stop)] == [i for p in pieces for i in range(p.start, p.stop)]
         for piece in pieces:
             sizes = [c.size for c in cut if piece.start <= c.start and c.stop <= piece.stop and c.size]
@@ -26,7 +26,7 @@ def test_chunks_cover_the_pieces_and_are_of_one_size(n_tokens, world, segments, 
 
 
 def test_chunks_by_hand():
-    assert chunks([Piece(10, 20), Piece(30, 33)], 4) == [Piece(10, 13), Piece(13, 16), Piece(16, 20), Piece(30, 33)]
+    assert chunked([Piece(10, 20), Piece(30, 33)], 4) == [Piece(10, 13), Piece(13, 16), Piece(16, 20), Piece(30, 33)]
 
 
 @pytest.mark.mpi(2)

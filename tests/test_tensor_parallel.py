@@ -194,7 +194,7 @@ def test_in_bfloat16_a_share_is_as_exact_as_the_whole(tmp_path):
     from mpi4py import MPI
     from transformers import AutoModelForCausalLM
 
-    from cpmpi.engine.job import run
+    from cpmpi.engine.run import run
     from cpmpi.run.reader import open_run
 
     comm, folder = MPI.COMM_WORLD, shared_folder(tmp_path)

@@ -121,7 +121,9 @@ class WeightReader:
 
     def _check_places(self, placed: Sequence[Destination]) -> None:
         """Whether the model has a place for all that the files hold, but for what transformers says may be there."""
-        odd = [key for key, names in unexpected(self.model, placed).items() if not self.sharing.dropped.issuperset(names)]
+        odd = [
+            key for key, names in unexpected(self.model, placed).items() if not self.sharing.dropped.issuperset(names)
+        ]
         if odd:
             raise UserError(
                 f"{self.folder}: {len(odd)} tensors of the weights have no place in the model that config.json "
