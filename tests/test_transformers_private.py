@@ -174,6 +174,29 @@ def test_destinations_join_experts():
         assert torch.equal(made, torch.cat([gate, up], 1)), "by the experts' numbers, not in the order of strings"
 
 
+def test_a_conversion_is_used_by_several_threads_at_once():
+    """Groups of one kind share it: what one adds to it is not the other's, even amid the other's conversion."""
+    model = skeleton("qwen3_moe")
+    names = [f"model.layers.{layer}.mlp.experts" for layer in (0, 1)]
+    keys = {name: [f"{name}.{i}.down_proj.weight" for i in range(4)] for name in names}
+    found = places(model, *keys[names[0]], *keys[names[1]])
+    assert found[keys[names[0]][0]].conversion is found[keys[names[1]][0]].conversion
+    values = {key: torch.randn(2, 3) for key in found}
+    made = {}
+
+    def convert(name, amid=lambda: None):
+        def read(key):
+            amid()
+            return values[key]
+
+        parts = [(key, found[key].pattern, lambda key=key: read(key)) for key in keys[name]]
+        made.update(private.convert(found[keys[name][0]].conversion, model, f"{name}.down_proj", parts))
+
+    convert(names[0], amid=lambda: convert(names[1]))
+    for name in names:
+        assert torch.equal(made[f"{name}.down_proj"], torch.stack([values[key] for key in keys[name]]))
+
+
 def test_destinations_split_what_is_stored_together():
     model, name = skeleton("hrm_text"), "model.layers.0.mlp"
     modules = [n for n, _ in model.named_modules() if n.endswith(".mlp")]
