@@ -26,7 +26,7 @@ setup(
         "safetensors>=0.4",
         "slurm-python-utils>=1.7",
         "torch>=2.8",
-        "transformers>=5.0",
+        "transformers>=5.17,<5.25",
         "xxhash>=3.4",
     ],
     extras_require={

@@ -110,10 +110,12 @@ def _number(value: float) -> float | None:
 def as_text(facts: dict[str, Any], limit: int) -> str:
     """The facts of ``describe``, for a terminal."""
     model, kv, unfinished, documents = facts["model"], facts["kv"], facts["unfinished"], facts["documents"]
-    name = model.get("_name_or_path") or ", ".join(model.get("architectures") or [model.get("model_type", "?")])
+    name = (model.get("_name_or_path") or "").removesuffix("/config.json") or ", ".join(
+        model.get("architectures") or [model.get("model_type", "?")]
+    )
     lines = [
         f"run       {facts['run']}",
-        f"model     {name} (sha256 {facts['model_sha256'][:12]}), computed in {facts['dtype']}",
+        f"model     {name}, computed in {facts['dtype']} (config and weights: sha256 {facts['model_sha256'][:12]})",
         f"made by   {facts['world_size']} ranks, cpmpi {facts['cpmpi_version']}: {facts['command']}",
     ]
     if kv is None:

@@ -169,6 +169,27 @@ def _examine(case: Case, folder: Path) -> Outcome:
     return Outcome(case, "runs" if worst <= 1e-4 else "wrong", f"{worst:.1e}")
 
 
+def is_supported(case: Case, folder: Path) -> bool:
+    """Whether a small checkpoint of a case can be made, and cpmpi makes its model and runs its probe."""
+    import torch
+
+    from cpmpi.errors import UserError
+    from cpmpi.model.checkpoint import Blueprint
+    from cpmpi.model.probe import probe
+
+    try:
+        config = tiny_config(case.model_type, **case.own)
+        config.save_pretrained(folder)
+        n_parameters = parameters(config)
+    except Exception:
+        return False
+    try:
+        probe(Blueprint(folder).skeleton(torch.float32))
+    except UserError:
+        return False
+    return n_parameters <= MOST_PARAMETERS
+
+
 def any_tokens(n_tokens: int) -> Any:
     """A document of all token ids, special ones included."""
     import numpy as np

@@ -34,19 +34,21 @@ def save_documents(folder, lengths=LENGTHS):
 
 
 def truth(checkpoint, token_ids):
-    """Log-probabilities (T,) and per layer (key_TGD, value_TGE) of one transformers process in float32."""
+    """Of one transformers process in float32: log-probabilities (T,), (key_TGD, value_TGE) of each layer, and the last
+    token's hidden state after the final norm (hidden,).
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
     ids = torch.as_tensor(token_ids, dtype=torch.int64)
     with torch.inference_mode():
-        out = model(input_ids=ids[None], use_cache=True)
+        out = model(input_ids=ids[None], use_cache=True, output_hidden_states=True)
     logprobs = torch.log_softmax(out.logits[0, :-1].float(), -1).gather(1, ids[1:, None])[:, 0]
     kv = [
         tuple(x[0].transpose(0, 1).numpy() for x in (layer.keys, layer.values)) for layer in out.past_key_values.layers
     ]
-    return np.concatenate([[np.nan], logprobs.numpy()]), kv
+    return np.concatenate([[np.nan], logprobs.numpy()]), kv, out.hidden_states[-1][0, -1].numpy()
 
 
 def shared_folder(tmp_path):
@@ -89,7 +91,7 @@ def test_job_equals_one_transformers_process(ranks, tmp_path):
                         compare(document, *expected[n])
 
 
-def compare(document, logprobs, kv):
+def compare(document, logprobs, kv, last_hidden):
     """Assert that a stored document equals the truth within the tolerances at the top of this file."""
     assert document.n_tokens == len(logprobs)
     assert np.isnan(document.logprobs[0])
@@ -99,6 +101,8 @@ def compare(document, logprobs, kv):
         assert error.mean() <= 1e-5, (document.id, error.mean())
         assert document.nll == pytest.approx(-np.sum(logprobs[1:], dtype=np.float64), rel=1e-6)
         assert document.perplexity == pytest.approx(np.exp(document.nll / (len(logprobs) - 1)), rel=1e-12)
+    assert document.last_hidden.shape == last_hidden.shape
+    assert np.abs(document.last_hidden - last_hidden).max() <= 1e-4 * np.abs(last_hidden).max(), document.id
     for layer, expected in enumerate(kv):
         for got, want in zip(document.kv(layer), expected, strict=True):
             assert got.shape == want.shape
@@ -119,7 +123,6 @@ def test_every_schedule_gives_the_same_result(tmp_path):
     from cpmpi.engine.score import Engine
     from cpmpi.model.checkpoint import Checkpoint
     from cpmpi.model.probe import backends_of, probe
-    from cpmpi.model.weights import Weights
 
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)
@@ -127,21 +130,25 @@ def test_every_schedule_gives_the_same_result(tmp_path):
         save_llama(folder / "model", 2)
     comm.Barrier()
     device = torch.device("cpu")
-    model = Checkpoint(folder / "model").load(torch.float32, device)
-    layers = probe(model)
+    checkpoint = Checkpoint(folder / "model")
+    skeleton = checkpoint.skeleton(torch.float32)
+    layers = probe(skeleton)
+    weights = checkpoint.weights(checkpoint.reader(skeleton, device), stream=False)
     transport = MPITransport(comm)
     for n_tokens in (3, 1000):
         token_ids = np.random.default_rng(n_tokens).integers(0, VOCABULARY, n_tokens)
-        expected = truth(folder / "model", token_ids)[0] if comm.rank == 0 else None
+        expected = truth(folder / "model", token_ids) if comm.rank == 0 else None
         for kind in ("ring", "tree", "hybrid"):
             engine = Engine(
-                rank=comm.rank, weights=Weights(model), layers=layers, transport=transport, device=device,
+                rank=comm.rank, weights=weights, layers=layers, transport=transport, device=device,
                 schedule=Schedule(kind=kind, nodes=[[0], [1, 2, 3], [4, 5]], parents=[1, None, 1]),
                 backends=backends_of(layers, device), progress=Progress(enabled=False), chunk_tokens=100,
             )  # fmt: skip
             scores = engine.score(token_ids, Layout(n_tokens=n_tokens, world=comm.size), "document")
             everyone = comm.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, 0))
             if comm.rank == 0:
-                error = np.abs(assemble(everyone, n_tokens)[0] - expected)[1:]
+                logprobs, last_hidden = assemble(everyone, n_tokens)
+                error = np.abs(logprobs - expected[0])[1:]
                 assert error.max() <= 1e-4, (kind, n_tokens, error.max())
+                assert np.abs(last_hidden - expected[2]).max() <= 1e-4 * np.abs(expected[2]).max(), (kind, n_tokens)
     transport.close()

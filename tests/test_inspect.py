@@ -21,7 +21,7 @@ def test_a_whole_run(tmp_path):
     make_run(tmp_path)
     text = inspect(tmp_path)
     lines = text.splitlines()
-    assert lines[1] == "model     LlamaForCausalLM (sha256 aaaaaaaaaaaa), computed in float32"
+    assert lines[1] == "model     LlamaForCausalLM, computed in float32 (config and weights: sha256 aaaaaaaaaaaa)"
     assert lines[2].startswith("made by   3 ranks, cpmpi ")
     assert lines[3] == "kv        bfloat16, 3 layers x T tokens x 2 heads x 4 + 3: 4.96 kB"
     assert lines[4].startswith("shards    3 files of ")

@@ -58,8 +58,11 @@ def document(n_tokens):
     return np.random.default_rng(n_tokens).integers(3, VOCABULARY, n_tokens)
 
 
-def scores(comm, folder, stream=False, dtype="float32", make=document):
-    """Log-probabilities of the documents of all lengths, as ``make`` makes them, on the ranks of ``comm``."""
+def scores(comm, folder, stream=False, dtype="float32", make=document, keep_of=lambda _: None):
+    """Log-probabilities of the documents of all lengths, as ``make`` makes them, on the ranks of ``comm``.
+
+    ``keep_of`` makes of the weights what takes each layer's keys and values.
+    """
     import torch
 
     from cpmpi.attention.layout import Layout
@@ -84,7 +87,7 @@ def scores(comm, folder, stream=False, dtype="float32", make=document):
     )  # fmt: skip
     found = []
     for n_tokens in LENGTHS:
-        mine = engine.score(make(n_tokens), Layout(n_tokens=n_tokens, world=comm.size), "document")
+        mine = engine.score(make(n_tokens), Layout(n_tokens=n_tokens, world=comm.size), "document", keep_of(weights))
         everyone = comm.allgather((mine.positions.numpy(), mine.logprobs.numpy(), mine.last_hidden, 0))
         found.append(assemble(everyone, n_tokens)[0])
     transport.close()

@@ -183,6 +183,46 @@ def check_family(comm, folder, family):
         assert np.abs(found - expected)[1:].max() <= 1e-4, family.name
 
 
+@pytest.mark.mpi(2)
+def test_in_bfloat16_a_share_is_as_exact_as_the_whole(tmp_path):
+    """Against float32, ranks that share the weights err no more than one transformers process in bfloat16 does.
+
+    Both round as often, a rank's sums once more; errors are random, so their means over 1,000 tokens differ by some
+    percent. A sum that lost half of its parts, or came in another type, would be far off.
+    """
+    import torch
+    from mpi4py import MPI
+    from transformers import AutoModelForCausalLM
+
+    from cpmpi.engine.run import run
+    from cpmpi.run.reader import open_run
+
+    comm, folder = MPI.COMM_WORLD, shared_folder(tmp_path)
+    if comm.rank == 0:
+        save_tiny(folder / "model", tiny_config("qwen3", num_hidden_layers=2, max_position_embeddings=1000))
+        (folder / "documents").mkdir()
+        np.save(folder / "documents" / "d.npy", np.random.default_rng(0).integers(3, VOCABULARY, 1000))
+    comm.Barrier()
+    for weights in ("resident", "stream"):
+        run(options_of(folder, "model", "documents", weights, tp=2, weights=weights, dtype="bfloat16"))
+    comm.Barrier()
+    if comm.rank == 0:
+        token_ids = np.load(folder / "documents" / "d.npy")
+        exact = tiny_truth(folder / "model", token_ids)
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16).eval()
+        ids_T = torch.from_numpy(token_ids)
+        with torch.inference_mode():
+            logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1].float()
+        theirs = logits_TV.log_softmax(1).gather(1, ids_T[1:, None])[:, 0].numpy() - exact[1:]
+        with open_run(folder / "resident") as resident, open_run(folder / "stream") as streamed:
+            assert resident.attributes["dtype"] == "bfloat16"
+            np.testing.assert_array_equal(resident.documents[0].logprobs, streamed.documents[0].logprobs)
+            ours = resident.documents[0].logprobs[1:] - exact[1:]
+        print(f"mean error {np.abs(ours).mean():.2e}, transformers {np.abs(theirs).mean():.2e}")
+        assert np.abs(ours).mean() <= 1.25 * np.abs(theirs).mean()
+        assert np.abs(ours).max() <= 2 * np.abs(theirs).max()
+
+
 REFUSED = {
     "phi3": "colwise_gather_output for",
     "olmo2": "colwise_gather_output for",

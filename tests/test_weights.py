@@ -12,10 +12,11 @@ from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.probe import probe
 from cpmpi.model.stages import spans_of
+from cpmpi.model.weight_reader import WeightReader
 from cpmpi.model.weights import WeightBytes, weight_bytes
 from cpmpi.text import parse_bytes
 from tests.sweep import OWN
-from tests.test_models import scores
+from tests.test_models import LENGTHS, scores
 from tests.tiny_models import save_tiny, tiny_config
 
 CPU = torch.device("cpu")
@@ -72,6 +73,24 @@ def test_a_stage_and_the_next_are_in_memory_at_a_time(checkpoint):
         assert held() == sizes.lasting
     assert most == sizes.lasting + sizes.streamed
     assert sizes.total - sizes.lasting == 2 * sizes.streamed  # two layers of four
+
+
+def test_what_a_layer_used_is_gone_when_its_keys_are_kept(checkpoint):
+    """Beside weights outside of layers, those of the next stage alone are there, however long the writer takes."""
+    from mpi4py import MPI
+
+    sizes, seen = weight_bytes(reader_of(checkpoint)), []
+
+    def keep_of(weights):
+        def keep(layer, *_):
+            held = sum(p.nbytes for p in weights.model.parameters() if not p.is_meta)
+            coming = sum(tensor.nbytes for tensor in weights._coming.result().values())
+            seen.append((layer, held, held + coming <= sizes.lasting + sizes.streamed))
+
+        return keep
+
+    scores(MPI.COMM_SELF, checkpoint, stream=True, keep_of=keep_of)
+    assert seen == [(layer, sizes.lasting, True) for _ in LENGTHS for layer in range(4)]
 
 
 def test_stages_lie_between_attentions(checkpoint):
@@ -162,6 +181,16 @@ def test_nan_in_weights_is_named(checkpoint, stream):
     change(checkpoint, "model.layers.1.mlp.down_proj.weight", lambda w: w.index_fill(0, torch.tensor([3]), np.nan))
     with pytest.raises(UserError, match=r"tensor model\.layers\.1\.mlp\.down_proj\.weight: 48 of 1536 numbers are NaN"):
         load(checkpoint, stream, check_finite=True)
+
+
+def test_what_is_made_together_must_all_have_a_place(tmp_path):
+    save_tiny(tmp_path, tiny_config("hrm_text", **OWN.get("hrm_text", {})))
+    checkpoint = Checkpoint(tmp_path)
+    skeleton, model = checkpoint.skeleton(torch.float32), checkpoint.skeleton(torch.float32)
+    mlp = next(module for name, module in model.named_modules() if name.endswith(".mlp"))
+    mlp.up_proj = torch.nn.Identity()
+    with pytest.raises(UserError, match=r"1 tensors of the weights have no place .*mlp\.gate_up_proj\.weight; is it"):
+        WeightReader(model, tmp_path, checkpoint.stored, CPU, spans_of(skeleton))
 
 
 def test_a_missing_shard_is_named(checkpoint):

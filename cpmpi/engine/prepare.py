@@ -41,7 +41,8 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
     inputs = read(options, ranks)
     model = inspect(options, ranks, inputs)
     place = find_place(options, ranks, inputs, model)
-    run_spec = place.ranks.on_root(make_spec, options, inputs, model, place)
+    digest = model_sha256(inputs.checkpoint.folder, place.ranks)
+    run_spec = place.ranks.on_root(make_spec, options, inputs, model, place, digest)
     job = Job(
         options=options, inputs=inputs, model=model, place=place, spec=run_spec,
         decision=decide(options, inputs, model, place, run_spec), progress=progress_of(options, place.ranks),
@@ -140,12 +141,12 @@ def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place, run_
     return Decision(schedule=schedule, reason=reason, backends=backends, memory=memory)
 
 
-def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place) -> spec.RunSpec:
+def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place, digest: str) -> spec.RunSpec:
     """What the run folder will hold; on rank 0."""
     checkpoint, world = inputs.checkpoint, place.topology.world
     return spec.RunSpec(
         model=json.dumps(checkpoint.config.to_dict(), sort_keys=True, default=str),
-        model_sha256=model_sha256(checkpoint.folder),
+        model_sha256=digest,
         tokenizer_sha256=tokenizer_sha256(checkpoint.folder),
         dtype=str(model.dtype).removeprefix("torch."),
         kv=_kv_spec(options, [layer.heads for layer in model.layers]) if options.keep_kv else None,

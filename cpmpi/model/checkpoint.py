@@ -11,22 +11,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from cpmpi.errors import UserError, one_line, some
+from cpmpi.errors import UserError, one_line
 from cpmpi.model.attention_call import ATTENTION
-from cpmpi.model.fingerprint import check_whole, weight_files
-from cpmpi.model.finite import finite
 from cpmpi.model.forward import register
 from cpmpi.model.stages import spans_of
 from cpmpi.model.tensor_parallel import WHOLE, Sharing
+from cpmpi.model.transformers_private import is_causal_lm, kept_in_float32, not_to_initialize
+from cpmpi.model.weight_files import Stored, stored_tensors
 from cpmpi.model.weight_reader import WeightReader
 from cpmpi.model.weights import StreamedWeights, Weights
 
 # Layer types of configs that mix tokens by other means than attention; the probe finds those with other names.
 UNSUPPORTED_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "ssm", "rwkv", "short_conv")
+COUNTS = re.compile(r"(num_|n_)?(\w*_)?(layers?|experts)")  # names of what makes a skeleton large
+MOST = 4096  # of them: four times the largest known model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -64,18 +66,18 @@ class Checkpoint:
             raise UserError(
                 f"{self.folder}: an adapter (adapter_config.json) is not applied; merge it into the weights"
             )
-        for file in weight_files(self.folder):
-            check_whole(file)
+        _ = self.stored
 
     def _check_architecture(self) -> None:
-        from transformers import AutoModelForCausalLM
-
         config = self.config
         name = f"{self.folder}: {config.model_type}"
         if getattr(config, "is_encoder_decoder", False):
             raise UserError(f"{name} is an encoder-decoder; cpmpi runs decoder-only models")
-        if type(config) not in AutoModelForCausalLM._model_mapping:
+        if not is_causal_lm(config):
             raise UserError(f"{name} is not a causal language model of transformers")
+        layers = self.text_config_value("num_hidden_layers")
+        if isinstance(layers, int) and layers < 1:
+            raise UserError(f"{name} has {layers} layers (num_hidden_layers) in its config; it takes at least 1")
         odd = [t for t in dict.fromkeys(self.text_config_value("layer_types") or ()) if t in UNSUPPORTED_LAYERS]
         if odd:
             raise UserError(f"{name} has layers of type {', '.join(odd)}; cpmpi runs layers with attention only")
@@ -96,6 +98,7 @@ class Checkpoint:
 
         try:
             raw = json.loads(self.config_file.read_text())
+            _check_counts(raw, self.config_file)
             if "auto_map" in raw and "AutoModelForCausalLM" in raw["auto_map"]:
                 raise UserError(
                     f"{self.folder}: the model needs code from the checkpoint (auto_map), which is never run"
@@ -105,6 +108,11 @@ class Checkpoint:
             raise
         except Exception as error:  # of any type: each config class has its own checks
             raise UserError(f"{self.config_file}: {one_line(error)}") from error
+
+    @cached_property
+    def stored(self) -> dict[str, Stored]:
+        """The tensors of the weight files, by name."""
+        return stored_tensors(self.folder)
 
     def text_config_value(self, name: str) -> Any:
         """A value of the config, or of its text part where it has several."""
@@ -174,7 +182,9 @@ class Checkpoint:
                 cannot be shared (why).
         """
         model = self.skeleton(probed.config.dtype, probed=False, sharing=sharing)
-        return WeightReader(model, self.folder, device, spans_of(probed), sharing=sharing, check_finite=check_finite)
+        return WeightReader(
+            model, self.folder, self.stored, device, spans_of(probed), sharing=sharing, check_finite=check_finite
+        )
 
     def weights(self, reader: WeightReader, *, stream: bool) -> Weights:
         """The causal-LM model with cpmpi's attention, in evaluation mode, with its weights.
@@ -188,46 +198,26 @@ class Checkpoint:
         """
         if stream:
             return StreamedWeights(reader)
-        if reader.sharing == WHOLE:
-            return Weights(self.load(reader.model.config.dtype, reader.device, check_finite=reader.check_finite))
         reader.load(reader.groups)
         return Weights(reader.model)
 
-    def load(self, dtype: torch.dtype, device: torch.device, *, check_finite: bool = False) -> torch.nn.Module:
-        """The causal-LM model with cpmpi's attention, in evaluation mode.
 
-        Raises:
-            UserError: a file is damaged, or tensors are missing or of the wrong shape (named).
-        """
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+def _check_counts(raw: Any, file: Path) -> None:
+    """Refuse a config with so many layers or experts that reading it takes minutes; in all parts of the config.
 
-        register()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, local_files_only=True,
-                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{self.folder}: {one_line(error)}") from error
-        for problem, names in (("missing", info["missing_keys"]), ("of the wrong shape", info["mismatched_keys"])):
-            if names:
-                listed = some(sorted(str(n[0] if isinstance(n, tuple) else n) for n in names))
-                raise UserError(f"{self.folder}: {len(names)} tensors {problem} in the weights: {listed}")
-        if check_finite:
-            for name, weight in model.named_parameters():
-                finite(weight, f"{self.folder}: tensor {name}")
-        module: torch.nn.Module = model.eval().to(device)
-        return module
+    Raises:
+        UserError: naming the field and the bound.
+    """
+    for name, value in raw.items() if isinstance(raw, dict) else ():
+        if isinstance(value, dict):
+            _check_counts(value, file)
+        elif isinstance(value, int | float) and value > MOST and COUNTS.fullmatch(name):
+            raise UserError(f"{file}: {name} is {value:,}; at most {MOST:,} are taken for a real model")
 
 
 def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
     """Make float32 what the model keeps so whatever the type of the rest, as transformers does when it loads."""
-    if plan := model._get_dtype_plan(dtype):
-        kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in plan))
+    if kept := kept_in_float32(model, dtype):
         for name, tensor in model.state_dict(keep_vars=True).items():
             if kept.search(name):
                 tensor.data = tensor.data.float()
@@ -236,15 +226,17 @@ def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Within it, modules are made without memory for their parameters."""
-    register_parameter = torch.nn.Module.register_parameter
 
-    def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # tied ones stay one
-            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register_parameter(module, name, parameter)
+    def on_meta(_: torch.nn.Module, __: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter | None:
+        if parameter.is_meta:  # tied ones stay one
+            return None
+        return not_to_initialize(torch.nn.Parameter(parameter.to("meta"), requires_grad=False))
 
-    with mock.patch.object(torch.nn.Module, "register_parameter", on_meta):
+    hook = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # it may return one
+    try:
         yield
+    finally:
+        hook.remove()
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,20 @@
-"""Which checkpoint and which tokenizer a run was made with, as SHA-256 sums that are quick to take.
+"""Which checkpoint and which tokenizer a run was made with: a SHA-256 sum of each.
 
-They tell checkpoints apart so that a run is resumed or extended with the model that began it. They do not vouch for the
-integrity of the weights: ``model_sha256`` reads a sample.
+They tell checkpoints apart so that a run is resumed or extended with the model that began it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cpmpi.comm.ranks import Ranks
 from cpmpi.documents.tokenization import tokenizer_files
 from cpmpi.errors import UserError
-
-BLOCK_BYTES = 1 << 20
-BLOCKS = 18
+from cpmpi.model.file_digests import call, digests_of
+from cpmpi.model.weight_files import weight_files
 
 
 def tokenizer_sha256(checkpoint: Path) -> str:
@@ -32,86 +31,40 @@ def tokenizer_sha256(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def model_sha256(checkpoint: Path) -> str:
-    """Over config.json, and of each weight file its name, size, safetensors header and a sample of its content.
+def model_sha256(checkpoint: Path, ranks: Ranks | None = None) -> str:
+    """SHA-256 over config.json, and over each weight file's name, size and the XXH3 sums of all its blocks.
 
-    The sample is ``BLOCKS`` blocks of 1 MiB: the first, the last, and 16 evenly spaced between; a file of up to 18 MiB
-    is read whole. So any change of architecture, of tensor names, shapes, dtypes or order, and any retraining, which
-    moves nearly all weights, gives another sum. A change of single tensors or bytes between the blocks does not.
+    Every byte of the weights counts, through XXH3 sums of 128 bits for every 64 MiB (`cpmpi.model.file_digests`): any
+    accident and any other training gives another sum. It is no signature: whoever may write the files could forge one.
     Rewriting config.json with the same content in other bytes gives another sum, too.
 
+    Args:
+        checkpoint: the folder.
+        ranks: that read a share each; collective. None: this process reads all.
+
     Raises:
-        UserError: there is no config.json, no safetensors weights, a missing or a broken weight file.
+        UserError: there is no config.json, no safetensors weights, or a weight file is missing or cannot be read.
     """
+    on_root = call if ranks is None else ranks.on_root
+    files = on_root(_model_files, checkpoint)
+    return on_root(_model_sum, files, digests_of(files[1:], ranks))
+
+
+def _model_files(checkpoint: Path) -> list[Path]:
+    """The config and the weight files."""
     config = checkpoint / "config.json"
     if not config.is_file():
         raise UserError(f"{checkpoint}: no config.json there: not a checkpoint folder")
+    return [config, *weight_files(checkpoint)]
+
+
+def _model_sum(files: Sequence[Path], sums: Sequence[bytes]) -> str:
+    config, *weights = files
     digest = hashlib.sha256()
     _add(digest, config.name, config.read_bytes())
-    for file in weight_files(checkpoint):
-        _add(digest, file.name, *_sample(file))
+    for file, blocks in zip(weights, sums, strict=True):
+        _add(digest, file.name, str(file.stat().st_size).encode(), blocks)
     return digest.hexdigest()
-
-
-def weight_files(checkpoint: Path) -> list[Path]:
-    """The safetensors files that transformers loads from the folder, sorted by name.
-
-    Raises:
-        UserError: there are none, the index is broken, or a file that it names is missing.
-    """
-    single, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise UserError(f"{checkpoint}: no weights there: neither {single.name} nor {index.name}")
-    try:
-        files = [checkpoint / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of safetensors files: no readable weight_map") from error
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UserError(f"{checkpoint}: {len(missing)} of {len(files)} weight files are missing: {', '.join(missing)}")
-    return files
-
-
-def check_whole(file: Path) -> None:
-    """Check that a safetensors file is as long as its header says; reads the header alone.
-
-    Raises:
-        UserError: the file was cut short or is not a safetensors file.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(header_bytes) if 8 + header_bytes <= size else b"")
-            content = max(
-                (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{file}: not a safetensors file, or cut short: no readable header in {size} bytes"
-            ) from error
-    if 8 + header_bytes + content != size:
-        raise UserError(f"{file}: has {size} bytes where its header asks for {8 + header_bytes + content}: cut short?")
-
-
-def _sample(file: Path) -> list[bytes]:
-    """The file's size, its header, and the sampled blocks of what follows."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        header_bytes = int.from_bytes(prefix, "little")
-        content_bytes = size - 8 - header_bytes
-        if content_bytes < 0:
-            raise UserError(f"{file}: not a whole safetensors file: {size} bytes, and a header of {header_bytes} bytes")
-        parts = [str(size).encode(), stream.read(header_bytes)]
-        if content_bytes <= BLOCKS * BLOCK_BYTES:
-            return [*parts, stream.read()]
-        for block in range(BLOCKS):
-            stream.seek(8 + header_bytes + (content_bytes - BLOCK_BYTES) * block // (BLOCKS - 1))
-            parts.append(stream.read(BLOCK_BYTES))
-    return parts
 
 
 def _add(digest: Any, name: str, *parts: bytes) -> None:

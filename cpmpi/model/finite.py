@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from cpmpi.errors import UserError
 
-LAYER = re.compile(r"\D*\.\d+")  # "layers.3", "decoder.layers.3", not "layers.3.experts.0"
+LAYER_NAME = re.compile(r"\D*\.\d+")  # "layers.3", "decoder.layers.3", not "layers.3.experts.0"
 
 
 def finite(tensor: torch.Tensor, name: str) -> None:
@@ -40,7 +40,7 @@ def finite_layers(decoder: torch.nn.Module) -> Iterator[None]:
 
     with ExitStack() as hooks:
         for name, module in decoder.named_modules():
-            if LAYER.fullmatch(name):
+            if LAYER_NAME.fullmatch(name):
                 hook = module.register_forward_hook(lambda _, __, output, name=name: check(name, output))
                 hooks.callback(hook.remove)
         yield

@@ -1,9 +1,9 @@
 """What a model's layers will ask for, learned from its code alone, before any weight is read.
 
 The model runs on the meta device, where tensors have shapes but no values. Some models look at values on their way:
-positions (rotary embeddings, packed sequences) and which expert a token goes to. So integers that do not depend on
-weights are real, and ones, of which masks are made; everything else is imagined: a number that is read from an imagined
-tensor is zero.
+positions (rotary embeddings, packed sequences) and which expert a token goes to. So two kinds of tensors are real:
+integers that do not depend on weights, and tensors of ones, of which masks are made. All others are imagined, and a
+number that is read from an imagined tensor is zero.
 
 What is real says where the model believes its tokens to be: the second half of a document, at the positions that are
 given, has to meet the weights with the same numbers as in a whole document that the model counts itself.

@@ -21,7 +21,7 @@ from cpmpi.model.probe import TOKENS, ImaginedValues, no_attention
 IN_LAYER = re.compile(r"\.\d+\.")
 
 
-class Span(NamedTuple):
+class Stages(NamedTuple):
     """The stages in which something is used, both included."""
 
     first: int
@@ -29,9 +29,9 @@ class Span(NamedTuple):
 
 
 @torch.inference_mode()
-def spans_of(causal_lm: torch.nn.Module) -> dict[str, Span]:
+def spans_of(causal_lm: torch.nn.Module) -> dict[str, Stages]:
     """The stages in which each module of the decoder runs, by name; modules that do not run are left out."""
-    spans: dict[str, Span] = {}
+    spans: dict[str, Stages] = {}
     stage = 0
 
     def note(layer: int, calls: Sequence[Call]) -> list[torch.Tensor]:
@@ -40,10 +40,10 @@ def spans_of(causal_lm: torch.nn.Module) -> dict[str, Span]:
         return no_attention(layer, calls)
 
     def begins(name: str) -> None:
-        spans[name] = Span(min(stage, spans[name].first) if name in spans else stage, stage)
+        spans[name] = Stages(min(stage, spans[name].first) if name in spans else stage, stage)
 
     def ends(name: str) -> None:
-        spans[name] = Span(spans[name].first, stage)
+        spans[name] = Stages(spans[name].first, stage)
 
     hooks = []
     for name, module in causal_lm.named_modules():
@@ -59,15 +59,15 @@ def spans_of(causal_lm: torch.nn.Module) -> dict[str, Span]:
     return spans
 
 
-def span_of_all(parameters: Sequence[str], spans: dict[str, Span]) -> Span | None:
+def span_of_all(parameters: Sequence[str], spans: dict[str, Stages]) -> Stages | None:
     """When some parameters are used, if all of them belong to layers."""
     found = [span for name in parameters if (span := _span_of(name, spans))]
     if len(found) < len(parameters):
         return None
-    return Span(min(span.first for span in found), max(span.last for span in found))
+    return Stages(min(span.first for span in found), max(span.last for span in found))
 
 
-def _span_of(parameter: str, spans: dict[str, Span]) -> Span | None:
+def _span_of(parameter: str, spans: dict[str, Stages]) -> Stages | None:
     """As long as the parameter's module runs, or the nearest one around it."""
     name = parameter.rpartition(".")[0]
     while IN_LAYER.search(f"{name}."):

@@ -27,7 +27,7 @@ from cpmpi.model.probe import Layer, probe
 
 STYLES = ("colwise", "rowwise", "packed_colwise", "moe_tp_experts", "replicated_with_grad_allreduce")
 SUMS_A_LAYER = 2
-LAYER = re.compile(r".*?\.\d+\.")
+LAYER_PREFIX = re.compile(r".*?\.\d+\.")
 
 
 class Cut(NamedTuple):
@@ -224,7 +224,7 @@ def _divides(tp: int, heads: Iterable[Heads], parts: Iterable[_Part]) -> bool:
 
 def _check_sums(name: str, summed: Sequence[str]) -> None:
     """Refuse a plan that needs more sums than two in a layer."""
-    sums = Counter(match[0] for module in summed if (match := LAYER.match(module)))
+    sums = Counter(match[0] for module in summed if (match := LAYER_PREFIX.match(module)))
     for layer, count in sums.items():
         if count > SUMS_A_LAYER:
             raise UserError(f"--tp: {name} needs {count} sums in {layer.rstrip('.')}, more than {SUMS_A_LAYER}")

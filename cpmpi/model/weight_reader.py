@@ -9,42 +9,54 @@ out, not where the model first touches it. Of a weight that is cut among ranks (
 from __future__ import annotations
 
 import mmap
-import re
-from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from cpmpi.errors import UserError, one_line, some
-from cpmpi.model.fingerprint import weight_files
 from cpmpi.model.finite import finite
-from cpmpi.model.stages import Span, span_of_all
+from cpmpi.model.stages import Stages, span_of_all
 from cpmpi.model.tensor_parallel import WHOLE, Cut, Sharing
+from cpmpi.model.transformers_private import (
+    CONCATENATE,
+    MERGE,
+    Destination,
+    convert,
+    destinations,
+    may_be_missing,
+    operations,
+    tie,
+    unexpected,
+)  # fmt: skip
+from cpmpi.model.weight_files import Stored
 
 FLOATING = ("F64", "F32", "F16", "BF16")  # types of stored weights, as safetensors names them
+MOST_READERS = 8  # threads that read weights where nothing else is done meanwhile
 
 
 @dataclass
 class Group:
     """Parameters that are made together: of which keys (and patterns), by which conversion, used in which stages.
 
-    ``span`` is None for parameters outside of layers.
+    ``stages`` is None for parameters outside of layers.
     """
 
     conversion: Any
     targets: list[str]
     keys: list[tuple[str, str]] = field(default_factory=list)
-    span: Span | None = None
+    stages: Stages | None = None
 
     @property
     def operations(self) -> list[str]:
         """The names of what the conversion does beside renaming."""
-        return [type(operation).__name__ for operation in getattr(self.conversion, "operations", None) or ()]
+        return operations(self.conversion)
 
 
 class WeightReader:
@@ -53,6 +65,7 @@ class WeightReader:
     Args:
         model: a causal-LM model without weights; one that was made narrow has its ``sharing``.
         folder: the checkpoint.
+        stored: its tensors.
         device: where to compute.
         spans: the stages in which the model's modules run.
         sharing: this rank's share of the weights.
@@ -63,12 +76,12 @@ class WeightReader:
         meta: the model's parameters and persistent buffers, by name, without weights.
 
     Raises:
-        UserError: tensors are missing, of the wrong shape or of a type that is not read (named), or stored in a way
-            that cannot be shared (why). No weight is read yet.
+        UserError: tensors are missing, of the wrong shape or of a type that is not read, or have no place in the model
+            (named), or are stored in a way that cannot be shared (why). No weight is read yet.
     """
 
     def __init__(
-        self, model: Any, folder: Path, device: torch.device, spans: dict[str, Span], *,
+        self, model: Any, folder: Path, stored: Mapping[str, Stored], device: torch.device, spans: dict[str, Stages], *,
         sharing: Sharing = WHOLE, check_finite: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.folder, self.device = model, folder, device
@@ -76,14 +89,16 @@ class WeightReader:
         self.meta: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._cuts = sharing.cuts
-        self._stored = _stored_tensors(folder)
-        self.groups = _groups(model, self._stored)
+        self._stored = stored
+        placed = list(destinations(model, stored))
+        self.groups = _groups(to for to in placed if to.conversion is not None)
         for group in self.groups:
-            group.span = span_of_all(group.targets, spans)
-            odd = sorted({*group.operations} - {"MergeModulelist", "Concatenate"})
+            group.stages = span_of_all(group.targets, spans)
+            odd = sorted({*group.operations} - {MERGE, CONCATENATE})
             if odd and self._cuts.keys() & set(group.targets):
                 raise UserError(f"{folder}: --tp cannot cut {group.targets[0]}, which is stored otherwise ({odd[0]})")
         self._check()
+        self._check_places(placed)
 
     def _check(self) -> None:
         """Whether the files hold what the model asks for, by their headers."""
@@ -97,10 +112,23 @@ class WeightReader:
                     )
             whole = self._convert(group, lambda key: torch.empty(self._stored[key].shape, device="meta"))
             for name, tensor in whole.items():
+                if name not in self.meta:
+                    continue  # one of several that are made together: it has no place
                 shape = list(self.meta[name].shape)
                 self._check_shape(name, tensor, self._cuts[name].whole(shape) if name in self._cuts else shape)
         if missing := self._tie():
             raise UserError(f"{self.folder}: {len(missing)} tensors missing in the weights: {some(missing)}")
+
+    def _check_places(self, placed: Sequence[Destination]) -> None:
+        """Whether the model has a place for all that the files hold, but for what transformers says may be there."""
+        odd = [
+            key for key, names in unexpected(self.model, placed).items() if not self.sharing.dropped.issuperset(names)
+        ]
+        if odd:
+            raise UserError(
+                f"{self.folder}: {len(odd)} tensors of the weights have no place in the model that config.json "
+                f"describes: {some(odd)}; is it the config of these weights?"
+            )
 
     def _check_shape(self, name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
         if list(tensor.shape) != list(shape):
@@ -110,9 +138,8 @@ class WeightReader:
 
     def _tie(self) -> list[str]:
         """Tie what the model ties, as transformers does when it loads; what neither files nor ties give, by name."""
-        missing = self.meta.keys() - {target for group in self.groups for target in group.targets}
-        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
-        ignored = re.compile("|".join(self.model._keys_to_ignore_on_load_missing or ["$^"]))
+        missing = tie(self.model, self.meta.keys() - {target for group in self.groups for target in group.targets})
+        ignored = may_be_missing(self.model)
         return sorted(name for name in missing if self.meta[name].is_meta or not ignored.search(name))
 
     def read(self, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
@@ -121,20 +148,18 @@ class WeightReader:
         Raises:
             UserError: a tensor is not finite (named), or cannot be read (why).
         """
-        from safetensors import safe_open
+        return {name: tensor for group in groups for name, tensor in self._make(group).items()}
 
-        made: dict[str, torch.Tensor] = {}
-        for group in groups:
-            first = group.targets[0]
-            dtype, cut = self.meta[first].dtype, self._cuts.get(first)
-            if cut is not None and "Concatenate" in group.operations:
-                cut = cut._replace(packed=False)  # gate and up are stored on their own
-
-            def part(key: str, dtype: torch.dtype = dtype, cut: Cut | None = cut) -> torch.Tensor:
-                with safe_open(self._stored[key].path, framework="pt") as file:  # what is mapped goes with the tensor
-                    return _part(file, key, cut).to(dtype)
-
-            for name, tensor in self._convert(group, part).items():
+    def _make(self, group: Group) -> dict[str, torch.Tensor]:
+        """The parameters of a group, by name."""
+        first = group.targets[0]
+        dtype, cut = self.meta[first].dtype, self._cuts.get(first)
+        if cut is not None and CONCATENATE in group.operations:
+            cut = cut._replace(packed=False)  # gate and up are stored on their own
+        made = {}
+        with _OpenFiles() as files:  # what is mapped goes with the tensors
+            parts = self._convert(group, lambda key: _part(files[self._stored[key].path], key, cut).to(dtype))
+            for name, tensor in parts.items():
                 self._check_shape(name, tensor, self.meta[name].shape)
                 made[name] = self._bring(tensor)
                 if self.check_finite:
@@ -143,15 +168,13 @@ class WeightReader:
 
     def _convert(self, group: Group, stored: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
         """Make the parameters of a group of its stored tensors."""
-        conversion, first = deepcopy(group.conversion), group.targets[0]
-        for key, pattern in group.keys:
-            conversion.add_tensor(first, key, pattern, partial(stored, key))
+        first = group.targets[0]
+        parts = [(key, pattern, partial(stored, key)) for key, pattern in group.keys]
         try:
-            made = conversion.convert(first, model=self.model, config=self.model.config)
+            return convert(group.conversion, self.model, first, parts)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             names = ", ".join(key for key, _ in group.keys[:2]) + (", ..." if len(group.keys) > 2 else "")
             raise UserError(f"{self.folder}: tensor {first} cannot be made of {names}: {one_line(error)}") from error
-        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
     def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that is in the device's memory when this returns, without waiting for what the device computes."""
@@ -182,56 +205,35 @@ class WeightReader:
         Raises:
             UserError: as for `read`.
         """
-        self.install(self.read(groups))
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(min(threads, MOST_READERS), "cpmpi-weights", torch.set_num_threads, (1,)) as readers:
+            for made in readers.map(self._make, groups):
+                self.install(made)
+        torch.set_num_threads(threads)  # what a thread sets for itself also holds for threads to come
         self._tie()
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
 
 
-class _Stored(NamedTuple):
-    """A tensor of a file, by the file's header."""
+class _OpenFiles(ExitStack):
+    """Weight files by their paths, opened when they are first asked for."""
 
-    path: Path
-    dtype: str
-    shape: list[int]
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[Path, Any] = {}
 
-
-def _stored_tensors(folder: Path) -> dict[str, _Stored]:
-    from safetensors import safe_open
-
-    found: dict[str, _Stored] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118, it is no dict
-                tensor = file.get_slice(key)
-                found[key] = _Stored(path, tensor.get_dtype(), tensor.get_shape())
-    return found
+    def __getitem__(self, path: Path) -> Any:
+        if path not in self._files:
+            self._files[path] = self.enter_context(safe_open(path, framework="pt"))
+        return self._files[path]
 
 
-def _groups(model: Any, stored: Iterable[str]) -> list[Group]:
-    """The checkpoint's keys by the parameters that they become, as transformers maps them when it loads a model."""
-    from transformers import core_model_loading as loading
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, loading.WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, loading.WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    wanted, prefix = model.state_dict(), model.base_model_prefix
+def _groups(placed: Iterable[Destination]) -> list[Group]:
+    """The parameters that are made together."""
     groups: dict[str, Group] = {}
-    for key in sorted(stored, key=loading.dot_natural_key):
-        name, pattern = loading.rename_source_key(key, renamings, converters, prefix, wanted)
-        if name not in wanted and key in wanted:
-            name, pattern = loading.rename_source_key(key, [], [], prefix, wanted)
-        if name not in wanted:
-            continue
-        conversion = by_pattern[pattern] if pattern else loading.WeightRenaming(key, name)
-        targets = [name]
-        if pattern and len(conversion.target_patterns) > 1:
-            first = next(t for t in conversion.target_patterns if t in name)
-            targets = [name.replace(first, t) for t in conversion.target_patterns]
-        groups.setdefault(name, Group(conversion, targets)).keys.append((key, pattern or key))
+    for key, pattern, conversion, targets in placed:
+        groups.setdefault(targets[0], Group(conversion, targets)).keys.append((key, pattern))
     return list(groups.values())
 
 

@@ -58,7 +58,7 @@ class StreamedWeights(Weights):
         self._thread = ThreadPoolExecutor(1, "cpmpi-weights", torch.set_num_threads, (1,))  # the cores are computing
         self._coming: Future[dict[str, torch.Tensor]] | None = None
         self._left: torch.cuda.Event | None = None
-        reader.load([group for group in reader.groups if group.span is None])
+        reader.load([group for group in reader.groups if group.stages is None])
 
     def enter(self, stage: int) -> None:
         """The weights of ``stage`` are in place when this returns, and those of the next are being read."""
@@ -70,21 +70,21 @@ class StreamedWeights(Weights):
 
     def leave(self, stage: int) -> None:
         """``stage`` is done: free what ends with it."""
-        self._free([group for group in self._reader.groups if group.span and group.span.last == stage])
+        self._free([group for group in self._reader.groups if group.stages and group.stages.last == stage])
         if self._reader.device.type == "cuda":
             self._left = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._left.record()
 
     def close(self) -> None:
         """Free all streamed weights."""
-        self._free([group for group in self._reader.groups if group.span])
+        self._free([group for group in self._reader.groups if group.stages])
         self._coming = None
 
     def _free(self, groups: Sequence[Group]) -> None:
         self._reader.install({name: self._reader.meta[name] for group in groups for name in group.targets})
 
     def _read(self, stage: int) -> Future[dict[str, torch.Tensor]]:
-        groups = [group for group in self._reader.groups if group.span and group.span.first == stage]
+        groups = [group for group in self._reader.groups if group.stages and group.stages.first == stage]
         return self._thread.submit(self._reader.read, groups)
 
 
@@ -93,12 +93,12 @@ def weight_bytes(reader: WeightReader) -> WeightBytes:
     used, begun = Counter[int](), Counter[int]()
     streamed = converted = 0
     for group in reader.groups:
-        if group.span is None:
+        if group.stages is None:
             continue
         size = sum(reader.meta[name].nbytes for name in group.targets)
         streamed += size
-        begun[group.span.first] += size
-        for stage in range(group.span.first, group.span.last + 1):
+        begun[group.stages.first] += size
+        for stage in range(group.stages.first, group.stages.last + 1):
             used[stage] += size
         if group.operations:
             converted = max(converted, size)  # what it is made of is there beside it
