@@ -24,7 +24,7 @@ def bits_of(values: torch.Tensor) -> np.ndarray:
 
 def write_types(path) -> None:
     values = torch.tensor(SPECIAL)
-    with hdf5.created_file(path) as file:
+    with hdf5.created_file(path, most_places=3) as file:
         for name, stored in hdf5.STORED_FLOATS.items():
             hdf5.create_contiguous(file, name, (len(SPECIAL),), stored.h5type(), labels=("token",))
     with h5py.File(path) as file, open(path, "r+b") as raw:
@@ -61,7 +61,7 @@ def test_bfloat16_widens_bit_for_bit():
 
 
 def test_large_datasets_lie_on_pages_and_the_file_stays_sparse(tmp_path):
-    with hdf5.created_file(tmp_path / "a.h5") as file:
+    with hdf5.created_file(tmp_path / "a.h5", most_places=2) as file:
         hdf5.create_contiguous(file, "small", (3,), h5t.STD_I32LE, fill=np.int32(-1))
         big = hdf5.create_contiguous(file, "big", (1 << 28,), h5t.IEEE_F32LE)
         assert hdf5.dataset_offset(big) % hdf5.ALIGNMENT_BYTES == 0
@@ -88,7 +88,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path):
 
 
 def test_an_attribute_is_changed_in_place(tmp_path):
-    with hdf5.created_file(tmp_path / "a.h5") as file:
+    with hdf5.created_file(tmp_path / "a.h5", most_places=1, attributes=["complete"]) as file:
         file.attrs["complete"] = False
     before = (tmp_path / "a.h5").read_bytes()
     with hdf5.changed_file(tmp_path / "a.h5") as file:
@@ -103,7 +103,7 @@ def test_an_attribute_is_changed_in_place(tmp_path):
 def test_a_writer_is_not_stopped_by_somebody_who_looks(tmp_path):
     """h5py's own default would refuse to open the file for writing while another process has it open."""
     path = tmp_path / "a.h5"
-    with hdf5.created_file(path) as file:
+    with hdf5.created_file(path, most_places=1, attributes=["complete"]) as file:
         file.attrs["complete"] = False
     look = "import h5py, sys; f = h5py.File(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
     with subprocess.Popen(
