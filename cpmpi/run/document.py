@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from h5py import h5a
 
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout
@@ -293,7 +294,10 @@ def read_truth(owner: Any, name: str, path: Path) -> bool:
     Raises:
         UserError: it is not.
     """
-    value = int(np.asarray(owner.attrs[name]).view(np.uint8))
+    stored = np.empty((), np.bool_)  # h5py's own reading would make any byte True
+    with saying(path, "cannot be read"):
+        h5a.open(owner.id, name.encode()).read(stored)
+    value = int(stored.view(np.uint8))
     if value not in (0, 1):
         raise UserError(f"{path}: damaged: `{name}` of {owner.name} is {value}")
     return bool(value)
