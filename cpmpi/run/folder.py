@@ -50,6 +50,7 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunI
         return create_index(folder, spec)
     with open_run(folder) as run:
         _check_same_run(run, spec)
+        _check_same_shapes(run, spec)
         if _goes_on(run, spec):
             return RunIndex(folder, _as_laid_out(run, spec))
         spec, kept = _keep_finished(run, spec)
@@ -218,6 +219,18 @@ def _check_same_run(run: Run, spec: RunSpec) -> None:
             raise UserError(
                 f"{run.paths.folder}: holds a run with {name} {found}, this one has {value}; choose another --output, "
                 f"or --overwrite, which deletes {what_is_deleted(run.paths.folder)}"
+            )
+
+
+def _check_same_shapes(run: Run, spec: RunSpec) -> None:
+    """Finished documents must have what this job would give them; those that are not finished are laid out anew."""
+    shapes = spec.kv.shapes if spec.kv is not None else None
+    for document in (*run.documents, *run.set_aside):
+        if document.complete and document.kv_shapes != shapes:
+            raise UserError(
+                f"{run.paths.folder}: holds a run with another number of layers or other shapes of keys and values "
+                f"(document {document.id!r}); choose another --output, or --overwrite, which deletes "
+                f"{what_is_deleted(run.paths.folder)}"
             )
 
 

@@ -1,7 +1,6 @@
 """HDF5 files that survive a kill: laid out first, published at once, filled with plain writes at known offsets.
 
-Metadata formats newer than ``LIBVER`` carry checksums and open flags, with which a file does not open again after
-``kill -9``. Datasets are contiguous and allocated early, so that their bytes have a fixed place in the file.
+Datasets are contiguous and allocated early, so that their bytes have a fixed place in the file.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from h5py import h5a, h5d, h5p, h5s, h5t
 from cpmpi.errors import UserError
 from cpmpi.run.publish import naming, published, saying
 from cpmpi.run.seal import check_seal, user_block_bytes, write_seal
+from cpmpi.run.steady import LIBVER, steady_h5
 
-LIBVER = ("earliest", "v110")
 ALIGNMENT_BYTES = 4096
 RawArray = npt.NDArray[Any]
 
@@ -78,8 +77,8 @@ def created_file(path: Path, *, most_places: int, attributes: Collection[str] = 
         UserError: it cannot be written: no space, no permission, or larger than the file system allows.
     """
     with saying(path, "cannot be laid out"), published(path) as temporary:
-        with h5py.File(
-            temporary, "w", libver=LIBVER, locking="best-effort", userblock_size=user_block_bytes(most_places),
+        with steady_h5(
+            temporary, "w", userblock_size=user_block_bytes(most_places),
             alignment_threshold=ALIGNMENT_BYTES, alignment_interval=ALIGNMENT_BYTES,
         ) as file:  # fmt: skip
             yield file
@@ -114,7 +113,7 @@ def changed_file(path: Path) -> Iterator[Any]:
     Raises:
         UserError: it cannot be written.
     """
-    with saying(path, "cannot be written"), h5py.File(path, "r+", libver=LIBVER, locking=False) as file:
+    with saying(path, "cannot be written"), steady_h5(path, "r+") as file:
         yield file
 
 

@@ -130,7 +130,7 @@ class RunIndex:
         """
         assert document_index not in self._finished, document_index
         assert reason
-        failed = " ".join(reason.split()).encode()[:REASON_BYTES].decode(errors="ignore")
+        failed = " ".join(reason.split()).encode()[:REASON_BYTES].decode(errors="ignore").rstrip()
         results = Results(arrays={}, nll=np.nan, perplexity=np.nan, failed=failed.encode())
         self._write_results(document_index, results, complete=False)
         self._failed[document_index] = failed
@@ -138,9 +138,11 @@ class RunIndex:
     def finish(self) -> None:
         """Write ``summary.csv`` and mark the run complete, last. Every document is finished, or has failed."""
         assert len(self._finished) + len(self._failed) == len(self.spec.documents)
-        with changed_file(self._paths.index) as file:
+        self._check_ours()
+        with open_file(self._paths.index, locking=False, check=False) as file:
             publish_text(self._paths.summary, summary_text(file))
-            self._sync(file)
+        sync_path(self._paths.index)
+        with changed_file(self._paths.index) as file:
             set_attribute(file, "complete", True)
         sync_path(self._paths.index)
 

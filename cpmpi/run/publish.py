@@ -46,12 +46,12 @@ def make_folder(path: Path) -> None:
     Raises:
         UserError: that is not possible.
     """
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path}: is a link to {os.readlink(path)}, which does not exist")
     with saying(path, "cannot make this folder"):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: is a link to {os.readlink(path)}, which does not exist")
         path.mkdir(parents=True, exist_ok=True)
-    with suppress(PermissionError):
-        sync_path(path.parent)
+        with suppress(PermissionError):
+            sync_path(path.parent)
 
 
 def sync_path(path: Path) -> None:

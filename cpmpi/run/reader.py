@@ -22,6 +22,7 @@ from cpmpi.run.document import Document, read_truth
 from cpmpi.run.hdf5 import open_file
 from cpmpi.run.index_layout import FORMAT, FORMAT_VERSION, OLDER_VERSIONS
 from cpmpi.run.paths import RunPaths, document_name
+from cpmpi.run.publish import saying
 from cpmpi.run.shard import ShardFile
 from cpmpi.run.spec import ShardSet
 
@@ -45,7 +46,9 @@ class Run:
     def __init__(self, path: Path) -> None:
         """Open the run in the folder ``path``."""
         folder = path.parent if path.name == "run.h5" else path
-        if not RunPaths(folder).index.exists():
+        with saying(folder, "cannot be looked into"):
+            found = RunPaths(folder).index.exists()
+        if not found:
             raise UserError(f"{folder}: no run here (no run.h5)")
         self.paths = RunPaths(folder)
         self.file = open_file(self.paths.index)

@@ -26,6 +26,7 @@ from h5py import h5a, h5d
 
 from cpmpi.errors import UserError
 from cpmpi.run.publish import naming
+from cpmpi.run.steady import steady_h5
 
 MAGIC = b"cpmpi seal 1\n\0\0\0"
 HEADER = struct.Struct("<16sQQQQ")
@@ -107,7 +108,7 @@ def _attribute_places(path: Path, datasets: Sequence[Place], names: Collection[s
     """Where the values of attributes are. HDF5 does not say: they are inverted, looked for, and put back."""
     gaps = list(_gaps(datasets, path.stat().st_size))
     before = _read(path, gaps)
-    with h5py.File(path, "r+", libver=("earliest", "v110"), locking=False) as file:
+    with steady_h5(path, "r+") as file:
         owners = [file]
         file.visititems(lambda _, item: owners.append(item))
         inverted = sum(_invert(owner, name) for owner in owners for name in names)
