@@ -332,9 +332,12 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def work_until_killed(folder: Path, progress: int) -> None:
-    """In a child process: make runs, one after another, each resumed where it stopped. A byte a step tells how far."""
+    """In a child process: make runs, one after another, each resumed where it stopped, on one to three ranks.
+
+    A byte a step tells how far it is.
+    """
     while True:
-        index = start_index(folder, make_spec(KILL_LENGTHS, world=2, segments=2))
+        index = start_index(folder, make_spec(KILL_LENGTHS, world=1 + os.getpid() % 3, segments=2))
         os.write(progress, b".")
         writers = open_writers(folder, index)
         os.write(progress, b".")

@@ -36,7 +36,6 @@ class Document:
         self._path: Path = run.paths.index
         with saying(self._path, f"{name} cannot be read"):
             self.group = run.file[name]
-            self._attributes: dict[str, Any] = dict(self.group.attrs)
         self._result_checked = False
         self._tables: dict[int, npt.NDArray[np.uint64]] = {}
 
@@ -46,6 +45,12 @@ class Document:
         state = f"failed: {self.failed}" if self.failed else state
         kv = f", KV of {len(self.kv_shapes)} layers" if self.kv_shapes and self.complete else ""
         return f"<Document {self.id!r}: {self.n_tokens:,} tokens, {state}{kv}>"
+
+    @cached_property
+    def _attributes(self) -> dict[str, Any]:
+        """Those that never change, and what the others were."""
+        with saying(self._path, f"{self.group.name} cannot be read"):
+            return dict(self.group.attrs)
 
     @property
     def id(self) -> str:

@@ -25,7 +25,7 @@ from cpmpi.run.paths import RunPaths, document_name
 from cpmpi.run.publish import make_folder, saying
 from cpmpi.run.reader import Run, open_run
 from cpmpi.run.seal import HDF5_SIGNATURE, MAGIC
-from cpmpi.run.spec import DocumentSpec, RunSpec, ShardSet, index_bytes, shard_bytes
+from cpmpi.run.spec import DocumentSpec, KVShape, RunSpec, ShardSet, index_bytes, shard_bytes
 from cpmpi.run.spec import check_room as check_free
 from cpmpi.text import human_bytes
 
@@ -224,19 +224,21 @@ def _check_same_run(run: Run, spec: RunSpec) -> None:
 
 def _check_same_shapes(run: Run, spec: RunSpec) -> None:
     """Finished documents must have what this job would give them; those that are not finished are laid out anew."""
-    shapes = spec.kv.shapes if spec.kv is not None else None
-    for document in (*run.documents, *run.set_aside):
-        if document.complete and document.kv_shapes != shapes:
-            raise UserError(
-                f"{run.paths.folder}: holds a run with another number of layers or other shapes of keys and values "
-                f"(document {document.id!r}); choose another --output, or --overwrite, which deletes "
-                f"{what_is_deleted(run.paths.folder)}"
-            )
+    finished = next((document for document in (*run.documents, *run.set_aside) if document.complete), None)
+    if finished is not None and finished.kv_shapes != _shapes(spec):
+        raise UserError(
+            f"{run.paths.folder}: holds a run with another number of layers or other shapes of keys and values; "
+            f"choose another --output, or --overwrite, which deletes {what_is_deleted(run.paths.folder)}"
+        )
+
+
+def _shapes(spec: RunSpec) -> tuple[KVShape, ...] | None:
+    return spec.kv.shapes if spec.kv is not None else None
 
 
 def _goes_on(run: Run, spec: RunSpec) -> bool:
     """Whether ``run.h5`` as it is laid out serves: the same documents in the same order, and those left dealt alike."""
-    if run.version == 1 or len(run.documents) != len(spec.documents):
+    if run.version == 1 or len(run.documents) != len(spec.documents) or run.documents[0].kv_shapes != _shapes(spec):
         return False
     for old, new in zip(run.documents, spec.documents):
         if old.id != new.id or _content(old.spec) != _content(new):
@@ -247,8 +249,8 @@ def _goes_on(run: Run, spec: RunSpec) -> bool:
 
 
 def _dealt_alike(run: Run, old: Document, new: DocumentSpec, spec: RunSpec) -> bool:
-    here = (old.spec.layout, old.spec.grid, old.spec.first_rank, old.world_size, old.kv_shapes)
-    there = (new.layout, new.grid, new.first_rank, spec.world_size, spec.kv.shapes if spec.kv is not None else None)
+    here = (old.spec.layout, old.spec.grid, old.spec.first_rank, old.world_size)
+    there = (new.layout, new.grid, new.first_rank, spec.world_size)
     return here == there and old.shard_set == max(run.shard_sets, default=0)
 
 

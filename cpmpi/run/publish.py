@@ -85,6 +85,6 @@ def saying(path: Path, what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, RuntimeError) as problem:
+    except (OSError, RuntimeError, KeyError) as problem:
         why = problem.strerror if isinstance(problem, OSError) and problem.strerror else one_line(problem)
         raise UserError(f"{path}: {what} ({why})") from problem

@@ -178,6 +178,7 @@ class Documents(Sequence[Document]):
     def __init__(self, run: Run, *, set_aside: bool = False) -> None:
         self._run, self._set_aside = run, set_aside
         self._size = len(run.file.get("set_aside" if set_aside else "documents", ()))
+        self._made: dict[int, Document] = {}
 
     def __repr__(self) -> str:
         """The first few names."""
@@ -207,7 +208,9 @@ class Documents(Sequence[Document]):
         return {document.id: document.index for document in self}
 
     def _document(self, index: int) -> Document:
-        return Document(self._run, index, document_name(index, set_aside=self._set_aside))
+        if index not in self._made:
+            self._made[index] = Document(self._run, index, document_name(index, set_aside=self._set_aside))
+        return self._made[index]
 
     def _some_ids(self, most: int = 5) -> str:
         return ", ".join(repr(document.id) for document in self[:most]) + ", ..." * (self._size > most)
