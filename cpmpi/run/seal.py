@@ -110,7 +110,7 @@ def _attribute_places(path: Path, datasets: Sequence[Place], names: Collection[s
     before = _read(path, gaps)
     with steady_h5(path, "r+") as file:
         owners = [file]
-        file.visititems(lambda _, item: owners.append(item))
+        file.visititems(lambda _, item: owners.append(item) if isinstance(item, h5py.Group) else None)
         inverted = sum(_invert(owner, name) for owner in owners for name in names)
     changed = np.flatnonzero(before != _read(path, gaps))
     assert len(changed) == inverted, f"{path}: {len(changed)} bytes changed, {inverted} were inverted"
