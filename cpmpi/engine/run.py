@@ -90,7 +90,7 @@ def _open_files(job: Job, recorder: Recorder | None) -> Iterator[Files]:
         index, spec, finished = open_run_folder(job)
         stack.enter_context(rank_log(RunPaths(options.output).log, ranks))
         writer = None
-        if spec.kv is not None:
+        if spec.kv is not None and len(finished) < len(spec.documents):
             writer = stack.enter_context(open_writer(job, index, spec, finished, recorder))
         yield Files(index=index, writer=writer, spec=spec, finished=finished)
 
