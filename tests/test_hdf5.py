@@ -1,5 +1,6 @@
 """The HDF5 layer: types that every tool reads, fixed places, files that appear at once."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from h5py import h5t
 from cpmpi.errors import UserError
 from cpmpi.run import hdf5
 from cpmpi.run.publish import publish_text, published
+from cpmpi.run.steady import SteadyFile
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, 3.140625, 1e-40, 65280.0, float("inf"), float("-inf"), float("nan")]
 
@@ -136,3 +138,35 @@ def test_partial_writes_and_short_reads(tmp_path, monkeypatch):
         np.testing.assert_array_equal(read, data)
         with pytest.raises(UserError, match=r"bytes: truncated: 2 bytes are missing at offset 103"):
             hdf5.pread_all(file.fileno(), read, 5, path)
+
+
+def test_a_write_that_fails_is_remembered_and_goes_nowhere(tmp_path):
+    with open("/dev/full", "r+b", buffering=0) as full:
+        steady = SteadyFile(full)
+        assert steady.write(b"abc") == 3
+        assert steady.error is not None
+        assert steady.error.errno == errno.ENOSPC
+    with open(tmp_path / "a", "w+b", buffering=0) as raw:
+        steady = SteadyFile(raw)
+        assert steady.write(np.arange(5, dtype="<i4")) == 20
+        assert (steady.tell(), steady.error) == (20, None)
+        steady.error = OSError(errno.EIO, "before")
+        assert steady.write(b"later") == 5
+        assert steady.tell() == 25
+    assert (tmp_path / "a").stat().st_size == 20
+
+
+def test_an_error_of_the_disk_comes_before_what_hdf5_makes_of_it(tmp_path, monkeypatch):
+    def fill(self, data):
+        self.error = OSError(errno.ENOSPC, "No space left on device")
+        return len(memoryview(data).cast("B"))
+
+    monkeypatch.setattr(SteadyFile, "write", fill)
+    with (
+        pytest.raises(UserError, match=r"a\.h5: cannot be laid out \(No space left on device\)"),
+        hdf5.created_file(tmp_path / "a.h5", most_places=1) as file,
+    ):
+        file.attrs["complete"] = False
+        file.flush()
+        raise RuntimeError("what HDF5 says")
+    assert list(tmp_path.iterdir()) == []

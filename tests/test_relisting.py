@@ -13,7 +13,9 @@ from cpmpi.run.folder import start_index, what_is_deleted
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.spec import DocumentSpec, RunSpec
 from cpmpi.run.verify import verify_run
+from tests.conftest import mpirun
 from tests.runs import kv_of, make_run, make_spec, number_of, open_writers, outputs_of
+from tests.test_exact import save_documents, save_llama
 
 LENGTHS = (50, 2, 7, 30)
 OLD_RUNS = Path(__file__).parent / "data" / "runs-of-format-1.tar.xz"
@@ -209,3 +211,23 @@ def test_documents_of_a_score_run(tmp_path):
     with open_run(tmp_path) as run:
         assert [document.world_size for document in run.documents] == [3, 3]
         assert [document.world_size for document in run.set_aside] == [1]
+
+
+def test_a_job_adds_a_document_on_another_number_of_ranks(tmp_path):
+    save_llama(tmp_path / "model", 2)
+    save_documents(tmp_path / "documents", (200, 90))
+    first, second = sorted((tmp_path / "documents").iterdir())
+    run = ["-m", "cpmpi", "prefill", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "run")]
+    done = mpirun(1, *run, "--input", str(second))
+    assert done.returncode == 0, done.stdout
+    (tmp_path / "run" / "slurm-1.out").touch()
+    with open_run(tmp_path / "run") as before:
+        nll, shard = before.documents[0].nll, before.paths.shard(0).stat().st_mtime_ns
+    done = mpirun(2, *run, "--input", str(first), "--input", str(second))
+    assert done.returncode == 0, done.stdout
+    assert "1 of 2 documents are finished already" in done.stdout
+    assert verify_run(tmp_path / "run").problems == []
+    with open_run(tmp_path / "run") as after:
+        assert [document.world_size for document in after.documents] == [2, 1]
+        assert after.documents[1].nll == nll
+        assert after.paths.shard(0).stat().st_mtime_ns == shard
