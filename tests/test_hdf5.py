@@ -161,12 +161,13 @@ def test_an_error_of_the_disk_comes_before_what_hdf5_makes_of_it(tmp_path, monke
         self.error = OSError(errno.ENOSPC, "No space left on device")
         return len(memoryview(data).cast("B"))
 
+    def lay_out() -> None:
+        with hdf5.created_file(tmp_path / "a.h5", most_places=1) as file:
+            file.attrs["complete"] = False
+            file.flush()
+            raise RuntimeError("what HDF5 says")
+
     monkeypatch.setattr(SteadyFile, "write", fill)
-    with (
-        pytest.raises(UserError, match=r"a\.h5: cannot be laid out \(No space left on device\)"),
-        hdf5.created_file(tmp_path / "a.h5", most_places=1) as file,
-    ):
-        file.attrs["complete"] = False
-        file.flush()
-        raise RuntimeError("what HDF5 says")
+    with pytest.raises(UserError, match=r"a\.h5: cannot be laid out \(No space left on device\)"):
+        lay_out()
     assert list(tmp_path.iterdir()) == []

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from cpmpi import open_run
+from cpmpi.attention.grid import Grid
 from cpmpi.errors import UserError
 from cpmpi.run.folder import start_index, what_is_deleted
 from cpmpi.run.paths import RunPaths
-from cpmpi.run.spec import DocumentSpec, RunSpec
+from cpmpi.run.spec import DocumentSpec, RunSpec, ShardSet
 from cpmpi.run.verify import verify_run
 from tests.conftest import mpirun
 from tests.runs import kv_of, make_run, make_spec, number_of, open_writers, outputs_of
@@ -73,8 +74,17 @@ def test_the_rest_is_done_by_another_number_of_ranks_and_other_segments(tmp_path
     for world, segments in ((2, 4), (1, 4), (1, 2)):
         spec = make_spec(LENGTHS[:3], world, segments)
         assert start_index(tmp_path, spec).finished == {0}
+    make_run(tmp_path, spec, stop_after=1)
+    grid = Grid(tp=2, head_groups=2)
+    shared = tuple(replace(document, grid=grid) for document in spec.documents)
+    spec = replace(spec, world_size=2, shard_set=ShardSet(world_size=2), documents=shared)
+    index = start_index(tmp_path, spec)
+    assert index.finished == {0, 1}
+    assert [document.grid.tp for document in index.spec.documents] == [1, 1, 2]
     make_run(tmp_path, spec)
-    assert check(tmp_path, 0, 1, 2) == [3, 1, 1]
+    assert check(tmp_path, 0, 1, 2) == [3, 1, 2]
+    with open_run(tmp_path) as run:
+        assert run.documents[2].spec.heads(1, 2) == (1, 2)
 
 
 def test_shards_that_hold_nothing_finished_are_deleted(tmp_path):
