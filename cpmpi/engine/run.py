@@ -100,6 +100,8 @@ def open_run_folder(job: Job) -> tuple[RunIndex | None, RunSpec, frozenset[int]]
     opened: list[RunIndex] = []
 
     def open_index() -> tuple[RunSpec, frozenset[int]]:
+        if job.options.overwrite and RunPaths(job.options.output).contents():
+            job.progress.say(f"--overwrite deletes {folder.what_is_deleted(job.options.output)}")
         opened.append(folder.start_index(job.options.output, job.spec, overwrite=job.options.overwrite))
         return opened[0].spec, opened[0].finished
 
