@@ -16,6 +16,7 @@ from cpmpi.run import layer_reader, seal, shard
 from cpmpi.run import verify as verify_module
 from cpmpi.run.hdf5 import changed_file, created_file, set_attribute
 from cpmpi.run.paths import RunPaths
+from cpmpi.run.results import Results, result_digest
 from cpmpi.run.verify import verify_run
 from tests.runs import kv_of, make_run, make_spec, outputs_of
 
@@ -234,3 +235,17 @@ def test_a_complete_run_with_an_incomplete_document(tmp_path):
         set_attribute(file["documents/000001"], "complete", False)
     assert "damaged: the run is complete, but document 'd1' is not" in verify_run(tmp_path).problems[0]
     assert outputs_of(1, 2)["logprobs"][1] < 0
+
+
+def test_every_result_is_under_the_checksum():
+    arrays = {**outputs_of(0, 5), "kv/shard_digest": np.array([1, 2], "<u8")}
+    good = Results(arrays=arrays, nll=1.0, perplexity=2.0)
+    others = [
+        Results(arrays={**arrays, "kv/shard_digest": np.array([1, 3], "<u8")}, nll=1.0, perplexity=2.0),
+        Results(arrays={**arrays, "token_ids": arrays["token_ids"] + 1}, nll=1.0, perplexity=2.0),
+        Results(arrays=arrays, nll=1.5, perplexity=2.0),
+        Results(arrays=arrays, nll=1.0, perplexity=2.5),
+        Results(arrays=arrays, nll=1.0, perplexity=2.0, failed=b"x"),
+    ]
+    assert len({result_digest(one) for one in (good, *others)}) == 6
+    assert result_digest(good) != result_digest(good, 0)
