@@ -44,6 +44,14 @@ def check(folder: Path, *numbers: int) -> list[int]:
         return [document.world_size for document in run.documents]
 
 
+class PowerCutError(BaseException):
+    """What a kill does, without ending the test."""
+
+
+def cut(*args, **kwargs):
+    raise PowerCutError
+
+
 def test_added_taken_away_reordered_and_by_other_ranks(tmp_path):
     make_run(tmp_path, listed(0, 1))
     shard = RunPaths(tmp_path).shard(0)
@@ -92,6 +100,11 @@ def test_shards_that_hold_nothing_finished_are_deleted(tmp_path):
     for writer in open_writers(tmp_path, index):
         writer.close()
     assert RunPaths(tmp_path).shard(2).exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cpmpi.run.folder._delete_shards_but", cut)
+        with pytest.raises(PowerCutError):
+            start_index(tmp_path, listed(0, 1, world=2))
+    assert RunPaths(tmp_path).shard(2).exists()
     start_index(tmp_path, listed(0, 1, world=2))
     assert not list(RunPaths(tmp_path).shards.glob("*.h5"))
     make_run(tmp_path, listed(0, 1, world=2))
@@ -119,16 +132,9 @@ def test_another_text_of_the_same_length_and_name_is_not_taken_for_the_old_one(t
     assert start_index(tmp_path, replace(spec, documents=(unknown,))).finished == frozenset()
 
 
-class PowerCutError(BaseException):
-    """What a kill does, without ending the test."""
-
-
 @pytest.mark.parametrize("step", ["lay out", "replace", "delete"])
 def test_a_kill_while_the_list_changes_loses_nothing(tmp_path, monkeypatch, step):
     make_run(tmp_path, listed(0, 1))
-
-    def cut(*args, **kwargs):
-        raise PowerCutError
 
     places = {"lay out": ("cpmpi.run.index_layout", "_copy_results"), "replace": ("os", "replace")}
     module, name = places.get(step, ("cpmpi.run.folder", "_delete_shards_but"))

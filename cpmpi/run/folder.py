@@ -52,7 +52,9 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunI
         _check_same_run(run, spec)
         _check_same_shapes(run, spec)
         if _goes_on(run, spec):
-            return RunIndex(folder, _as_laid_out(run, spec))
+            spec = _as_laid_out(run, spec)
+            _delete_shards_but(folder, {*run.shard_sets, spec.shard_set.number})  # a kill may have left some
+            return RunIndex(folder, spec)
         spec, kept = _keep_finished(run, spec)
         index = create_index(folder, spec, {name: document.group for name, document in kept.items()})
     RunPaths(folder).summary.unlink(missing_ok=True)
