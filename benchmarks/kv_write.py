@@ -32,7 +32,7 @@ from cpmpi.text import human_bytes
 
 def make_spec(tokens: int, layers: int, heads: int, dim: int, dtype: str) -> RunSpec:
     """One document on one rank."""
-    kv = KVSpec(layers=layers, heads=heads, key_dim=dim, value_dim=dim, dtype=dtype)
+    kv = KVSpec.alike(layers=layers, heads=heads, key_dim=dim, value_dim=dim, dtype=dtype)
     document = DocumentSpec(id="d", source="", n_tokens=tokens, layout=Layout(n_tokens=tokens, world=1))
     return RunSpec(
         model="{}", model_sha256="", tokenizer_sha256="", dtype="float32", kv=kv, world_size=1, hidden_size=1,
@@ -86,7 +86,7 @@ def main(
     assert spec.kv is not None
     wide = (torch.randn(tokens, heads, dim), torch.randn(tokens, heads, dim))
     stored = tuple(tensor.to(getattr(torch, dtype)) for tensor in wide)
-    total = layers * tokens * spec.kv.token_bytes
+    total = tokens * spec.kv.bytes_per_token
     ways: dict[str, Callable[[Path], float]] = {
         "raw": lambda where: write_raw(where, layers, stored),
         "same": lambda where: write_shard(where, spec, stored),

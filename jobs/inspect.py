@@ -38,14 +38,21 @@ def describe(run: Run) -> dict[str, Any]:
         "run": str(run.paths.folder),
         "complete": run.complete,
         "documents_complete": sum(document["complete"] for document in documents),
+        "documents_failed": sum(document["failed"] is not None for document in documents),
+        "documents_set_aside": len(run.set_aside),
         "model": {key: model[key] for key in ("model_type", "architectures", "_name_or_path") if key in model},
         "model_sha256": attributes["model_sha256"],
         "dtype": attributes["dtype"],
         "world_size": run.world_size,
         "command": attributes["command"],
         "cpmpi_version": attributes["cpmpi_version"],
+        "format_version": run.version,
         "kv": _describe_kv(run),
-        "shards": [_describe_shard(run, rank) for rank in range(run.world_size)] if run.kv_dtype else [],
+        "shards": [
+            _describe_shard(run, number, rank)
+            for number, one in run.shard_sets.items()
+            for rank in range(one.world_size)
+        ],
         "unfinished": _describe_unfinished(run),
         "documents": documents,
     }
@@ -60,44 +67,43 @@ def _describe_document(document: Document) -> dict[str, Any]:
         "nll": _number(document.nll),
         "perplexity": _number(document.perplexity),
         "complete": document.complete,
+        "failed": document.failed or None,
+        "world_size": document.world_size,
     }
 
 
 def _describe_kv(run: Run) -> dict[str, Any] | None:
     if run.kv_dtype is None:
         return None
-    shape = run.documents[0].kv_shape
-    assert shape is not None
-    layers, _, heads, key_dim, value_dim = shape
-    token_bytes = layers * heads * (key_dim + value_dim) * STORED_FLOATS[run.kv_dtype].itemsize
+    groups = run.documents[0].kv_groups
+    token_bytes = sum(len(one.layers) * one.shape.numbers for one in groups) * STORED_FLOATS[run.kv_dtype].itemsize
     return {
         "dtype": run.kv_dtype,
-        "layers": layers,
-        "heads": heads,
-        "key_dim": key_dim,
-        "value_dim": value_dim,
+        "layers": sum(len(one.layers) for one in groups),
+        "shapes": [{"layers": len(one.layers), **one.shape._asdict()} for one in groups],
         "bytes_per_token": token_bytes,
         "bytes": token_bytes * sum(document.n_tokens for document in run.documents),
     }
 
 
-def _describe_shard(run: Run, rank: int) -> dict[str, Any]:
+def _describe_shard(run: Run, shard_set: int, rank: int) -> dict[str, Any]:
     try:
-        run.shard(rank)
+        run.shard(rank, shard_set)
     except UserError as problem:
-        return {"rank": rank, "bytes": None, "problem": str(problem)}
-    return {"rank": rank, "bytes": run.shard_size(rank), "problem": None}
+        return {"set": shard_set, "rank": rank, "bytes": None, "problem": str(problem)}
+    return {"set": shard_set, "rank": rank, "bytes": run.shard_size(rank, shard_set), "problem": None}
 
 
 def _describe_unfinished(run: Run) -> dict[str, Any] | None:
     """The first unfinished document and how many of its layers every rank has written; None when there is none."""
-    document = next((document for document in run.documents if not document.complete), None)
+    document = next((document for document in run.documents if not document.complete and not document.failed), None)
     if document is None:
         return None
     layers_done = None
     if run.kv_dtype is not None:
         try:
-            layers_done = min(int(run.shard(rank).layers_done(document.index).sum()) for rank in range(run.world_size))
+            shards = [run.shard(rank, document.shard_set) for rank in range(document.world_size)]
+            layers_done = min(int(shard.layers_done(document.shard_number).sum()) for shard in shards)
         except UserError:
             layers_done = 0
     return {"id": document.id, "layers_done": layers_done}
@@ -121,8 +127,11 @@ def as_text(facts: dict[str, Any], limit: int) -> str:
     if kv is None:
         lines.append("kv        none")
     else:
-        shape = f"{kv['layers']} layers x T tokens x {kv['heads']} heads x {kv['key_dim']} + {kv['value_dim']}"
-        lines.append(f"kv        {kv['dtype']}, {shape}: {human_bytes(kv['bytes'])}")
+        shapes = [
+            f"{s['layers']} layers x T tokens x {s['heads']} heads x {s['key_dim']} + {s['value_dim']}"
+            for s in kv["shapes"]
+        ]
+        lines.append(f"kv        {kv['dtype']}, {' and '.join(shapes)}: {human_bytes(kv['bytes'])}")
     good = [shard["bytes"] for shard in facts["shards"] if shard["problem"] is None]
     if good:
         each = human_bytes(min(good)) + (f" to {human_bytes(max(good))}" if max(good) > min(good) else "")
@@ -130,12 +139,15 @@ def as_text(facts: dict[str, Any], limit: int) -> str:
     lines += [f"problem   {shard['problem']}" for shard in facts["shards"] if shard["problem"] is not None]
     done, total = facts["documents_complete"], len(documents)
     state = "complete" if facts["complete"] else "not complete"
-    lines.append(f"state     {state}: {done} of {total} documents")
+    failed, aside = facts["documents_failed"], facts["documents_set_aside"]
+    more = f", {failed} failed" * bool(failed) + f"; {aside} of an earlier list set aside" * bool(aside)
+    lines.append(f"state     {state}: {done} of {total} documents{more}")
     if unfinished is not None and unfinished["layers_done"] is not None and kv is not None:
         lines.append(
             f"          next {unfinished['id']!r}: {unfinished['layers_done']} of {kv['layers']} layers written"
         )
     lines += ["", *_table(documents[:limit])]
+    lines += [f"failed    {d['id']}: {d['failed']}" for d in documents if d["failed"]]
     if total > limit:
         lines.append(f"... and {total - limit} more (--documents {total}, or summary.csv)")
     return "\n".join(lines)
@@ -147,7 +159,7 @@ def _table(documents: list[dict[str, Any]]) -> list[str]:
         nll, perplexity = (
             "-" if value is None else f"{value:.6g}" for value in (document["nll"], document["perplexity"])
         )
-        complete = "yes" if document["complete"] else "no"
+        complete = "yes" if document["complete"] else "failed" if document["failed"] else "no"
         rows.append((str(document["index"]), document["id"], str(document["n_tokens"]), nll, perplexity, complete))
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     left = (1, 5)

@@ -20,7 +20,8 @@ def command(run: Path, folder: Path | None) -> None:
     with open_run(run) as opened:
         for i, document in enumerate(opened.documents):
             if not document.complete:
-                click.echo(f"document {document.id!r} is not finished", err=True)
+                why = f"failed: {document.failed}" if document.failed else "is not finished"
+                click.echo(f"document {document.id!r} {why}", err=True)
                 continue
             if document.n_tokens < 2:
                 click.echo(f"document {document.id!r} has one token: there is no surprisal to draw", err=True)

@@ -15,7 +15,7 @@ from cpmpi.run.spec import DocumentSpec, KVSpec, RunSpec, token_digest
 from cpmpi.run.writer import ShardWriter
 
 HIDDEN = 8
-KV = KVSpec(layers=3, heads=2, key_dim=4, value_dim=3)
+KV = KVSpec.alike(layers=3, heads=2, key_dim=4, value_dim=3)
 
 
 def make_spec(lengths=(50, 2, 7), world: int = 3, segments: int = 4, kv: KVSpec | None = KV, **changes: Any) -> RunSpec:
@@ -53,13 +53,20 @@ def outputs_of(document: int, n_tokens: int) -> dict[str, Any]:
 def kv_of(document: int, layer: int, n_tokens: int, kv: KVSpec = KV) -> tuple[torch.Tensor, torch.Tensor]:
     """The whole document's keys and values of a layer in float32; the same every time."""
     generator = torch.Generator().manual_seed(1000 * document + layer)
-    key_TGD = torch.randn(n_tokens, kv.heads, kv.key_dim, generator=generator)
-    return key_TGD, torch.randn(n_tokens, kv.heads, kv.value_dim, generator=generator)
+    heads, key_dim, value_dim = kv.shapes[layer]
+    key_TGD = torch.randn(n_tokens, heads, key_dim, generator=generator)
+    return key_TGD, torch.randn(n_tokens, heads, value_dim, generator=generator)
 
 
 def held(document: DocumentSpec, rank: int) -> list[int]:
     """The positions that a rank holds, in order."""
     return [position for piece in document.pieces(rank) for position in range(piece.start, piece.stop)]
+
+
+def number_of(document: DocumentSpec) -> int:
+    """What ``outputs_of`` and ``kv_of`` call a document of ``make_spec``, whatever its place in the list."""
+    line = document.source.rpartition(":")[2]
+    return int(line) if line.isdecimal() else 0
 
 
 def write_document(index, writers: list[ShardWriter], i: int) -> None:
@@ -68,17 +75,20 @@ def write_document(index, writers: list[ShardWriter], i: int) -> None:
     digests = []
     for rank, writer in enumerate(writers):
         assert spec.kv is not None
-        for layer in range(spec.kv.layers):
-            key_TGD, value_TGE = kv_of(i, layer, document.n_tokens, spec.kv)
-            writer.put(i, layer, key_TGD[held(document, rank)], value_TGE[held(document, rank)])
+        for layer, shape in enumerate(spec.kv.shapes):
+            heads = slice(*document.heads(rank, shape.heads))
+            mine = (
+                x[held(document, rank), heads] for x in kv_of(number_of(document), layer, document.n_tokens, spec.kv)
+            )
+            writer.put(i, layer, *mine)
         digests.append(writer.finish(i))
-    index.write_outputs(i, **outputs_of(i, document.n_tokens), digests=digests)
+    index.write_outputs(i, **outputs_of(number_of(document), document.n_tokens), digests=digests)
 
 
 def open_writers(folder: Path, index) -> list[ShardWriter]:
     """Every rank's writer, on shards that are laid out where they are missing."""
     spec = index.spec
-    if spec.kv is None:
+    if spec.kv is None or len(index.finished) == len(spec.documents):
         return []
     paths = [prepare_shard(folder, spec, rank, index.finished) for rank in range(spec.world_size)]
     index.write_manifest([path.stat().st_size for path in paths])

@@ -59,7 +59,7 @@ def prepare(folder: Path) -> None:
     weights = (folder / "truncated" / "model.safetensors").read_bytes()
     (folder / "truncated" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     (folder / "not-a-run").mkdir()
-    (folder / "not-a-run" / "thesis.tex").write_text("years of work")
+    (folder / "not-a-run" / "summary.csv").write_text("years of work")
 
 
 # (what is wrong, arguments, what the line says, exit status); {f} is the folder, --model and --output have defaults
@@ -98,15 +98,14 @@ CASES = [
     ),
     ("trace in the run", ["--trace", "{f}/new/trace.json"], r"--trace .*new/trace\.json: is in the run folder", 1),
     ("no folder for a trace", ["--trace", "{f}/none/trace.json"], r"--trace .*trace\.json: no folder .*/none", 1),
-    ("not a run", ["--output", "{f}/not-a-run"], r"not-a-run: .*thesis\.tex", 1),
+    ("not a run", ["--output", "{f}/not-a-run"], r"not-a-run: holds summary\.csv, which a run would replace", 1),
     ("other model", ["--output", "{f}/run", "--model", "{f}/other"], r"holds a run with model_sha256 .*--overwrite", 1),
     (
-        "other input",
-        ["--output", "{f}/run", "--input", "{f}/more.npy"],
-        r"holds a run of 1 documents, this one has 2",
+        "other KV",
+        ["--output", "{f}/run", "--kv-dtype", "float32"],
+        r"a run with kv_dtype .*--overwrite, which deletes",
         1,
     ),
-    ("other segments", ["--output", "{f}/run", "--segments", "3"], r"segments 2.* 3; choose another --output", 1),
     ("segments 0", ["--segments", "0"], r"'--segments': 0 is not in the range x>=1", 2),
     ("unknown schedule", ["--attention", "star"], r"'star' is not one of 'auto', 'ring', 'tree', 'hybrid'", 2),
     ("no input", None, r"Missing option '--input'", 2),

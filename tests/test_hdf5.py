@@ -1,5 +1,6 @@
 """The HDF5 layer: types that every tool reads, fixed places, files that appear at once."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from h5py import h5t
 from cpmpi.errors import UserError
 from cpmpi.run import hdf5
 from cpmpi.run.publish import publish_text, published
+from cpmpi.run.steady import SteadyFile
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, 3.140625, 1e-40, 65280.0, float("inf"), float("-inf"), float("nan")]
 
@@ -24,7 +26,7 @@ def bits_of(values: torch.Tensor) -> np.ndarray:
 
 def write_types(path) -> None:
     values = torch.tensor(SPECIAL)
-    with hdf5.created_file(path) as file:
+    with hdf5.created_file(path, most_places=3) as file:
         for name, stored in hdf5.STORED_FLOATS.items():
             hdf5.create_contiguous(file, name, (len(SPECIAL),), stored.h5type(), labels=("token",))
     with h5py.File(path) as file, open(path, "r+b") as raw:
@@ -61,7 +63,7 @@ def test_bfloat16_widens_bit_for_bit():
 
 
 def test_large_datasets_lie_on_pages_and_the_file_stays_sparse(tmp_path):
-    with hdf5.created_file(tmp_path / "a.h5") as file:
+    with hdf5.created_file(tmp_path / "a.h5", most_places=2) as file:
         hdf5.create_contiguous(file, "small", (3,), h5t.STD_I32LE, fill=np.int32(-1))
         big = hdf5.create_contiguous(file, "big", (1 << 28,), h5t.IEEE_F32LE)
         assert hdf5.dataset_offset(big) % hdf5.ALIGNMENT_BYTES == 0
@@ -88,7 +90,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path):
 
 
 def test_an_attribute_is_changed_in_place(tmp_path):
-    with hdf5.created_file(tmp_path / "a.h5") as file:
+    with hdf5.created_file(tmp_path / "a.h5", most_places=1, attributes=["complete"]) as file:
         file.attrs["complete"] = False
     before = (tmp_path / "a.h5").read_bytes()
     with hdf5.changed_file(tmp_path / "a.h5") as file:
@@ -103,7 +105,7 @@ def test_an_attribute_is_changed_in_place(tmp_path):
 def test_a_writer_is_not_stopped_by_somebody_who_looks(tmp_path):
     """h5py's own default would refuse to open the file for writing while another process has it open."""
     path = tmp_path / "a.h5"
-    with hdf5.created_file(path) as file:
+    with hdf5.created_file(path, most_places=1, attributes=["complete"]) as file:
         file.attrs["complete"] = False
     look = "import h5py, sys; f = h5py.File(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
     with subprocess.Popen(
@@ -136,3 +138,36 @@ def test_partial_writes_and_short_reads(tmp_path, monkeypatch):
         np.testing.assert_array_equal(read, data)
         with pytest.raises(UserError, match=r"bytes: truncated: 2 bytes are missing at offset 103"):
             hdf5.pread_all(file.fileno(), read, 5, path)
+
+
+def test_a_write_that_fails_is_remembered_and_goes_nowhere(tmp_path):
+    with open("/dev/full", "r+b", buffering=0) as full:
+        steady = SteadyFile(full)
+        assert steady.write(b"abc") == 3
+        assert steady.error is not None
+        assert steady.error.errno == errno.ENOSPC
+    with open(tmp_path / "a", "w+b", buffering=0) as raw:
+        steady = SteadyFile(raw)
+        assert steady.write(np.arange(5, dtype="<i4")) == 20
+        assert (steady.tell(), steady.error) == (20, None)
+        steady.error = OSError(errno.EIO, "before")
+        assert steady.write(b"later") == 5
+        assert steady.tell() == 25
+    assert (tmp_path / "a").stat().st_size == 20
+
+
+def test_an_error_of_the_disk_comes_before_what_hdf5_makes_of_it(tmp_path, monkeypatch):
+    def fill(self, data):
+        self.error = OSError(errno.ENOSPC, "No space left on device")
+        return len(memoryview(data).cast("B"))
+
+    def lay_out() -> None:
+        with hdf5.created_file(tmp_path / "a.h5", most_places=1) as file:
+            file.attrs["complete"] = False
+            file.flush()
+            raise RuntimeError("what HDF5 says")
+
+    monkeypatch.setattr(SteadyFile, "write", fill)
+    with pytest.raises(UserError, match=r"a\.h5: cannot be laid out \(No space left on device\)"):
+        lay_out()
+    assert list(tmp_path.iterdir()) == []

@@ -17,10 +17,11 @@ import pytest
 from cpmpi import open_run
 from cpmpi.attention.layout import Layout
 from cpmpi.errors import UserError
-from cpmpi.run.folder import delete_run, only_writer, open_index_for_resume, start_index
+from cpmpi.run.folder import check_room, delete_run, only_writer, start_index
 from cpmpi.run.index import create_index
 from cpmpi.run.paths import RunPaths
-from cpmpi.run.spec import DocumentSpec, bytes_to_write, check_room, index_bytes, needed_bytes, shard_bytes
+from cpmpi.run.spec import DocumentSpec, KVSpec, index_bytes, shard_bytes
+from cpmpi.run.spec import check_room as check_free
 from cpmpi.run.verify import verify_run
 from cpmpi.text import human_bytes
 from tests.runs import KV, make_run, make_spec, open_writers, outputs_of, write_document
@@ -33,13 +34,15 @@ def test_the_contract(tmp_path):
     spec = make_run(tmp_path / "run")
     with h5py.File(tmp_path / "run" / "run.h5") as file:
         assert file.attrs["format"] == "cpmpi-run"
-        assert file.attrs["format_version"] == 1
+        assert file.attrs["format_version"] == 2
         assert file.attrs["cpmpi_version"] == spec.version
         for name in ("model", "model_sha256", "tokenizer_sha256", "dtype", "world_size", "topology", "command"):
             assert file.attrs[name] == getattr(spec, name)
         assert file.attrs["complete"].dtype == np.bool_
         assert file.attrs["complete"]
-        assert [name.decode() for name in file["shards/name"][:]] == [f"shards/rank-{r:05d}.h5" for r in range(3)]
+        assert [name.decode() for name in file["shards/000000/name"][:]] == [
+            f"shards/rank-{r:05d}.h5" for r in range(3)
+        ]
         group = file["documents/000001"]
         assert group.attrs["id"] == "d1"
         assert group.attrs["source"] == "corpus.jsonl:1"
@@ -107,28 +110,38 @@ def test_large_attributes(tmp_path):
 
 
 def test_estimates_are_upper_bounds_and_not_wild(tmp_path):
-    spec = make_spec((4000, 2, 700), world=4, segments=8, kv=replace(KV, heads=16, key_dim=64))
+    spec = make_spec((4000, 2, 700), world=4, segments=8, kv=KVSpec.alike(layers=3, heads=16, key_dim=64, value_dim=3))
     make_run(tmp_path, spec)
     for rank in range(4):
         size = RunPaths(tmp_path).shard(rank).stat().st_size
         assert size <= shard_bytes(spec, rank) <= size + (200 << 10)
     size = RunPaths(tmp_path).index.stat().st_size
     assert size <= index_bytes(spec) <= size + (300 << 10)
-    assert needed_bytes(spec, 0) == shard_bytes(spec, 0) + index_bytes(spec)
-    assert needed_bytes(spec, 1) == shard_bytes(spec, 1)
 
 
 def test_no_room(tmp_path):
-    check_room(tmp_path / "not" / "there" / "yet", 1000)
+    check_free(tmp_path / "not" / "there" / "yet", 1000)
     with pytest.raises(
         UserError, match=r"run: the run needs 1000000 TB \(10{18} bytes\), but .* \(\d+ bytes\) free; choose"
     ):
-        check_room(tmp_path / "run", 10**18)
+        check_free(tmp_path / "run", 10**18)
 
 
-def test_what_is_written_needs_no_room(tmp_path):
-    spec = make_run(tmp_path, make_spec((4000,), world=1, kv=replace(KV, heads=16, key_dim=64)))
-    assert bytes_to_write(tmp_path, spec, 0) < needed_bytes(spec, 0) - 4000 * 3 * 16 * 67 * 2
+def test_what_is_written_needs_no_room(tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr("cpmpi.run.folder.check_free", lambda folder, count: needed.append(count))
+    spec = make_spec((4000, 300), world=2, kv=KVSpec.alike(layers=3, heads=16, key_dim=64, value_dim=3))
+    kv_bytes = 4000 * spec.kv.bytes_per_token
+    check_room(tmp_path, spec)
+    make_run(tmp_path, spec, stop_after=1)
+    check_room(tmp_path, spec)
+    check_room(tmp_path, make_spec((4000, 300), world=1, kv=spec.kv))
+    check_room(tmp_path, spec, overwrite=True)
+    new, same, by_one_rank, anew = needed
+    assert new > kv_bytes
+    assert same < new - kv_bytes
+    assert by_one_rank < new - kv_bytes
+    assert anew == same
 
 
 @pytest.mark.parametrize(
@@ -141,9 +154,9 @@ def test_human_bytes(count, text):
 
 def test_resume_does_the_rest_only(tmp_path):
     spec = make_run(tmp_path, make_spec(), stop_after=1)
-    index = open_index_for_resume(tmp_path, make_spec())
+    index = start_index(tmp_path, make_spec())
     assert index.finished == {0}
-    assert index.spec.run_id == spec.run_id
+    assert index.spec.run_id == spec.run_id, "not laid out anew"
     assert not RunPaths(tmp_path).summary.exists()
     make_run(tmp_path, make_spec())
     assert verify_run(tmp_path).problems == []
@@ -155,56 +168,72 @@ def test_resume_does_the_rest_only(tmp_path):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"model_sha256": "c" * 64}, "holds a run with model_sha256 aaaa.* this one has cccc"),
-        ({"tokenizer_sha256": "c" * 64}, "tokenizer_sha256 bbbb.* this one has cccc"),
+        ({"model_sha256": "c" * 64}, "holds a run with model_sha256 aaaa.* this one has c+"),
+        ({"tokenizer_sha256": "c" * 64}, "tokenizer_sha256 bbbb.* this one has c+"),
         ({"dtype": "bfloat16"}, "dtype float32, this one has bfloat16"),
         ({"kv": None}, "kv_dtype bfloat16, this one has none"),
         ({"kv": replace(KV, dtype="float32")}, "kv_dtype bfloat16, this one has float32"),
-        ({"world": 2}, "world_size 3, this one has 2"),
-        ({"segments": 2}, r"document 0 .* segments 4, of this one \(corpus.jsonl:0\) 2"),
-        ({"lengths": (50, 2)}, "a run of 3 documents, this one has 2"),
-        ({"lengths": (50, 3, 7)}, "document 1 of the run there has n_tokens 2, .* 3"),
         ({"hidden_size": 9}, "hidden_size 8, this one has 9"),
     ],
 )
 def test_another_run_is_refused(tmp_path, other, message):
     make_run(tmp_path, stop_after=1)
-    with pytest.raises(UserError, match=message + ".*choose another --output, or --overwrite"):
+    deletes = r"--overwrite, which deletes a run with 1 of 3 documents finished \(\d+ kB\)"
+    with pytest.raises(UserError, match=f"{message}; choose another --output, or {deletes}"):
         start_index(tmp_path, make_spec(**other))
     assert start_index(tmp_path, make_spec(**other), overwrite=True).finished == frozenset()
     assert not RunPaths(tmp_path).shards.exists()
 
 
-def test_other_text_of_the_same_length_is_refused(tmp_path):
-    make_run(tmp_path, stop_after=1)
-    spec = make_spec()
-    other = replace(spec.documents[2], token_ids_sha256="d" * 64)
-    with pytest.raises(UserError, match=r"document 2 .* token_ids_sha256"):
-        start_index(tmp_path, replace(spec, documents=(*spec.documents[:2], other)))
-
-
 def test_folders_that_are_no_run(tmp_path):
     folder = tmp_path / "thesis"
     folder.mkdir()
-    for i in range(7):
-        (folder / f"chapter{i}.tex").touch()
+    (folder / "chapter.tex").touch()
+    (folder / "summary.csv").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"thesis: is not a run folder \(it holds chapter0.tex, .* and 2 more\)"):
+        with pytest.raises(UserError, match=r"thesis: holds summary\.csv, which a run would replace; choose another"):
             start_index(folder, make_spec(), overwrite=overwrite)
-    with pytest.raises(UserError, match="is a file, not a folder"):
-        start_index(folder / "chapter1.tex", make_spec())
+        with pytest.raises(UserError, match="is a file, not a folder"):
+            start_index(folder / "chapter.tex", make_spec(), overwrite=overwrite)
     other = tmp_path / "other"
-    other.mkdir()
+    (other / "run.h5").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run\.h5: is not a file"):
+        start_index(other, make_spec(), overwrite=True)
+    (other / "run.h5").rmdir()
+    (other / "run.h5").write_text("a diary")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"run\.h5: is not a run's, or damaged beyond reading"):
+            start_index(other, make_spec(), overwrite=overwrite)
     with h5py.File(other / "run.h5", "w") as file:
         file.attrs["format"] = "something"
     for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"its run\.h5 is not a run's"):
+        with pytest.raises(UserError, match=r"run\.h5: is not a run's \(format 'something'"):
             start_index(other, make_spec(), overwrite=overwrite)
     with h5py.File(other / "run.h5", "a") as file:
         file.attrs["format"] = "cpmpi-run"
         file.attrs["format_version"] = 99
-    with pytest.raises(UserError, match="format version 99, this cpmpi knows 1"):
+    with pytest.raises(UserError, match="format 'cpmpi-run' version 99, expected 'cpmpi-run' 2"):
         start_index(other, make_spec())
+
+
+def test_a_run_without_its_index_is_not_begun_anew_without_a_word(tmp_path):
+    make_run(tmp_path)
+    index = RunPaths(tmp_path).index
+    kept = index.read_bytes()
+    for damage, message in (
+        (
+            index.unlink,
+            r"holds shards/rank-00000\.h5, .*summary\.csv, but no run\.h5, .*or --overwrite, which deletes them",
+        ),
+        (lambda: index.write_bytes(kept[:5000]), r"run\.h5: has 5000 bytes, but was laid out with .*or --overwrite"),
+        (lambda: index.write_bytes(kept[:4200] + b"x" + kept[4201:]), r"run\.h5: damaged: .*or --overwrite"),
+    ):
+        damage()
+        with pytest.raises(UserError, match=message):
+            start_index(tmp_path, make_spec())
+        assert RunPaths(tmp_path).shard(2).exists()
+    assert start_index(tmp_path, make_spec(), overwrite=True).finished == frozenset()
+    assert not RunPaths(tmp_path).shards.exists()
 
 
 def test_what_a_killed_start_leaves_behind_is_no_obstacle(tmp_path):
@@ -217,24 +246,22 @@ def test_what_a_killed_start_leaves_behind_is_no_obstacle(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "shards/other.h5", "report/mine.png", "checkpoints/model.safetensors"])
-def test_overwriting_deletes_nothing_that_no_run_wrote(name, tmp_path):
+def test_other_files_in_the_folder_are_no_obstacle_and_stay(tmp_path):
+    names = ["notes.txt", "slurm-1.out", ".nfs0001", "shards/other.h5", "report/mine.png", "checkpoints/a.safetensors"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    make_run(tmp_path, stop_after=1)
     make_run(tmp_path)
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).touch()
-    found = name.split("/")[0] if name.startswith("checkpoints") else name
-    with pytest.raises(UserError, match=rf"is not a run folder \(it holds {found}\)"):
-        start_index(tmp_path, make_spec(), overwrite=True)
     assert verify_run(tmp_path).problems == []
-    (tmp_path / name).rename(tmp_path / ".nfs0001")
-    if name.startswith("checkpoints"):
-        (tmp_path / "checkpoints").rmdir()
     start_index(tmp_path, make_spec(), overwrite=True)
+    assert all((tmp_path / name).exists() for name in names)
+    assert not RunPaths(tmp_path).shard(0).exists()
 
 
 def test_a_shard_that_changed_its_size_stops_a_resume(tmp_path):
     spec = make_run(tmp_path, stop_after=1)
-    index = open_index_for_resume(tmp_path, spec)
+    index = start_index(tmp_path, spec)
     with pytest.raises(
         UserError, match=r"rank-00001\.h5: has 5 bytes, but the run recorded \d+: truncated or replaced"
     ):
@@ -305,9 +332,12 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def work_until_killed(folder: Path, progress: int) -> None:
-    """In a child process: make runs, one after another, each resumed where it stopped. A byte a step tells how far."""
+    """In a child process: make runs, one after another, each resumed where it stopped, on one to three ranks.
+
+    A byte a step tells how far it is.
+    """
     while True:
-        index = start_index(folder, make_spec(KILL_LENGTHS, world=2, segments=2))
+        index = start_index(folder, make_spec(KILL_LENGTHS, world=1 + os.getpid() % 3, segments=2))
         os.write(progress, b".")
         writers = open_writers(folder, index)
         os.write(progress, b".")

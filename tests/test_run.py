@@ -172,7 +172,7 @@ def test_folders_without_a_run(tmp_path):
         open_run(tmp_path / "nothing")
     with h5py.File(tmp_path / "run.h5", "w"):
         pass
-    with pytest.raises(UserError, match=r"run\.h5: format None version None, expected 'cpmpi-run' 1"):
+    with pytest.raises(UserError, match=r"run\.h5: format None version None, expected 'cpmpi-run' 2"):
         open_run(str(tmp_path))
 
 

@@ -41,7 +41,7 @@ def test_round_trip_is_exact(tmp_path, dtype, source):
             key_TGD, value_TGE = (x.to(getattr(torch, source)) for x in kv_of(0, layer, 50))
             writer.put(0, layer, key_TGD[held(document, 1)], value_TGE[held(document, 1)])
         writer.finish(0)
-        assert writer.stats.bytes == 3 * document.layout.size(1) * kv.token_bytes
+        assert writer.stats.bytes == document.layout.size(1) * kv.bytes_per_token
     with h5py.File(path) as file:
         group = file[document_name(0)]
         assert [dim.label for dim in group["key"].dims] == ["layer", "token", "head", "dim"]
@@ -77,7 +77,7 @@ def test_any_layout_fits(tmp_path_factory, lengths, world, segments):
 
 def test_strided_tensors_and_numpy_arrays(tmp_path):
     """Attention gives (G, T, D): its transposed view is stored like a contiguous tensor."""
-    spec = make_spec((40,), world=1, kv=KVSpec(layers=2, heads=2, key_dim=4, value_dim=3, dtype="float32"))
+    spec = make_spec((40,), world=1, kv=KVSpec.alike(layers=2, heads=2, key_dim=4, value_dim=3, dtype="float32"))
     path = create_shard(tmp_path, spec, 0)
     key_TGD, value_TGE = kv_of(0, 0, 40)
     with ShardWriter(path, spec, 0) as writer:
@@ -248,26 +248,26 @@ def test_wrong_shapes_layers_and_types(tmp_path):
         with pytest.raises(ValueError, match="key and value are on cpu, meta, expected cpu"):
             writer.put(0, 0, key_TGD.to("meta"), value_TGE)
     with pytest.raises(UserError, match="KV type 'int8' is not one of float32, bfloat16, float16"):
-        KVSpec(layers=1, heads=1, key_dim=1, value_dim=1, dtype="int8")
+        KVSpec.alike(layers=1, heads=1, key_dim=1, value_dim=1, dtype="int8")
 
 
 def test_shards_of_other_runs_and_ranks_are_refused(tmp_path):
     spec, other = make_spec(), make_spec()
     path = create_shard(tmp_path, spec, 0)
     with pytest.raises(
-        UserError, match=rf"rank-00000\.h5: belongs to run {spec.run_id}, not to this run {other.run_id}"
+        UserError, match=rf"rank-00000\.h5: belongs to run {spec.shard_set.id}, not to this run {other.shard_set.id}"
     ):
         ShardWriter(path, other, 0)
     with pytest.raises(UserError, match="is the shard of rank 0, not of rank 1"):
-        ShardFile(path, spec.run_id, 1)
+        ShardFile(path, spec.shard_set.id, 1)
     with pytest.raises(UserError, match=r"has \d+ bytes, but the run recorded 5"):
-        ShardFile(path, spec.run_id, 0, size=5)
+        ShardFile(path, spec.shard_set.id, 0, size=5)
     with h5py.File(tmp_path / "plain.h5", "w"):
         pass
     with pytest.raises(UserError, match="not a shard of a run"):
-        ShardFile(tmp_path / "plain.h5", spec.run_id, 0)
+        ShardFile(tmp_path / "plain.h5", spec.shard_set.id, 0)
     with pytest.raises(UserError, match="has no group /documents/000009"):
-        ShardFile(path, spec.run_id, 0).document(9)
+        ShardFile(path, spec.shard_set.id, 0).document(9)
 
 
 def test_prepare_keeps_replaces_or_refuses(tmp_path):
@@ -279,7 +279,7 @@ def test_prepare_keeps_replaces_or_refuses(tmp_path):
     with pytest.raises(UserError, match="belongs to run"):
         prepare_shard(tmp_path, other, 0, finished=(0,))
     prepare_shard(tmp_path, other, 0, finished=())
-    ShardFile(path, other.run_id, 0).close()
+    ShardFile(path, other.shard_set.id, 0).close()
     path.unlink()
     with pytest.raises(UserError, match=r"rank-00000\.h5: no such file, but 1 finished documents .*--overwrite"):
         prepare_shard(tmp_path, other, 0, finished=(0,))

@@ -9,6 +9,7 @@ from cpmpi.errors import UserError
 from cpmpi.jobs.verify import command
 from cpmpi.run.hdf5 import changed_file, set_attribute
 from cpmpi.run.paths import RunPaths
+from cpmpi.run.results import read_results, result_digest
 from cpmpi.run.verify import verify_run
 from tests.runs import make_run, make_spec
 
@@ -107,9 +108,14 @@ def test_outputs_that_cannot_be_right(run_folder, dataset, position, value, expe
     ("name", "expected"), [("nll", "nll is 1.0, but"), ("perplexity", "perplexity is 1.0, not exp")]
 )
 def test_attributes_that_do_not_follow(run_folder, name, expected):
+    """Neither their checksum, nor what they must be."""
     with changed_file(RunPaths(run_folder).index) as file:
-        set_attribute(file["documents/000000"], name, 1.0)
-    assert expected in verify_run(run_folder).problems[0]
+        group = file["documents/000000"]
+        set_attribute(group, name, 1.0)
+    assert "d0': its results do not have the checksum" in verify_run(run_folder).problems[0]
+    with changed_file(RunPaths(run_folder).index) as file:
+        set_attribute(file["documents/000000"], "result_xxh3", result_digest(read_results(file["documents/000000"])))
+    assert any(expected in problem for problem in verify_run(run_folder).problems)
 
 
 def test_missing_truncated_and_foreign_shards(run_folder, tmp_path_factory):
@@ -132,7 +138,9 @@ def test_missing_truncated_and_foreign_shards(run_folder, tmp_path_factory):
 
 def test_pieces_that_moved(run_folder):
     flip(RunPaths(run_folder).shard(0), "documents/000000/pieces", (0, 1))
-    assert "has pieces" in verify_run(run_folder).problems[0]
+    assert verify_run(run_folder).problems == [
+        f"{RunPaths(run_folder).shard(0)}: damaged: its structure does not have the checksum that it was laid out with"
+    ]
 
 
 def test_unfinished_runs_and_missing_summaries(tmp_path):

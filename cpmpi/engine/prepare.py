@@ -48,8 +48,7 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
         decision=decide(options, inputs, model, place, run_spec), progress=progress_of(options, place.ranks),
     )  # fmt: skip
     introduce(job)
-    needed = place.ranks.comm.allreduce(spec.bytes_to_write(options.output, job.spec, place.ranks.rank))
-    place.ranks.on_root(spec.check_room, options.output, needed)
+    place.ranks.on_root(folder.check_room, options.output, job.spec, overwrite=options.overwrite)
     return job
 
 
@@ -60,7 +59,7 @@ def progress_of(options: ModelOptions, ranks: Ranks) -> Progress:
 
 def read(options: JobOptions, ranks: Ranks) -> Inputs:
     """The checkpoint's description on every rank, and the documents on rank 0. Collective."""
-    ranks.on_root(folder.check_folder, options.output)
+    ranks.on_root(folder.check_folder, options.output, overwrite=options.overwrite)
     ranks.on_root(check_files, plot=options.plot, trace=options.trace, run_folder=options.output)
     checkpoint = ranks.together(Checkpoint, options.model)
     documents: list[Document] = []
@@ -159,14 +158,8 @@ def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place, d
 
 
 def _kv_spec(options: JobOptions, heads: list[Heads]) -> spec.KVSpec:
-    shapes = dict.fromkeys((h.kv_heads, h.key_dim, h.value_dim) for h in heads)
-    if len(shapes) > 1:
-        raise UserError(
-            f"{options.model}: its layers differ in KV heads and head dims ({', '.join(map(str, shapes))}), "
-            "which a run folder cannot hold; `cpmpi score` keeps no KV"
-        )
-    ((kv_heads, key_dim, value_dim),) = shapes
-    return spec.KVSpec(layers=len(heads), heads=kv_heads, key_dim=key_dim, value_dim=value_dim, dtype=options.kv_dtype)
+    shapes = tuple(spec.KVShape(h.kv_heads, h.key_dim, h.value_dim) for h in heads)
+    return spec.KVSpec(shapes=shapes, dtype=options.kv_dtype)
 
 
 def _document_spec(document: Document, world: int, segments: int, grid: Grid) -> spec.DocumentSpec:

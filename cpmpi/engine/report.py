@@ -32,7 +32,7 @@ def introduce(job: Job) -> None:
     own = str(checkpoint.text_config_value("dtype") or "float32").removeprefix("torch.")
     kv = "no KV kept"
     if spec.kv is not None:
-        kv = f"KV kept as {spec.kv.dtype}, {human_bytes(spec.kv.layers * tokens * spec.kv.token_bytes)}"
+        kv = f"KV kept as {spec.kv.dtype}, {human_bytes(tokens * spec.kv.bytes_per_token)}"
     where = f"{counted(place.threads, 'thread')} each" if job.model.device.type == "cpu" else "one device each"
     say(f"cpmpi {__version__}: {counted(place.ranks.size, 'rank')} on {job.model.device.type}, {where}")
     say(summary(place.topology))

@@ -90,7 +90,7 @@ def _open_files(job: Job, recorder: Recorder | None) -> Iterator[Files]:
         index, spec, finished = open_run_folder(job)
         stack.enter_context(rank_log(RunPaths(options.output).log, ranks))
         writer = None
-        if spec.kv is not None:
+        if spec.kv is not None and len(finished) < len(spec.documents):
             writer = stack.enter_context(open_writer(job, index, spec, finished, recorder))
         yield Files(index=index, writer=writer, spec=spec, finished=finished)
 
@@ -100,6 +100,8 @@ def open_run_folder(job: Job) -> tuple[RunIndex | None, RunSpec, frozenset[int]]
     opened: list[RunIndex] = []
 
     def open_index() -> tuple[RunSpec, frozenset[int]]:
+        if job.options.overwrite and RunPaths(job.options.output).contents():
+            job.progress.say(f"--overwrite deletes {folder.what_is_deleted(job.options.output)}")
         opened.append(folder.start_index(job.options.output, job.spec, overwrite=job.options.overwrite))
         return opened[0].spec, opened[0].finished
 

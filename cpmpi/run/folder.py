@@ -1,4 +1,10 @@
-"""Start a run in a folder: a new one, or the same one again, which then continues where it stopped."""
+"""Start a run in a folder: a new one, or the same one again, which then continues where it stopped.
+
+A document that is finished is kept by its content, whatever its place in the list, its name, or the number of ranks
+that did it. Where the list differs from that in ``run.h5``, or what is left is to be done by other ranks, a new
+``run.h5`` is laid out beside the old one, with the finished documents' results in it, and takes its place at once.
+Their keys and values stay where they are, and a new set of shards takes those of the documents that are left.
+"""
 
 from __future__ import annotations
 
@@ -7,82 +13,171 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from cpmpi.errors import UserError, some
+from cpmpi.run.document import Document
 from cpmpi.run.hdf5 import open_file
-from cpmpi.run.index import FORMAT, FORMAT_VERSION, RunIndex, create_index, kv_dtype
+from cpmpi.run.index import RunIndex, create_index
+from cpmpi.run.index_layout import FORMAT, kv_dtype
 from cpmpi.run.paths import RunPaths, document_name
-from cpmpi.run.publish import make_folder
-from cpmpi.run.spec import RunSpec
-
-CHOICES = "choose another --output, or --overwrite"
+from cpmpi.run.publish import make_folder, saying
+from cpmpi.run.reader import Run, open_run
+from cpmpi.run.seal import HDF5_SIGNATURE, MAGIC
+from cpmpi.run.spec import DocumentSpec, KVShape, RunSpec, ShardSet, index_bytes, shard_bytes
+from cpmpi.run.spec import check_room as check_free
+from cpmpi.text import human_bytes
 
 
 def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunIndex:
     """The ``run.h5`` to write to: a new one, or that of the same run, to be continued. On rank 0.
 
-    ``RunIndex.spec`` carries the run id that holds, ``RunIndex.finished`` the documents that are done.
+    ``RunIndex.spec`` says what holds, ``RunIndex.finished`` and ``RunIndex.failed`` which documents are done.
 
     Args:
-        folder: the run folder; it may not exist yet, or be empty.
+        folder: the run folder; it may not exist yet, and may hold files that are no part of a run.
         spec: what is to be run.
         overwrite: delete the run that is in the folder first.
 
     Raises:
-        UserError: the folder holds something that is not a run, or a run of something else.
+        UserError: the folder has a file where a run would put one, or holds a run of another model.
     """
-    check_folder(folder)
+    check_folder(folder, overwrite=overwrite)
     if overwrite:
         delete_run(folder)
-    if RunPaths(folder).index.exists():
-        return open_index_for_resume(folder, spec)
-    return create_index(folder, spec)
+    if not RunPaths(folder).index.exists():
+        return create_index(folder, spec)
+    with open_run(folder) as run:
+        _check_same_run(run, spec)
+        _check_same_shapes(run, spec)
+        if _goes_on(run, spec):
+            spec = _as_laid_out(run, spec)
+            _delete_shards_but(folder, {*run.shard_sets, spec.shard_set.number})  # a kill may have left some
+            return RunIndex(folder, spec)
+        spec, kept = _keep_finished(run, spec)
+        index = create_index(folder, spec, {name: document.group for name, document in kept.items()})
+    RunPaths(folder).summary.unlink(missing_ok=True)
+    _delete_shards_but(folder, {one.number for one in (*spec.earlier_sets, spec.shard_set)})
+    return index
 
 
-def open_index_for_resume(folder: Path, spec: RunSpec) -> RunIndex:
-    """Open the ``run.h5`` in ``folder`` to continue it.
-
-    Raises:
-        UserError: it is of another model, tokenizer, input, type, number of ranks or segments.
-    """
-    with open_file(RunPaths(folder).index) as file:
-        _check_format(folder, file)
-        _check_same_run(folder, file, spec)
-        _check_same_documents(folder, file, spec)
-    return RunIndex(folder, spec)
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds something that no run puts there.
+def check_folder(folder: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder in which a run would collide with something else.
 
     Raises:
-        UserError: it does, or it is a file.
+        UserError: it is a file, its ``run.h5`` is not that of a run, or cannot be read, or is missing where other files
+            of a run are there. With ``overwrite`` a damaged run is no obstacle.
     """
-    if not folder.exists():
+    with saying(folder, "cannot be looked into"):
+        if folder.is_symlink() and not folder.exists():
+            raise UserError(f"{folder}: is a link to {os.readlink(folder)}, which does not exist")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file, not a folder; choose another --output")
+        if not folder.is_dir():
+            return
+        paths = RunPaths(folder)
+        ours = [path for path in paths.contents() if path.suffix != ".tmp"]
+    if not paths.index.exists():
+        names = some([path.relative_to(folder).as_posix() for path in ours], 5)
+        shards = any(path.is_relative_to(paths.shards) for path in ours)
+        if shards and not overwrite:
+            raise UserError(
+                f"{folder}: holds {names}, but no run.h5, which says what is in them; put it back, choose another "
+                "--output, or --overwrite, which deletes them"
+            )
+        if ours and not shards:
+            raise UserError(f"{folder}: holds {names}, which a run would replace; choose another --output")
         return
-    if not folder.is_dir():
-        raise UserError(f"{folder}: is a file, not a folder; choose another --output")
-    foreign = [path.relative_to(folder).as_posix() for path in RunPaths(folder).contents()[1]]
-    if foreign:
-        raise UserError(f"{folder}: is not a run folder (it holds {some(foreign, 5)}); choose another --output")
+    if not paths.index.is_file():
+        raise UserError(f"{paths.index}: is not a file; choose another --output")
+    with open(paths.index, "rb") as file:
+        hdf5 = file.read(len(MAGIC)).startswith((MAGIC, HDF5_SIGNATURE))
+    if not hdf5:
+        raise UserError(f"{paths.index}: is not a run's, or damaged beyond reading; choose another --output")
+    _check_readable(paths.index, overwrite)
+
+
+def _check_readable(index: Path, overwrite: bool) -> None:
+    try:
+        with open_file(index) as file:
+            found = file.attrs.get("format")
+    except UserError as problem:
+        if overwrite:
+            return
+        raise UserError(f"{problem}; put it back, choose another --output, or --overwrite") from problem
+    if found != FORMAT:
+        raise UserError(f"{index}: is not a run's (format {found!r}, expected {FORMAT!r}); choose another --output")
+    if not overwrite:
+        open_run(index).close()
+
+
+def what_is_deleted(folder: Path) -> str:
+    """What ``--overwrite`` deletes, in words: how many documents, how many of them finished, how many bytes."""
     paths = RunPaths(folder)
-    if paths.index.exists():
-        with open_file(paths.index) as file:
-            _check_format(folder, file)
+    ours = paths.contents() if folder.is_dir() else []
+    size = human_bytes(sum(path.stat().st_blocks * 512 for path in ours))
+    if not paths.index.exists():
+        return f"{len(ours)} files of a run ({size})"
+    try:
+        with open_run(folder) as run:
+            done = sum(document.complete for document in run.documents)
+            aside = f" and {len(run.set_aside)} set aside" if len(run.set_aside) else ""
+            return f"a run with {done} of {len(run.documents)} documents finished{aside} ({size})"
+    except UserError:
+        return f"a run that cannot be read ({size})"
+
+
+def check_room(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> None:
+    """Refuse, before any work, a run that cannot fit; what is finished or laid out already needs no room. On rank 0.
+
+    Raises:
+        UserError: the file system has too little room.
+    """
+    written = 0
+    if overwrite and folder.is_dir():
+        written = sum(path.stat().st_blocks * 512 for path in RunPaths(folder).contents())
+    elif RunPaths(folder).index.exists():
+        with open_run(folder) as run:
+            goes_on = _goes_on(run, spec)
+            spec = _as_laid_out(run, spec) if goes_on else _keep_finished(run, spec)[0]
+            files = [run.paths.shard(rank, spec.shard_set.number) for rank in range(spec.world_size)]
+        if goes_on:
+            files = [path for path in (*files, RunPaths(folder).index) if path.exists()]
+            written = sum(path.stat().st_blocks * 512 for path in files)
+    needed = index_bytes(spec)
+    if any(document.origin is None for document in spec.documents):
+        needed += sum(shard_bytes(spec, rank) for rank in range(spec.world_size))
+    check_free(folder, max(0, needed - written))
 
 
 def delete_run(folder: Path) -> None:
-    """Delete the files of a run but its logs; ``run.h5`` first, so that no half-deleted run is taken for a run."""
+    """Delete the files of a run but its logs.
+
+    ``run.h5`` first, so that no half-deleted run is taken for a run; shards last, so that what is left is known as one.
+    """
     paths = RunPaths(folder)
     if folder.is_dir():
-        ours, _ = paths.contents()
-        for path in sorted(ours, key=lambda path: path != paths.index):
+        for path in sorted(paths.contents(), key=lambda path: (path != paths.index, path.is_relative_to(paths.shards))):
             path.unlink(missing_ok=True)
-        for emptied in (paths.shards, paths.report):
-            with suppress(OSError):
-                emptied.rmdir()
+        _remove_if_empty(*paths.shards.glob("[0-9]" * 6), paths.shards, paths.report)
+
+
+def _delete_shards_but(folder: Path, sets: set[int]) -> None:
+    """Delete the shards of sets that the run does not name any more."""
+    paths = RunPaths(folder)
+    for path in paths.contents():
+        if path.is_relative_to(paths.shards):
+            number = 0 if path.parent == paths.shards else int(path.parent.name)
+            if number not in sets:
+                path.unlink(missing_ok=True)
+    _remove_if_empty(*paths.shards.glob("[0-9]" * 6))
+
+
+def _remove_if_empty(*folders: Path) -> None:
+    for emptied in folders:
+        with suppress(OSError):
+            emptied.rmdir()
 
 
 @contextmanager
@@ -93,11 +188,12 @@ def only_writer(folder: Path) -> Iterator[None]:
     system has no locks, none is taken.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or the folder cannot be written.
     """
     lock = RunPaths(folder).lock
     make_folder(lock.parent)
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
+    with saying(lock, "cannot be made"):
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,50 +207,101 @@ def only_writer(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _check_format(folder: Path, file: Any) -> None:
-    found = file.attrs.get("format")
-    if found != FORMAT:
-        raise UserError(f"{folder}: its run.h5 is not a run's (format {found!r}, expected {FORMAT!r})")
-    version = file.attrs["format_version"]
-    if version != FORMAT_VERSION:
-        raise UserError(f"{folder}: its run.h5 has format version {version}, this cpmpi knows {FORMAT_VERSION}")
-
-
-def _check_same_run(folder: Path, file: Any, spec: RunSpec) -> None:
+def _check_same_run(run: Run, spec: RunSpec) -> None:
     expected = {
         "model_sha256": spec.model_sha256,
         "tokenizer_sha256": spec.tokenizer_sha256,
         "dtype": spec.dtype,
         "kv_dtype": kv_dtype(spec),
-        "world_size": spec.world_size,
         "hidden_size": spec.hidden_size,
     }
     for name, value in expected.items():
-        found = file.attrs[name]
+        found = run.attributes[name]
         if found != value:
-            raise UserError(f"{folder}: holds a run with {name} {found}, this one has {value}; {CHOICES}")
-    n_documents = len(file["documents"])
-    if n_documents != len(spec.documents):
+            raise UserError(
+                f"{run.paths.folder}: holds a run with {name} {found}, this one has {value}; choose another --output, "
+                f"or --overwrite, which deletes {what_is_deleted(run.paths.folder)}"
+            )
+
+
+def _check_same_shapes(run: Run, spec: RunSpec) -> None:
+    """Finished documents must have what this job would give them; those that are not finished are laid out anew."""
+    finished = next((document for document in (*run.documents, *run.set_aside) if document.complete), None)
+    if finished is not None and finished.kv_shapes != _shapes(spec):
         raise UserError(
-            f"{folder}: holds a run of {n_documents} documents, this one has {len(spec.documents)}; {CHOICES}"
+            f"{run.paths.folder}: holds a run with another number of layers or other shapes of keys and values; "
+            f"choose another --output, or --overwrite, which deletes {what_is_deleted(run.paths.folder)}"
         )
 
 
-def _check_same_documents(folder: Path, file: Any, spec: RunSpec) -> None:
-    for index, document in enumerate(spec.documents):
-        expected = {
-            "id": document.id,
-            "n_tokens": document.n_tokens,
-            "token_ids_sha256": document.token_ids_sha256,
-            "segments": document.layout.segments,
-            "first_rank": document.first_rank,
-            "n_ranks": document.n_ranks,
-            "tp": document.grid.tp,
-        }
-        attributes = file[document_name(index)].attrs
-        for name, value in expected.items():
-            if attributes[name] != value:
-                raise UserError(
-                    f"{folder}: document {index} of the run there has {name} {attributes[name]}, "
-                    f"of this one ({document.source}) {value}; {CHOICES}"
-                )
+def _shapes(spec: RunSpec) -> tuple[KVShape, ...] | None:
+    return spec.kv.shapes if spec.kv is not None else None
+
+
+def _goes_on(run: Run, spec: RunSpec) -> bool:
+    """Whether ``run.h5`` as it is laid out serves: the same documents in the same order, and those left dealt alike."""
+    if run.version == 1 or len(run.documents) != len(spec.documents) or run.documents[0].kv_shapes != _shapes(spec):
+        return False
+    for old, new in zip(run.documents, spec.documents):
+        if old.id != new.id or _content(old.spec) != _content(new):
+            return False
+        if not old.complete and not _dealt_alike(run, old, new, spec):
+            return False
+    return True
+
+
+def _dealt_alike(run: Run, old: Document, new: DocumentSpec, spec: RunSpec) -> bool:
+    here = (old.spec.layout, old.spec.grid, old.spec.first_rank, old.world_size)
+    there = (new.layout, new.grid, new.first_rank, spec.world_size)
+    return here == there and old.shard_set == max(run.shard_sets, default=0)
+
+
+def _content(document: DocumentSpec) -> tuple[int, str]:
+    """What a document is, whatever its name and place."""
+    return document.n_tokens, document.token_ids_sha256
+
+
+def _as_laid_out(run: Run, spec: RunSpec) -> RunSpec:
+    """The spec of a job that goes on with a run: what the file says of finished documents and of shards."""
+    sets = [run.shard_sets[number] for number in sorted(run.shard_sets)]
+    documents = (old.spec if old.complete else new for old, new in zip(run.documents, spec.documents))
+    return replace(
+        spec,
+        run_id=run.attributes["run_id"],
+        documents=tuple(documents),
+        set_aside=tuple(document.spec for document in run.set_aside),
+        shard_set=sets[-1] if sets else spec.shard_set,
+        earlier_sets=tuple(sets[:-1]),
+    )
+
+
+def _keep_finished(run: Run, spec: RunSpec) -> tuple[RunSpec, dict[str, Document]]:
+    """The spec with what is finished already, and for each such document's group in the new ``run.h5`` its old self.
+
+    Raises:
+        UserError: results of a finished document are damaged.
+    """
+    left: dict[tuple[int, str], list[Document]] = {}
+    for document in (*run.documents, *run.set_aside):
+        if document.complete:
+            document.logprobs  # noqa: B018 - is an error where they do not have their checksum
+            left.setdefault(_content(document.spec), []).append(document)
+    documents, kept = list(spec.documents), {}
+    for same_name in (True, False):
+        for i, new in enumerate(spec.documents):
+            found = [old for old in left.get(_content(new), ()) if old.id == new.id or not same_name]
+            if documents[i].origin is None and found and new.token_ids_sha256:
+                left[_content(new)].remove(found[0])
+                kept[document_name(i)] = found[0]
+                documents[i] = replace(found[0].spec, id=new.id, source=new.source)
+    aside = [document for group in left.values() for document in group]
+    kept |= {document_name(i, set_aside=True): document for i, document in enumerate(aside)}
+    used = {document.shard_set for document in kept.values()} & run.shard_sets.keys()
+    laid_out = replace(
+        spec,
+        documents=tuple(documents),
+        set_aside=tuple(document.spec for document in aside),
+        earlier_sets=tuple(run.shard_sets[number] for number in sorted(used)),
+        shard_set=ShardSet(world_size=spec.world_size, number=max(run.shard_sets, default=-1) + 1),
+    )
+    return laid_out, kept

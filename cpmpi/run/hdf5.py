@@ -1,13 +1,12 @@
 """HDF5 files that survive a kill: laid out first, published at once, filled with plain writes at known offsets.
 
-Metadata formats newer than ``LIBVER`` carry checksums and open flags, with which a file does not open again after
-``kill -9``. Datasets are contiguous and allocated early, so that their bytes have a fixed place in the file.
+Datasets are contiguous and allocated early, so that their bytes have a fixed place in the file.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ import numpy.typing as npt
 from h5py import h5a, h5d, h5p, h5s, h5t
 
 from cpmpi.errors import UserError
-from cpmpi.run.publish import naming, published
+from cpmpi.run.publish import naming, published, saying
+from cpmpi.run.seal import check_seal, user_block_bytes, write_seal
+from cpmpi.run.steady import LIBVER, steady_h5
 
-LIBVER = ("earliest", "v110")
 ALIGNMENT_BYTES = 4096
 RawArray = npt.NDArray[Any]
 
@@ -65,41 +65,43 @@ STORED_FLOATS = {
 
 
 @contextmanager
-def created_file(path: Path) -> Iterator[Any]:
-    """Yield a new h5py file for laying out; it appears at ``path``, durable, when the block ends well.
+def created_file(path: Path, *, most_places: int, attributes: Collection[str] = ()) -> Iterator[Any]:
+    """Yield a new h5py file for laying out; it appears at ``path``, sealed and durable, when the block ends well.
+
+    Args:
+        path: the file.
+        most_places: how many datasets and attributes at most are written later.
+        attributes: names of the attributes that are written later, on any object.
 
     Raises:
         UserError: it cannot be written: no space, no permission, or larger than the file system allows.
     """
-    try:
-        with (
-            published(path) as temporary,
-            h5py.File(
-                temporary, "w", libver=LIBVER, locking="best-effort",
-                alignment_threshold=ALIGNMENT_BYTES, alignment_interval=ALIGNMENT_BYTES,
-            ) as file,
-        ):  # fmt: skip
+    with saying(path, "cannot be laid out"), published(path) as temporary:
+        with steady_h5(
+            temporary, "w", userblock_size=user_block_bytes(most_places),
+            alignment_threshold=ALIGNMENT_BYTES, alignment_interval=ALIGNMENT_BYTES,
+        ) as file:  # fmt: skip
             yield file
-    except OSError as error:
-        raise UserError(f"{path}: cannot be laid out ({error})") from error
+        write_seal(temporary, attributes)
 
 
-def open_file(path: Path, *, locking: bool | str = "best-effort") -> Any:
-    """Open an HDF5 file for reading.
+def open_file(path: Path, *, locking: bool | str = "best-effort", check: bool = True) -> Any:
+    """Open an HDF5 file of a run for reading.
 
     Args:
         path: the file.
         locking: False where nobody else's lock may stand in the way.
+        check: compare the file with its seal first.
 
     Raises:
-        UserError: there is no such file, or it is not an HDF5 file that can be read.
+        UserError: there is no such file, it is damaged, or it is not an HDF5 file that can be read.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    try:
+    with saying(path, "cannot be read as HDF5"):
+        if check:
+            check_seal(path)
         return h5py.File(path, "r", libver=LIBVER, locking=locking)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as HDF5 ({error})") from error
 
 
 @contextmanager
@@ -107,15 +109,18 @@ def changed_file(path: Path) -> Iterator[Any]:
     """Yield an existing h5py file for changing attributes in place.
 
     No lock is taken: with one, somebody who looks at the file while a job runs would make the job fail.
+
+    Raises:
+        UserError: it cannot be written.
     """
-    with naming(path), h5py.File(path, "r+", libver=LIBVER, locking=False) as file:
+    with saying(path, "cannot be written"), steady_h5(path, "r+") as file:
         yield file
 
 
 def create_contiguous(
     group: Any, name: str, shape: Sequence[int], h5type: Any, *, fill: Any = None, labels: Sequence[str] = ()
 ) -> Any:
-    """Create a contiguous dataset whose bytes have their place in the file from the start.
+    """Create a contiguous dataset whose bytes have their place in the file from the start, to be written later.
 
     With ``fill`` every element is written now; without, nothing is written and the file stays sparse there.
     """
@@ -185,7 +190,8 @@ def dataset_offset(dataset: Any) -> int:
     if dataset.size == 0:
         return 0
     offset = dataset.id.get_offset()
-    assert offset is not None, f"{dataset.name} is not laid out"
+    if offset is None:
+        raise UserError(f"{dataset.file.filename}: damaged: {dataset.name} has no place in the file")
     return int(offset)
 
 

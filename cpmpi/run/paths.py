@@ -8,7 +8,9 @@ from pathlib import Path
 
 from cpmpi.run.publish import TEMPORARY_SUFFIX
 
-OURS = re.compile(r"run\.h5|(topology|schedule)\.json|summary\.csv|shards/rank-\d{5,}\.h5|report/surprisal-\d{6,}\.png")
+OURS = re.compile(
+    r"run\.h5|(topology|schedule)\.json|summary\.csv|shards/(\d{6}/)?rank-\d{5,}\.h5|report/surprisal-\d{6,}\.png"
+)
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,9 @@ class RunPaths:
         """The folder of the shard files; absent when the run keeps no KV."""
         return self.folder / "shards"
 
-    def shard(self, rank: int) -> Path:
-        """The shard file of ``rank``."""
-        return self.folder / shard_name(rank)
+    def shard(self, rank: int, shard_set: int = 0) -> Path:
+        """The file of ``rank`` in a set of shards."""
+        return self.folder / shard_name(rank, shard_set)
 
     @property
     def topology(self) -> Path:
@@ -61,26 +63,19 @@ class RunPaths:
         """What the one job holds that may write."""
         return self.log / "lock"
 
-    def contents(self) -> tuple[list[Path], list[Path]]:
-        """The files in the folder that runs put there (or a killed one left behind), and all others, both sorted.
-
-        Logs, which may be anything, and what a network file system keeps of a deleted file that is open (``.nfs...``)
-        are neither.
-        """
-        found = [p for p in self.folder.iterdir() if p not in (self.shards, self.log, self.report) or not p.is_dir()]
-        for folder in (self.shards, self.report):
-            if folder.is_dir():
-                found += folder.iterdir()
-        names = [(path, path.relative_to(self.folder).as_posix().removesuffix(TEMPORARY_SUFFIX)) for path in found]
-        ours = sorted(path for path, name in names if OURS.fullmatch(name))
-        return ours, sorted({*found} - {*ours} - {path for path in found if path.name.startswith(".nfs")})
+    def contents(self) -> list[Path]:
+        """The files in the folder that runs put there, or a killed one left behind, sorted; logs are none of them."""
+        within = (self.shards, self.report, *self.shards.glob("[0-9]" * 6))
+        found = [path for folder in (self.folder, *within) if folder.is_dir() for path in folder.iterdir()]
+        names = ((path, path.relative_to(self.folder).as_posix().removesuffix(TEMPORARY_SUFFIX)) for path in found)
+        return sorted(path for path, name in names if OURS.fullmatch(name))
 
 
-def shard_name(rank: int) -> str:
-    """The shard file of ``rank``, relative to the run folder."""
-    return f"shards/rank-{rank:05d}.h5"
+def shard_name(rank: int, shard_set: int = 0) -> str:
+    """The file of ``rank`` in a set of shards, relative to the run folder; the first set is in ``shards`` itself."""
+    return f"shards/{f'{shard_set:06d}/' if shard_set else ''}rank-{rank:05d}.h5"
 
 
-def document_name(index: int) -> str:
-    """The group of a document, the same in ``run.h5`` and in the shards."""
-    return f"/documents/{index:06d}"
+def document_name(index: int, *, set_aside: bool = False) -> str:
+    """The group of a document in ``run.h5``; in a shard, that of a document by its number there."""
+    return f"/{'set_aside' if set_aside else 'documents'}/{index:06d}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cpmpi.errors import UserError
+from cpmpi.errors import UserError, one_line
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -31,8 +31,12 @@ def published(path: Path) -> Iterator[Path]:
 
 
 def publish_text(path: Path, text: str) -> None:
-    """Write ``text`` (UTF-8) to ``path`` at once, and durably."""
-    with published(path) as temporary, naming(path):
+    """Write ``text`` (UTF-8) to ``path`` at once, and durably.
+
+    Raises:
+        UserError: it cannot be written: no space, no permission.
+    """
+    with saying(path, "cannot be written"), published(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -42,12 +46,12 @@ def make_folder(path: Path) -> None:
     Raises:
         UserError: that is not possible.
     """
-    try:
+    with saying(path, "cannot make this folder"):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: is a link to {os.readlink(path)}, which does not exist")
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot make this folder ({error.strerror})") from error
-    with suppress(PermissionError):
-        sync_path(path.parent)
+        with suppress(PermissionError):
+            sync_path(path.parent)
 
 
 def sync_path(path: Path) -> None:
@@ -68,3 +72,19 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as problem:
         problem.filename = problem.filename or str(path)
         raise
+
+
+@contextmanager
+def saying(path: Path, what: str) -> Iterator[None]:
+    """Within it, errors of the system, and of HDF5, become one line about ``path``.
+
+    Raises:
+        UserError: that line.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError, KeyError) as problem:
+        why = problem.strerror if isinstance(problem, OSError) and problem.strerror else one_line(problem)
+        raise UserError(f"{path}: {what} ({why})") from problem

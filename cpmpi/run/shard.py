@@ -1,13 +1,17 @@
 """The KV of one rank in one HDF5 file, laid out in full before any of it is computed.
 
 Shapes: ``L`` layers, ``T`` this rank's tokens of a document (its pieces one after another, in position order),
-``P`` its pieces, ``G`` its KV heads, ``D`` key dim, ``E`` value dim. A document's group ``/documents/000000`` holds
+``P`` its pieces, ``B`` the blocks of tokens that these are cut into, ``G`` its KV heads, ``D`` key dim, ``E`` value
+dim. A document's group ``/documents/000000`` holds
 
     key         (L, T, G, D)
     value       (L, T, G, E)
     pieces      (P, 2) int64    start and stop position of each piece
-    checksum    (L, P, 2) uint64    xxh3_64 of the bytes of each piece's key and value
+    checksum    (L, B, 2) uint64    xxh3_64 of the bytes of each block's key and value
     layer_done  (L,) uint8    1: the layer's bytes and checksums were all written
+
+Where layers differ in shape there are ``key0``, ``value0``, ``key1`` and so on, each with some of the layers; the
+attribute ``layers`` of each says which.
 """
 
 from __future__ import annotations
@@ -15,8 +19,10 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,44 +33,52 @@ from cpmpi.attention.layout import Piece
 from cpmpi.errors import UserError
 from cpmpi.run.hdf5 import RawArray, create_contiguous, created_file, dataset_offset, open_file, pread_all
 from cpmpi.run.paths import RunPaths, document_name
-from cpmpi.run.publish import make_folder
-from cpmpi.run.spec import DocumentSpec, KVSpec, RunSpec
+from cpmpi.run.publish import make_folder, saying
+from cpmpi.run.spec import BLOCK_TOKENS, DocumentSpec, KVShape, KVSpec, RunSpec
 
 FORMAT = "cpmpi-shard"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LABELS = ("layer", "token", "head", "dim")
 
 
 def create_shard(folder: Path, spec: RunSpec, rank: int) -> Path:
-    """Lay out the shard of ``rank`` for all documents of a run that keeps KV. The file is sparse until it is written.
+    """Lay out the shard of ``rank`` for all documents that this job does. The file is sparse until it is written.
 
     Returns:
         The path of the file.
     """
     assert spec.kv is not None
-    paths = RunPaths(folder)
-    make_folder(paths.shards)
-    with created_file(paths.shard(rank)) as file:
+    path = RunPaths(folder).shard(rank, spec.shard_set.number)
+    make_folder(path.parent)
+    own = [i for i, document in enumerate(spec.documents) if spec.own(document)]
+    with created_file(path, most_places=len(own) * (2 + 2 * len(spec.kv.groups()))) as file:
         file.attrs["format"] = FORMAT
         file.attrs["format_version"] = FORMAT_VERSION
-        file.attrs["run_id"] = spec.run_id
+        file.attrs["set_id"] = spec.shard_set.id
         file.attrs["rank"] = rank
-        file.attrs["world_size"] = spec.world_size
-        for index, document in enumerate(spec.documents):
-            _lay_out(file.create_group(document_name(index)), document, spec.kv, rank)
-    return paths.shard(rank)
+        file.attrs["world_size"] = spec.shard_set.world_size
+        for index in own:
+            document = spec.documents[index]
+            _, number = spec.place(document, index)
+            _lay_out(file.create_group(document_name(number)), document, spec.kv, rank)
+    return path
 
 
 def _lay_out(group: Any, document: DocumentSpec, kv: KVSpec, rank: int) -> None:
-    pieces = np.array(document.pieces(rank), np.int64).reshape(-1, 2)
-    n_tokens = int((pieces[:, 1] - pieces[:, 0]).sum())
+    pieces = document.pieces(rank)
+    n_tokens = sum(piece.size for piece in pieces)
     group.attrs["id"] = document.id
     group.attrs["n_tokens"] = document.n_tokens
-    group.create_dataset("pieces", data=pieces)
-    heads = document.heads(rank, kv.heads).size
-    for name, dim in (("key", kv.key_dim), ("value", kv.value_dim)):
-        create_contiguous(group, name, (kv.layers, n_tokens, heads, dim), kv.stored.h5type(), labels=LABELS)
-    create_contiguous(group, "checksum", (kv.layers, len(pieces), 2), h5t.STD_U64LE, fill=np.uint64(0))
+    group.attrs["block_tokens"] = BLOCK_TOKENS
+    group.create_dataset("pieces", data=np.array(pieces, np.int64).reshape(-1, 2))
+    for one in kv.groups():
+        heads = document.heads(rank, one.shape.heads).size
+        for name, dim in ((one.key, one.shape.key_dim), (one.value, one.shape.value_dim)):
+            shape = (len(one.layers), n_tokens, heads, dim)
+            dataset = create_contiguous(group, name, shape, kv.stored.h5type(), labels=LABELS)
+            dataset.attrs["layers"] = np.array(one.layers, np.int64)
+    blocks = cut(pieces, BLOCK_TOKENS)
+    create_contiguous(group, "checksum", (kv.layers, len(blocks), 2), h5t.STD_U64LE, fill=np.uint64(0))
     create_contiguous(group, "layer_done", (kv.layers,), h5t.STD_U8LE, fill=np.uint8(0))
 
 
@@ -73,27 +87,57 @@ def prepare_shard(folder: Path, spec: RunSpec, rank: int, finished: Collection[i
 
     Args:
         folder: the run folder.
-        spec: with the run id that is in ``run.h5``.
+        spec: with what ``run.h5`` says of the shards.
         rank: whose shard.
         finished: indices of the documents that ``run.h5`` says are complete.
 
     Raises:
         UserError: documents are finished but their shard is missing, or is of another run.
     """
-    path = RunPaths(folder).shard(rank)
+    path = RunPaths(folder).shard(rank, spec.shard_set.number)
+    inside = [i for i in finished if spec.own(spec.documents[i])]
     if path.exists():
         try:
-            ShardFile(path, spec.run_id, rank).close()
+            ShardFile(path, spec.shard_set.id, rank).close()
             return path
         except UserError:
-            if finished:
+            if inside:
                 raise
-    elif finished:
+    elif inside:
         raise UserError(
-            f"{path}: no such file, but {len(finished)} finished documents of the run have KV in it; "
+            f"{path}: no such file, but {len(inside)} finished documents of the run have KV in it; "
             "put it back, or start again with --overwrite"
         )
     return create_shard(folder, spec, rank)
+
+
+class Block(NamedTuple):
+    """Tokens of a piece that have a checksum together."""
+
+    row: int
+    """Of its first token, on the token axis of the shard."""
+    start: int
+    """Position of its first token in the document."""
+    stop: int
+
+
+def cut(pieces: Collection[Piece], block_tokens: int) -> tuple[Block, ...]:
+    """The pieces of a document in a shard, cut into blocks of at most so many tokens."""
+    firsts = accumulate((piece.size for piece in pieces), initial=0)
+    return tuple(
+        Block(first + start - piece.start, start, min(start + block_tokens, piece.stop))
+        for first, piece in zip(firsts, pieces)
+        for start in range(piece.start, piece.stop, block_tokens)
+    )
+
+
+class LayerPlace(NamedTuple):
+    """Where a layer of a document is in a shard file."""
+
+    shape: KVShape
+    """With this shard's heads."""
+    key_offset: int
+    value_offset: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +145,9 @@ class ShardDocument:
     """Where a document's bytes lie in a shard file."""
 
     pieces: tuple[Piece, ...]
-    layers: int
-    heads: int
-    key_dim: int
-    value_dim: int
-    key_offset: int
-    value_offset: int
+    block_tokens: int
+    layers: tuple[LayerPlace, ...]
+    itemsize: int
     checksum_offset: int
     layer_done_offset: int
 
@@ -115,34 +156,42 @@ class ShardDocument:
         """Tokens of the document in this shard."""
         return sum(piece.size for piece in self.pieces)
 
-    def firsts(self) -> list[int]:
-        """For each piece, the row of its first token on the token axis of this shard."""
-        return [sum(piece.size for piece in self.pieces[:i]) for i in range(len(self.pieces))]
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """What checksums are for."""
+        return cut(self.pieces, self.block_tokens)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.n_tokens * sum(layer.shape.numbers for layer in self.layers) * self.itemsize
 
 
 class ShardFile:
     """A shard opened for reading, past h5py: metadata once, then bytes at their offsets.
 
     Raises:
-        UserError: the file is missing, is no shard, belongs to another run or rank, or has another size.
+        UserError: the file is missing, damaged, is no shard, belongs to another run or rank, or has another size.
     """
 
-    def __init__(self, path: Path, run_id: str, rank: int, size: int | None = None) -> None:
-        """Open ``path`` and compare it with the ``run_id``, ``rank`` and ``size`` (bytes; None: any) of its run."""
+    def __init__(self, path: Path, set_id: str, rank: int, size: int | None = None) -> None:
+        """Open ``path`` and compare it with the ``set_id``, ``rank`` and ``size`` (bytes; None: any) of its run."""
         self.path = path
+        actual = path.stat().st_size if path.exists() else None
+        if size is not None and actual not in (None, size):
+            raise UserError(f"{path}: has {actual} bytes, but the run recorded {size}: truncated or replaced")
         self._file = open_file(path)
         self._documents: dict[int, ShardDocument] = {}
         try:
-            found = self._file.attrs.get("format")
-            if found != FORMAT:
-                raise UserError(f"{path}: not a shard of a run (format {found!r}, expected {FORMAT!r})")
-            if self._file.attrs["run_id"] != run_id:
-                raise UserError(f"{path}: belongs to run {self._file.attrs['run_id']}, not to this run {run_id}")
-            if self._file.attrs["rank"] != rank:
-                raise UserError(f"{path}: is the shard of rank {self._file.attrs['rank']}, not of rank {rank}")
-            actual = path.stat().st_size
-            if size is not None and actual != size:
-                raise UserError(f"{path}: has {actual} bytes, but the run recorded {size}: truncated or replaced")
+            with saying(path, "cannot be read"):
+                attributes = dict(self._file.attrs)
+            if attributes.get("format") != FORMAT:
+                raise UserError(f"{path}: not a shard of a run (format {attributes.get('format')!r}, not {FORMAT!r})")
+            found = attributes.get("set_id", attributes.get("run_id"))  # version 1 had one set
+            if found != set_id:
+                raise UserError(f"{path}: belongs to run {found}, not to this run {set_id}")
+            if attributes["rank"] != rank:
+                raise UserError(f"{path}: is the shard of rank {attributes['rank']}, not of rank {rank}")
             self._descriptor = os.open(path, os.O_RDONLY)
         except BaseException:
             self._file.close()
@@ -153,45 +202,59 @@ class ShardFile:
         self._file.close()
         os.close(self._descriptor)
 
-    def document(self, index: int) -> ShardDocument:
-        """Where document ``index`` lies in the file."""
-        if index not in self._documents:
-            name = document_name(index)
-            if name not in self._file:
-                raise UserError(f"{self.path}: has no group {name}")
-            group = self._file[name]
-            layers, _, heads, key_dim = group["key"].shape
-            self._documents[index] = ShardDocument(
-                pieces=tuple(Piece(int(start), int(stop)) for start, stop in group["pieces"][:]),
-                layers=layers,
-                heads=heads,
-                key_dim=key_dim,
-                value_dim=group["value"].shape[3],
-                key_offset=dataset_offset(group["key"]),
-                value_offset=dataset_offset(group["value"]),
-                checksum_offset=dataset_offset(group["checksum"]),
-                layer_done_offset=dataset_offset(group["layer_done"]),
-            )
-        return self._documents[index]
+    def document(self, number: int) -> ShardDocument:
+        """Where the document with this number lies in the file."""
+        if number not in self._documents:
+            name = document_name(number)
+            with saying(self.path, "cannot be read"):
+                if name not in self._file:
+                    raise UserError(f"{self.path}: has no group {name}")
+                self._documents[number] = _places(self._file[name])
+        return self._documents[number]
 
     def read(self, data: RawArray, offset: int) -> None:
         """Fill ``data``, contiguous, with the bytes at ``offset``."""
         pread_all(self._descriptor, data, offset, self.path)
 
-    def checksums(self, index: int) -> npt.NDArray[np.uint64]:
-        """The checksum table (L, P, 2) of a document."""
-        place = self.document(index)
-        table = np.empty((place.layers, len(place.pieces), 2), np.dtype("<u8"))
+    def checksums(self, number: int) -> npt.NDArray[np.uint64]:
+        """The checksum table (L, B, 2) of a document."""
+        place = self.document(number)
+        table = np.empty((len(place.layers), len(place.blocks), 2), np.dtype("<u8"))
         self.read(table, place.checksum_offset)
         return table
 
-    def layers_done(self, index: int) -> npt.NDArray[np.bool_]:
+    def layers_done(self, number: int) -> npt.NDArray[np.bool_]:
         """Which layers (L,) of a document were written in full."""
-        place = self.document(index)
-        done = np.empty(place.layers, np.uint8)
+        place = self.document(number)
+        done = np.empty(len(place.layers), np.uint8)
         self.read(done, place.layer_done_offset)
-        return done.astype(np.bool_)
+        marked: npt.NDArray[np.bool_] = done == 1
+        return marked
 
-    def digest(self, index: int) -> int:
+    def digest(self, number: int) -> int:
         """xxh3_64 of a document's checksum table: ties all its bytes in this shard to ``run.h5``."""
-        return xxhash.xxh3_64_intdigest(self.checksums(index).tobytes())
+        return xxhash.xxh3_64_intdigest(self.checksums(number).tobytes())
+
+
+def _places(group: Any) -> ShardDocument:
+    """Read where a document's bytes are."""
+    pieces = tuple(Piece(int(start), int(stop)) for start, stop in group["pieces"][:])
+    layers: dict[int, LayerPlace] = {}
+    for name in sorted(name for name in group if name.startswith("key")):
+        key, value = group[name], group["value" + name.removeprefix("key")]
+        count, tokens, heads, key_dim = key.shape
+        shape = KVShape(heads, key_dim, value.shape[3])
+        key_offset, value_offset = dataset_offset(key), dataset_offset(value)
+        itemsize = key.id.get_type().get_size()
+        for i, layer in enumerate(key.attrs.get("layers", range(count))):
+            row = i * tokens * heads * itemsize
+            layers[int(layer)] = LayerPlace(shape, key_offset + row * key_dim, value_offset + row * shape.value_dim)
+    whole = max((piece.size for piece in pieces), default=1)  # version 1 had a checksum per piece
+    return ShardDocument(
+        pieces=pieces,
+        block_tokens=int(group.attrs.get("block_tokens", whole)),
+        layers=tuple(layers[layer] for layer in range(len(layers))),
+        itemsize=itemsize,
+        checksum_offset=dataset_offset(group["checksum"]),
+        layer_done_offset=dataset_offset(group["layer_done"]),
+    )

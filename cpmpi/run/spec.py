@@ -8,6 +8,7 @@ import uuid
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,36 +17,71 @@ from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout, Piece
 from cpmpi.errors import UserError
 from cpmpi.run.hdf5 import ALIGNMENT_BYTES, STORED_FLOATS, StoredFloat
-from cpmpi.run.paths import RunPaths
 from cpmpi.text import human_bytes
 from cpmpi.version import __version__
 
 # Upper estimates of what HDF5 needs besides the numbers.
 FILE_METADATA_BYTES = 64 << 10
 DOCUMENT_METADATA_BYTES = 8 << 10
+DATASET_METADATA_BYTES = 1 << 10
 VIRTUAL_BLOCK_METADATA_BYTES = 512
+# A read checks whole blocks: little enough for a slice of a few tokens, enough that checksums are few.
+BLOCK_TOKENS = 1024
+
+
+class KVShape(NamedTuple):
+    """The shape of a token's keys and values in one layer."""
+
+    heads: int
+    """KV heads (the G of grouped-query attention)."""
+    key_dim: int
+    value_dim: int
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers they are."""
+        return self.heads * (self.key_dim + self.value_dim)
+
+
+class KVGroup(NamedTuple):
+    """The layers whose keys and values have one shape: they share a pair of datasets."""
+
+    key: str
+    """Name of the dataset of the keys."""
+    value: str
+    shape: KVShape
+    layers: tuple[int, ...]
+    """The layer at each place of the datasets' first axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KVSpec:
-    """The shape and type of the stored keys and values, the same in every layer.
+    """The shapes and the type of the stored keys and values.
 
     Raises:
         UserError: the type is not one that is stored.
     """
 
-    layers: int
-    heads: int
-    """KV heads (the G of grouped-query attention)."""
-    key_dim: int
-    value_dim: int
+    shapes: tuple[KVShape, ...]
+    """Of every layer."""
     dtype: str = "bfloat16"
     """The type in the file: float32, bfloat16 or float16."""
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_FLOATS:
             raise UserError(f"KV type {self.dtype!r} is not one of {', '.join(STORED_FLOATS)}")
-        assert min(self.layers, self.heads, self.key_dim, self.value_dim) >= 1, self
+        assert self.shapes, self
+        assert min(map(min, self.shapes)) >= 1, self
+
+    @classmethod
+    def alike(cls, layers: int, heads: int, key_dim: int, value_dim: int, dtype: str = "bfloat16") -> KVSpec:
+        """Layers that all have the same shape."""
+        return cls(shapes=(KVShape(heads, key_dim, value_dim),) * layers, dtype=dtype)
+
+    @property
+    def layers(self) -> int:
+        """How many layers there are."""
+        return len(self.shapes)
 
     @property
     def stored(self) -> StoredFloat:
@@ -53,9 +89,39 @@ class KVSpec:
         return STORED_FLOATS[self.dtype]
 
     @property
-    def token_bytes(self) -> int:
-        """Bytes of one token's key and value in one layer."""
-        return self.heads * (self.key_dim + self.value_dim) * self.stored.itemsize
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values in all layers together."""
+        return sum(shape.numbers for shape in self.shapes) * self.stored.itemsize
+
+    def groups(self) -> tuple[KVGroup, ...]:
+        """The datasets: ``key`` and ``value``, or ``key0``, ``value0``, ``key1`` and so on where shapes differ."""
+        shapes = list(dict.fromkeys(self.shapes))
+        names = [""] if len(shapes) == 1 else [str(number) for number in range(len(shapes))]
+        layers = [tuple(i for i, one in enumerate(self.shapes) if one == shape) for shape in shapes]
+        return tuple(KVGroup(f"key{n}", f"value{n}", *rest) for n, rest in zip(names, zip(shapes, layers)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSet:
+    """A file per rank of the job that laid them out. A run has several sets where several jobs did its documents."""
+
+    world_size: int
+    number: int = 0
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Ties the files to their ``run.h5``."""
+    sizes: tuple[int, ...] = ()
+    """Bytes of each file; -1, or empty, until they are laid out."""
+
+
+class Origin(NamedTuple):
+    """How a document that is finished was done."""
+
+    world_size: int
+    """Ranks of the job."""
+    shard_set: int = 0
+    """Where its keys and values are."""
+    number: int = 0
+    """Its number in these shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +143,9 @@ class DocumentSpec:
     first_rank: int = 0
     """The world rank that is rank 0 of the grid: a short document may use only some of the ranks."""
     token_ids_sha256: str = ""
-    """``token_digest`` of the token ids; empty: not checked when a run is resumed."""
+    """``token_digest`` of the token ids; empty: unknown, so that it cannot be found finished."""
+    origin: Origin | None = None
+    """None: it is for this job to do."""
 
     def __post_init__(self) -> None:
         if self.n_tokens < 1:
@@ -97,6 +165,7 @@ class DocumentSpec:
 
     def heads(self, rank: int, kv_heads: int) -> Piece:
         """Which of the KV heads world rank ``rank`` holds."""
+        assert kv_heads % self.grid.head_groups == 0, (kv_heads, self.grid)
         each = kv_heads // self.grid.head_groups
         first = self.grid.group(rank - self.first_rank) * each
         return Piece(first, first + each)
@@ -119,25 +188,49 @@ class RunSpec:
     kv: KVSpec | None
     """None: only outputs are kept, and there are no shard files."""
     world_size: int
+    """Ranks of this job."""
     hidden_size: int
     documents: tuple[DocumentSpec, ...]
+    set_aside: tuple[DocumentSpec, ...] = ()
+    """Finished documents that are no longer asked for."""
+    shard_set: ShardSet = ShardSet(world_size=0)
+    """The shards of this job; made where none is given."""
+    earlier_sets: tuple[ShardSet, ...] = ()
+    """Those of other jobs, in which finished documents are."""
     topology: str = "{}"
     """The machine, JSON."""
     command: str = ""
     version: str = __version__
     """The version of cpmpi that made the run."""
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Ties the shards to their ``run.h5``. Made once, on rank 0; when a run is resumed, the one in the file holds."""
+    """Of one layout of ``run.h5``. Made once, on rank 0; when a run is resumed, the one in the file holds."""
 
     def __post_init__(self) -> None:
         assert min(self.world_size, self.hidden_size) >= 1, (self.world_size, self.hidden_size)
+        if not self.shard_set.world_size:
+            object.__setattr__(self, "shard_set", ShardSet(world_size=self.world_size))
         if not self.documents:
             raise UserError("there are no documents to work on")
         twice = [repr(name) for name, count in Counter(d.id for d in self.documents).items() if count > 1]
         if twice:
             raise UserError(f"document ids must differ, but these occur more than once: {', '.join(twice[:5])}")
         for document in self.documents:
-            assert 0 <= document.first_rank <= self.world_size - document.n_ranks, document
+            assert 0 <= document.first_rank <= self.world_of(document) - document.n_ranks, document
+
+    def world_of(self, document: DocumentSpec) -> int:
+        """Ranks of the job that does a document, or did it."""
+        return self.world_size if document.origin is None else document.origin.world_size
+
+    def own(self, document: DocumentSpec) -> bool:
+        """Whether the keys and values of a document are, or will be, in the shards of this job."""
+        return document.origin is None or document.origin.shard_set == self.shard_set.number
+
+    def place(self, document: DocumentSpec, index: int) -> tuple[ShardSet, int]:
+        """The shards of the document at place ``index``, and its number in them: its place, unless it is older."""
+        if document.origin is None:
+            return self.shard_set, index
+        sets = {one.number: one for one in (*self.earlier_sets, self.shard_set)}
+        return sets[document.origin.shard_set], document.origin.number
 
 
 def token_digest(token_ids: npt.ArrayLike) -> str:
@@ -145,42 +238,32 @@ def token_digest(token_ids: npt.ArrayLike) -> str:
     return hashlib.sha256(np.ascontiguousarray(token_ids, dtype="<i4").tobytes()).hexdigest()
 
 
-def needed_bytes(spec: RunSpec, rank: int) -> int:
-    """Bytes that ``rank`` will write: its shard, and for rank 0 also ``run.h5`` (a few KiB a document too many)."""
-    return shard_bytes(spec, rank) + (index_bytes(spec) if rank == 0 else 0)
-
-
 def shard_bytes(spec: RunSpec, rank: int) -> int:
-    """Bytes of the shard of ``rank``: KV, a checksum pair per piece and layer, and HDF5's metadata."""
+    """Bytes of the shard of ``rank``: KV, a pair of checksums per block and layer, and HDF5's metadata."""
     if spec.kv is None:
         return 0
     total = FILE_METADATA_BYTES
-    for document in spec.documents:
+    for document in filter(spec.own, spec.documents):
         pieces = document.pieces(rank)
         tokens = sum(piece.size for piece in pieces)
-        token_bytes = spec.kv.token_bytes // document.grid.head_groups
-        total += spec.kv.layers * (tokens * token_bytes + 16 * len(pieces) + 1) + 16 * len(pieces)
-        total += DOCUMENT_METADATA_BYTES + 2 * ALIGNMENT_BYTES
+        checksums = 16 * sum(-(-piece.size // BLOCK_TOKENS) for piece in pieces)
+        total += tokens * spec.kv.bytes_per_token // document.grid.head_groups
+        total += spec.kv.layers * (checksums + 1 + 8) + 16 * len(pieces)
+        total += DOCUMENT_METADATA_BYTES + 2 * len(spec.kv.groups()) * (DATASET_METADATA_BYTES + ALIGNMENT_BYTES)
     return total
 
 
 def index_bytes(spec: RunSpec) -> int:
     """Bytes of ``run.h5``: outputs, the map of the virtual datasets, and HDF5's metadata."""
-    total = FILE_METADATA_BYTES + len(spec.model) + len(spec.topology) + len(spec.command) + 64 * spec.world_size
-    for document in spec.documents:
+    total = FILE_METADATA_BYTES + len(spec.model) + len(spec.topology) + len(spec.command)
+    total += 64 * sum(one.world_size for one in (*spec.earlier_sets, spec.shard_set))
+    for document in (*spec.documents, *spec.set_aside):
         total += 8 * document.n_tokens + 4 * spec.hidden_size + DOCUMENT_METADATA_BYTES + 3 * ALIGNMENT_BYTES
         if spec.kv is not None:
             blocks = document.n_ranks * document.layout.segments
-            total += 2 * blocks * VIRTUAL_BLOCK_METADATA_BYTES + 8 * spec.world_size
+            each = blocks * VIRTUAL_BLOCK_METADATA_BYTES + DATASET_METADATA_BYTES
+            total += 2 * len(spec.kv.groups()) * each + 8 * (spec.world_of(document) + spec.kv.layers)
     return total
-
-
-def bytes_to_write(folder: Path, spec: RunSpec, rank: int) -> int:
-    """``needed_bytes`` less what is on disk already: a run that is resumed needs room only for the rest."""
-    paths = RunPaths(folder)
-    written = [paths.shard(rank), *([paths.index] if rank == 0 else [])]
-    on_disk = sum(path.stat().st_blocks * 512 for path in written if path.exists())
-    return max(0, needed_bytes(spec, rank) - on_disk)
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -188,7 +271,7 @@ def check_room(folder: Path, needed: int) -> None:
 
     Args:
         folder: the run folder; it need not exist yet.
-        needed: bytes to be written there, of all ranks together (the sum of ``bytes_to_write``).
+        needed: bytes to be written there, of all ranks together.
 
     Raises:
         UserError: the file system has less room than that.

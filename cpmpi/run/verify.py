@@ -10,20 +10,26 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import h5py
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from h5py import h5s
 
 from cpmpi.errors import UserError, one_line
+from cpmpi.run.document import Document
 from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
-from cpmpi.run.index import OUTPUTS, outputs_digest, perplexity, sum_nll
-from cpmpi.run.reader import Document, Run, open_run
+from cpmpi.run.index import summary_text
+from cpmpi.run.reader import Run, open_run
+from cpmpi.run.results import DIGESTS, OUTPUTS, perplexity, sum_nll
 from cpmpi.run.shard import ShardDocument, ShardFile
-from cpmpi.run.spec import token_digest
+from cpmpi.run.spec import KVGroup, token_digest
 
 CHUNK_BYTES = 4 << 20
 # log-softmax in float32 may come out above 0 by its rounding.
 LOGPROB_ROUNDING = 1e-4
+# Rows of a document that are read through its virtual datasets, which is slow; their map is under the seal besides.
+VIRTUAL_ROWS = 8
 
 
 @dataclass(kw_only=True)
@@ -49,24 +55,46 @@ def verify_run(path: Path, *, quick: bool = False, threads: int = 4) -> Verifica
         threads: that read KV at the same time.
 
     Raises:
-        UserError: there is no run that can be opened.
+        UserError: there is no run that can be opened; what is damaged in ``run.h5`` itself is one.
     """
     with open_run(path) as run:
-        found = Verification()
-        complete = [document for document in run.documents if document.complete]
-        found.documents = len(complete)
-        if not run.complete:
-            found.problems.append(
-                f"{run.paths.index}: not complete: {len(complete)} of {len(run.documents)} documents are finished"
-            )
-        if run.complete and not run.paths.summary.exists():
-            found.problems.append(f"{run.paths.summary}: no such file")
+        found, sound = Verification(), []
+        for document in (*run.documents, *run.set_aside):
+            with _noted(found, run.paths.index):
+                document.check_result()
+                sound.append(document)
+        with _noted(found, run.paths.index):
+            found.problems += _state_problems(run, sound)
+        complete = [document for document in sound if document.complete]
         for document in complete:
             with _noted(found, run.paths.index):
                 found.problems += output_problems(document)
+        found.documents = len(complete)
         if run.kv_dtype is not None and complete:
+            before = len(found.problems)
             _check_shards(run, complete, found, quick, threads)
+            for document in complete if len(found.problems) == before and not quick else ():
+                with _noted(found, run.paths.index):
+                    found.problems += virtual_problems(document)
         return found
+
+
+def _state_problems(run: Run, sound: list[Document]) -> Iterator[str]:
+    """What is not finished, or has failed, and a summary that says something else."""
+    index = run.paths.index
+    for document in sound:
+        if document.failed:
+            yield f"{index}: document {document.id!r} failed: {document.failed}"
+        elif run.complete and not document.complete:
+            yield f"{index}: damaged: the run is complete, but document {document.id!r} is not"
+    if not run.complete:
+        done = sum(document.complete for document in run.documents)
+        yield f"{index}: not complete: {done} of {len(run.documents)} documents are finished"
+        return
+    if not run.paths.summary.exists():
+        yield f"{run.paths.summary}: no such file"
+    elif run.version > 1 and run.paths.summary.read_bytes() != summary_text(run.file).encode():
+        yield f"{run.paths.summary}: does not say what run.h5 says"
 
 
 def output_problems(document: Document) -> Iterator[str]:
@@ -74,7 +102,7 @@ def output_problems(document: Document) -> Iterator[str]:
     who = f"{document.run.paths.index}: document {document.id!r}"
     outputs = {name: np.asarray(document.group[name]) for name in OUTPUTS}
     logprobs = outputs["logprobs"]
-    if outputs_digest(outputs) != document.group.attrs["outputs_xxh3"]:
+    if not document.outputs_are_sound:
         yield f"{who}: its outputs do not have the checksum that was recorded"
     expected = document.spec.token_ids_sha256
     if expected and token_digest(outputs["token_ids"]) != expected:
@@ -93,15 +121,43 @@ def output_problems(document: Document) -> Iterator[str]:
         yield f"{who}: last_hidden is not finite"
 
 
+def virtual_problems(document: Document) -> Iterator[str]:
+    """Whether what h5py shows of a document's KV, in its last layers, is what the shards hold: a sample of its rows."""
+    for group in document.kv_groups:
+        expected = document.kv(group.layers[-1], raw=True, verify=False)
+        for position in np.unique(np.linspace(0, document.n_tokens - 1, VIRTUAL_ROWS, dtype=np.int64)).tolist():
+            for name, rows in zip((group.key, group.value), expected):
+                if not np.array_equal(_virtual_row(document, group, name, position), rows[position]):
+                    yield (
+                        f"{document.run.paths.index}: document {document.id!r}: the virtual dataset kv/{name} does not "
+                        f"show token {position} as the shards hold it"
+                    )
+                    return
+
+
+def _virtual_row(document: Document, group: KVGroup, name: str, position: int) -> RawArray:
+    """The stored bits of a position in the last layer of a virtual dataset, read as h5py reads."""
+    dataset: h5py.Dataset = document.group[f"kv/{name}"]
+    assert document.run.kv_dtype is not None
+    stored = STORED_FLOATS[document.run.kv_dtype]
+    row = np.empty(dataset.shape[2:], stored.raw)
+    space = dataset.id.get_space()
+    space.select_hyperslab((len(group.layers) - 1, position, 0, 0), (1, 1, *dataset.shape[2:]))
+    dataset.id.read(h5s.create_simple((1, 1, *row.shape)), space, row.reshape(1, 1, *row.shape), stored.h5type())
+    return row
+
+
 def _check_shards(run: Run, documents: list[Document], found: Verification, quick: bool, threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
-        for rank in range(run.world_size):
-            with _noted(found, run.paths.shard(rank)):
-                shard = run.shard(rank)
-                found.shards += 1
-                for document in documents:
-                    with _noted(found, shard.path):
-                        _check_shard_document(shard, rank, document, found, None if quick else pool)
+        for number, shard_set in run.shard_sets.items():
+            inside = [document for document in documents if document.shard_set == number]
+            for rank in range(shard_set.world_size) if inside else ():
+                with _noted(found, run.paths.shard(rank, number)):
+                    shard = run.shard(rank, number)
+                    found.shards += 1
+                    for document in inside:
+                        with _noted(found, shard.path):
+                            _check_shard_document(shard, rank, document, found, None if quick else pool)
 
 
 @contextmanager
@@ -111,7 +167,7 @@ def _noted(found: Verification, path: Path) -> Iterator[None]:
         yield
     except UserError as problem:
         found.problems.append(str(problem))
-    except (OSError, KeyError, RuntimeError, ValueError) as problem:
+    except (OSError, KeyError, IndexError, RuntimeError, ValueError, TypeError, AssertionError) as problem:
         found.problems.append(f"{path}: cannot be read: {one_line(problem)}")
 
 
@@ -119,40 +175,37 @@ def _check_shard_document(
     shard: ShardFile, rank: int, document: Document, found: Verification, pool: ThreadPoolExecutor | None
 ) -> None:
     who = f"{shard.path}: document {document.id!r}"
-    place = shard.document(document.index)
+    place = shard.document(document.shard_number)
     if place.pieces != document.spec.pieces(rank):
         found.problems.append(f"{who}: has pieces {place.pieces}, but run.h5 {document.spec.pieces(rank)}")
         return
-    undone = np.flatnonzero(~shard.layers_done(document.index))
+    undone = np.flatnonzero(~shard.layers_done(document.shard_number))
     if len(undone):
         found.problems.append(f"{who}: layers {undone.tolist()} were not written in full")
-    if shard.digest(document.index) != document.group["kv/shard_digest"][rank]:
+    if shard.digest(document.shard_number) != document.group[DIGESTS][rank]:
         found.problems.append(f"{who}: its checksums are not those that run.h5 recorded")
         return
     if pool is None or not place.n_tokens:
         return
-    dtype = document.run.kv_dtype
-    assert dtype is not None
-    itemsize = STORED_FLOATS[dtype].itemsize
-    check = partial(_layer_problems, shard, place, shard.checksums(document.index), itemsize)
-    for layer, problems in enumerate(pool.map(check, range(place.layers))):
+    check = partial(_layer_problems, shard, place, shard.checksums(document.shard_number))
+    for layer, problems in enumerate(pool.map(check, range(len(place.layers)))):
         found.problems += (f"{who}: layer {layer}: {problem}" for problem in problems)
-    found.kv_bytes += place.layers * place.n_tokens * place.heads * (place.key_dim + place.value_dim) * itemsize
+    found.kv_bytes += place.n_bytes
 
 
 def _layer_problems(
-    shard: ShardFile, place: ShardDocument, checksums_LP2: npt.NDArray[np.uint64], itemsize: int, layer: int
+    shard: ShardFile, place: ShardDocument, checksums_LB2: npt.NDArray[np.uint64], layer: int
 ) -> list[str]:
     """Compare one layer of a document in a shard with its checksums."""
-    problems = []
+    problems, (shape, key_offset, value_offset) = [], place.layers[layer]
     for part, (name, offset, dim) in enumerate(
-        (("key", place.key_offset, place.key_dim), ("value", place.value_offset, place.value_dim))
+        (("key", key_offset, shape.key_dim), ("value", value_offset, shape.value_dim))
     ):
-        row_bytes = place.heads * dim * itemsize
-        for number, (first, piece) in enumerate(zip(place.firsts(), place.pieces)):
-            start = offset + (layer * place.n_tokens + first) * row_bytes
-            if _checksum(shard, start, piece.size * row_bytes) != checksums_LP2[layer, number, part]:
-                problems.append(f"{name} of tokens {piece.start} to {piece.stop - 1} does not have its checksum")
+        row_bytes = shape.heads * dim * place.itemsize
+        for number, block in enumerate(place.blocks):
+            checksum = _checksum(shard, offset + block.row * row_bytes, (block.stop - block.start) * row_bytes)
+            if checksum != checksums_LB2[layer, number, part]:
+                problems.append(f"{name} of tokens {block.start} to {block.stop - 1} does not have its checksum")
     return problems
 
 
@@ -161,7 +214,7 @@ _local = threading.local()
 
 def _buffer() -> RawArray:
     """A buffer of this thread, made once: fresh memory costs more than reading into it."""
-    if not hasattr(_local, "buffer"):
+    if len(getattr(_local, "buffer", ())) != CHUNK_BYTES:
         _local.buffer = np.empty(CHUNK_BYTES, np.uint8)
     buffer: RawArray = _local.buffer
     return buffer

@@ -73,7 +73,7 @@ class ShardWriter:
 
         Args:
             path: the shard file.
-            spec: of the run, with the run id that is in ``run.h5``.
+            spec: of the run, with what ``run.h5`` says of the shards.
             rank: whose shard it is.
             queue_bytes: tensors that may wait to be written before ``put`` blocks; one layer may always wait.
             recorder: notes when layers are written, where a timeline is wanted.
@@ -85,7 +85,7 @@ class ShardWriter:
         self.stats, self._recorder = WriterStats(), recorder
         self._path, self._kv, self._queue_bytes = path, spec.kv, queue_bytes
         self._dtype: torch.dtype = getattr(torch, spec.kv.dtype)
-        self._shard = ShardFile(path, spec.run_id, rank)
+        self._shard = ShardFile(path, spec.shard_set.id, rank)
         self._descriptor = os.open(path, os.O_WRONLY)
         self._buffer = torch.empty(0, dtype=self._dtype)
         self._queue: deque[_Layer] = deque()
@@ -112,16 +112,17 @@ class ShardWriter:
             UserError: an earlier layer could not be written.
         """
         place = self._shard.document(document_index)
+        if not 0 <= layer < len(place.layers):
+            raise ValueError(f"{self._path}: layer {layer} of {len(place.layers)}")
         item = _Layer(document_index, layer, _as_tensor(key_TGD), _as_tensor(value_TGE))
-        expected = tuple((place.n_tokens, place.heads, dim) for dim in (place.key_dim, place.value_dim))
+        shape = place.layers[layer].shape
+        expected = tuple((place.n_tokens, shape.heads, dim) for dim in (shape.key_dim, shape.value_dim))
         found = (tuple(item.key_TGD.shape), tuple(item.value_TGE.shape))
         if found != expected:
             raise ValueError(f"{self._path}: key and value {found} of document {document_index}, expected {expected}")
         devices = {item.key_TGD.device.type, item.value_TGE.device.type}
         if devices != {"cpu"}:
             raise ValueError(f"{self._path}: key and value are on {', '.join(sorted(devices))}, expected cpu")
-        if not 0 <= layer < place.layers:
-            raise ValueError(f"{self._path}: layer {layer} of {place.layers}")
         with self._changed:
             self._wait(self._queue_bytes - item.nbytes)
             self._queue.append(item)
@@ -238,20 +239,20 @@ class ShardWriter:
         place = self._shard.document(item.document)
         marker = place.layer_done_offset + item.layer
         pwrite_all(self._descriptor, np.zeros(1, np.uint8), marker)
-        checksums = np.zeros((len(place.pieces), 2), np.dtype("<u8"))
+        checksums = np.zeros((len(place.blocks), 2), np.dtype("<u8"))
+        layer = place.layers[item.layer]
         for part, (tensor, offset) in enumerate(
-            ((item.key_TGD, place.key_offset), (item.value_TGE, place.value_offset))
+            ((item.key_TGD, layer.key_offset), (item.value_TGE, layer.value_offset))
         ):
             row_bytes = tensor.shape[1] * tensor.shape[2] * self._dtype.itemsize
-            offset += item.layer * place.n_tokens * row_bytes
-            for number, (first, piece) in enumerate(zip(place.firsts(), place.pieces)):
-                rows = tensor[first : first + piece.size]
-                checksums[number, part] = self._write_rows(rows, offset + first * row_bytes, row_bytes)
+            for number, block in enumerate(place.blocks):
+                rows = tensor[block.row : block.row + block.stop - block.start]
+                checksums[number, part] = self._write_rows(rows, offset + block.row * row_bytes, row_bytes)
         pwrite_all(self._descriptor, checksums, place.checksum_offset + item.layer * checksums.nbytes)
         pwrite_all(self._descriptor, np.ones(1, np.uint8), marker)
 
     def _write_rows(self, rows_TGD: torch.Tensor, offset: int, row_bytes: int) -> int:
-        """Write the rows of a piece at ``offset``, a chunk at a time, and return their xxh3_64."""
+        """Write the rows of a block at ``offset``, a chunk at a time, and return their xxh3_64."""
         checksum = xxhash.xxh3_64()
         step = max(1, CHUNK_BYTES // row_bytes)
         for start in range(0, len(rows_TGD), step):

@@ -1,0 +1,315 @@
+"""One document of a run: its results, and its keys and values.
+
+Shapes: ``T`` tokens, ``G`` KV heads, ``D`` key dim, ``E`` value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from h5py import h5a
+
+from cpmpi.attention.grid import Grid
+from cpmpi.attention.layout import Layout
+from cpmpi.errors import UserError
+from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
+from cpmpi.run.layer_reader import Source, read_layer
+from cpmpi.run.publish import saying
+from cpmpi.run.results import DIGESTS, OUTPUTS, Results, outputs_digest, result_digest
+from cpmpi.run.spec import DocumentSpec, KVGroup, KVShape, Origin
+
+if TYPE_CHECKING:
+    from cpmpi.run.reader import Run
+
+
+class Document:
+    """One document of a run; ``run.documents`` makes them."""
+
+    def __init__(self, run: Run, index: int, name: str) -> None:
+        self.run, self.index = run, index
+        self._path: Path = run.paths.index
+        with saying(self._path, f"{name} cannot be read"):
+            self.group = run.file[name]
+        self._result_checked = False
+        self._tables: dict[int, npt.NDArray[np.uint64]] = {}
+
+    def __repr__(self) -> str:
+        """What is in it, for a notebook."""
+        state = f"perplexity {self.perplexity:.6g}" if self.complete else "not finished"
+        state = f"failed: {self.failed}" if self.failed else state
+        kv = f", KV of {len(self.kv_shapes)} layers" if self.kv_shapes and self.complete else ""
+        return f"<Document {self.id!r}: {self.n_tokens:,} tokens, {state}{kv}>"
+
+    @cached_property
+    def _attributes(self) -> dict[str, Any]:
+        """Those that never change, and what the others were."""
+        with saying(self._path, f"{self.group.name} cannot be read"):
+            return dict(self.group.attrs)
+
+    @property
+    def id(self) -> str:
+        """Its name, unique in the run."""
+        return str(self._attributes["id"])
+
+    @property
+    def source(self) -> str:
+        """Where the text came from."""
+        return str(self._attributes["source"])
+
+    @property
+    def n_tokens(self) -> int:
+        """Its length."""
+        return int(self._attributes["n_tokens"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether its outputs, and its KV if the run keeps it, are all there."""
+        return read_truth(self.group, "complete", self._path)
+
+    @property
+    def failed(self) -> str:
+        """Why it has no result; empty unless it failed."""
+        self.check_result()
+        return bytes(self.group.attrs.get("failed", b"")).decode(errors="replace")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job that did it, or is to do it."""
+        return int(self._attributes.get("world_size", self.run.world_size))
+
+    @property
+    def nll(self) -> float:
+        """The negative log-likelihood of tokens 1 .. T-1, in nats; NaN until the document is complete."""
+        self.check_result()
+        return float(self.group.attrs["nll"])
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll / (T - 1)); NaN until the document is complete."""
+        self.check_result()
+        return float(self.group.attrs["perplexity"])
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int32]:
+        """(T,) token ids."""
+        return self._output("token_ids").astype(np.int32, copy=False)
+
+    @property
+    def logprobs(self) -> npt.NDArray[np.float32]:
+        """(T,) log p(token i | tokens before i), in nats; the first is NaN."""
+        return self._output("logprobs").astype(np.float32, copy=False)
+
+    @property
+    def last_hidden(self) -> npt.NDArray[np.float32]:
+        """(hidden,) of the last token, after the final norm."""
+        return self._output("last_hidden").astype(np.float32, copy=False)
+
+    @cached_property
+    def spec(self) -> DocumentSpec:
+        """How its tokens lie on the ranks that did it, or are to do it."""
+        attributes, n_tokens = self._attributes, self.n_tokens
+        grid = Grid(tp=int(attributes.get("tp", 1)), head_groups=int(attributes.get("head_groups", 1)))
+        return DocumentSpec(
+            id=self.id,
+            source=self.source,
+            n_tokens=n_tokens,
+            layout=Layout(
+                n_tokens=n_tokens,
+                world=int(attributes["n_ranks"]) // grid.head_groups,
+                segments=int(attributes["segments"]),
+            ),
+            grid=grid,
+            first_rank=int(attributes["first_rank"]),
+            token_ids_sha256=str(attributes["token_ids_sha256"]),
+            origin=Origin(
+                world_size=self.world_size,
+                shard_set=int(attributes.get("shard_set", 0)),
+                number=int(attributes.get("shard_document", self.index)),
+            ),
+        )
+
+    @property
+    def shard_set(self) -> int:
+        """The set of shards that its keys and values are in."""
+        assert self.spec.origin is not None
+        return self.spec.origin.shard_set
+
+    @property
+    def shard_number(self) -> int:
+        """Its number in these shards."""
+        assert self.spec.origin is not None
+        return self.spec.origin.number
+
+    @cached_property
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        """The datasets of the group ``kv`` and which layers they hold; none when the run keeps no KV."""
+        if self.run.kv_dtype is None:
+            return ()
+        kv, groups = self.group["kv"], []
+        for name in sorted((name for name in kv if name.startswith("key")), key=lambda name: (len(name), name)):
+            value = "value" + name.removeprefix("key")
+            count, _, heads, key_dim = kv[name].shape
+            layers = tuple(int(layer) for layer in kv[name].attrs.get("layers", range(count)))
+            groups.append(KVGroup(name, value, KVShape(heads, key_dim, kv[value].shape[3]), layers))
+        return tuple(groups)
+
+    @cached_property
+    def kv_shapes(self) -> tuple[KVShape, ...] | None:
+        """(KV heads, key dim, value dim) of every layer; None when the run keeps no KV."""
+        shapes = {layer: group.shape for group in self.kv_groups for layer in group.layers}
+        return tuple(shapes[layer] for layer in range(len(shapes))) or None
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int, int, int] | None:
+        """(layers, T, KV heads, key dim, value dim); None when the run keeps no KV.
+
+        Raises:
+            UserError: layers differ in shape; see ``kv_shapes``.
+        """
+        if self.kv_shapes is None:
+            return None
+        if len(self.kv_groups) > 1:
+            raise UserError(f"{self._path}: its layers have keys and values of several shapes; see kv_shapes")
+        return len(self.kv_shapes), self.n_tokens, *self.kv_shapes[0]
+
+    def kv(
+        self,
+        layer: int,
+        start: int | None = None,
+        stop: int | None = None,
+        *,
+        as_torch: bool = False,
+        raw: bool = False,
+        verify: bool = True,
+    ) -> tuple[Any, Any]:
+        """Keys and values of one layer, for the positions ``start .. stop`` (default: all).
+
+        Args:
+            layer: its number.
+            start, stop: positions, as in a slice (negative ones count from the end).
+            as_torch: give torch tensors of the stored type.
+            raw: give NumPy arrays of the stored bits: uint16 for bfloat16.
+            verify: compare what is read with its checksums. A slice then reads the blocks of 1,024 tokens that it
+                touches in whole (pieces in whole in a run of format version 1).
+
+        Returns:
+            key_TGD and value_TGE; by default NumPy arrays, where bfloat16 becomes float32, exactly.
+
+        Raises:
+            UserError: the run keeps no KV, the document is not complete, or a shard is missing or damaged.
+            IndexError: there is no such layer.
+        """
+        self._check_complete()
+        if self.run.kv_dtype is None or self.kv_shapes is None:
+            raise UserError(f"{self._path}: the run keeps no KV (it was made by `cpmpi score`)")
+        if not 0 <= layer < len(self.kv_shapes):
+            raise IndexError(f"layer {layer} of {len(self.kv_shapes)}")
+        heads, *dims = self.kv_shapes[layer]
+        first, last, _ = slice(start, stop).indices(self.n_tokens)
+        stored = STORED_FLOATS[self.run.kv_dtype]
+        key_TGD, value_TGE = (np.empty((max(0, last - first), heads, dim), stored.raw) for dim in dims)
+        read_layer(self._sources(layer, first, last, verify), first, key_TGD, value_TGE)
+        if as_torch:
+            return _as_torch(key_TGD, self.run.kv_dtype), _as_torch(value_TGE, self.run.kv_dtype)
+        return (key_TGD, value_TGE) if raw else (stored.widen(key_TGD), stored.widen(value_TGE))
+
+    def _sources(self, layer: int, first: int, last: int, verify: bool) -> Iterator[Source]:
+        """The shards that hold some of the positions ``first .. last``."""
+        assert self.kv_shapes is not None
+        for rank in range(self.spec.first_rank, self.spec.first_rank + self.spec.n_ranks):
+            pieces = self.spec.pieces(rank)
+            if any(piece.start < last and first < piece.stop for piece in pieces):
+                shard = self.run.shard(rank, self.shard_set)
+                place, heads = shard.document(self.shard_number), self.spec.heads(rank, self.kv_shapes[layer].heads)
+                if place.pieces != pieces or place.layers[layer].shape != self.kv_shapes[layer]._replace(
+                    heads=heads.size
+                ):
+                    raise UserError(f"{shard.path}: damaged: document {self.id!r} is not laid out as in run.h5")
+                checksums = self._checksums(rank)[layer] if verify else None
+                yield Source(
+                    shard=shard, place=place, layer=layer, heads=heads, document=self.id, checksums_B2=checksums
+                )
+
+    def _checksums(self, rank: int) -> npt.NDArray[np.uint64]:
+        """The checksum table (L, B, 2) in a shard, which is the one that ``run.h5`` has the digest of."""
+        if rank not in self._tables:
+            shard = self.run.shard(rank, self.shard_set)
+            table = shard.checksums(self.shard_number)
+            if xxhash.xxh3_64_intdigest(table.tobytes()) != self.group[DIGESTS][rank]:
+                raise UserError(f"{shard.path}: document {self.id!r}: its checksums are not those that run.h5 recorded")
+            self._tables[rank] = table
+        return self._tables[rank]
+
+    def check_result(self) -> None:
+        """Compare what was recorded of the document, but for its outputs, with its checksum (from format version 2 on).
+
+        Raises:
+            UserError: it differs.
+        """
+        attributes = self.group.attrs
+        if self._result_checked or self.run.version == 1 or not (self.complete or attributes["failed"]):
+            return
+        results = Results(
+            arrays={DIGESTS: self.group[DIGESTS][:]} if self.complete and self.run.kv_dtype is not None else {},
+            nll=float(attributes["nll"]),
+            perplexity=float(attributes["perplexity"]),
+            failed=bytes(attributes["failed"]),
+        )
+        if result_digest(results, int(attributes["outputs_xxh3"])) != attributes["result_xxh3"]:
+            raise UserError(
+                f"{self._path}: document {self.id!r}: its results do not have the checksum that was recorded"
+            )
+        self._result_checked = self.complete
+
+    @cached_property
+    def outputs_are_sound(self) -> bool:
+        """Whether the outputs have their checksum."""
+        with saying(self._path, f"document {self.id!r} cannot be read"):
+            outputs = {name: np.asarray(self.group[name]) for name in OUTPUTS}
+        return outputs_digest(outputs) == int(self.group.attrs["outputs_xxh3"])
+
+    def _output(self, name: str) -> RawArray:
+        self._check_complete()
+        self.check_result()
+        if not self.outputs_are_sound:
+            raise UserError(
+                f"{self._path}: document {self.id!r}: its outputs do not have the checksum that was recorded"
+            )
+        return np.asarray(self.group[name])
+
+    def _check_complete(self) -> None:
+        if self.complete:
+            return
+        if self.failed:
+            raise UserError(f"{self._path}: document {self.id!r} failed: {self.failed}")
+        raise UserError(
+            f"{self._path}: document {self.id!r} is not complete; start the same command again to finish it"
+        )
+
+
+def read_truth(owner: Any, name: str, path: Path) -> bool:
+    """An attribute that must be 0 or 1, to the bit.
+
+    Raises:
+        UserError: it is not.
+    """
+    stored = np.empty((), np.bool_)  # h5py's own reading would make any byte True
+    with saying(path, "cannot be read"):
+        h5a.open(owner.id, name.encode()).read(stored)
+    value = int(stored.view(np.uint8))
+    if value not in (0, 1):
+        raise UserError(f"{path}: damaged: `{name}` of {owner.name} is {value}")
+    return bool(value)
+
+
+def _as_torch(raw: RawArray, dtype: str) -> Any:
+    import torch
+
+    bits = torch.from_numpy(raw.view(np.int16) if dtype == "bfloat16" else raw)
+    return bits.view(torch.bfloat16) if dtype == "bfloat16" else bits

@@ -1,0 +1,151 @@
+"""Lays out ``run.h5``: every dataset and attribute in its place, empty, but for what finished documents bring along.
+
+Shapes: ``L`` layers, ``T`` tokens of a document, ``N`` ranks, ``G`` KV heads, ``D`` key dim, ``E`` value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from h5py import h5t
+
+from cpmpi.run.hdf5 import VirtualBlock, create_contiguous, create_virtual, created_file, set_attribute
+from cpmpi.run.paths import RunPaths, document_name, shard_name
+from cpmpi.run.publish import make_folder
+from cpmpi.run.results import OUTPUTS, read_results, result_digest
+from cpmpi.run.shard import LABELS
+from cpmpi.run.spec import DocumentSpec, RunSpec, ShardSet
+
+FORMAT = "cpmpi-run"
+FORMAT_VERSION = 2
+OLDER_VERSIONS = (1,)
+# What is written into a document's attributes when it is done, and where it failed; `complete` also of the run.
+WRITTEN_LATER = ("nll", "perplexity", "outputs_xxh3", "result_xxh3", "failed", "complete")
+REASON_BYTES = 480
+
+
+def lay_out_index(folder: Path, spec: RunSpec, finished: Mapping[str, Any]) -> None:
+    """Make ``run.h5`` for all documents of a run, in a folder that may not exist yet; one that is there is replaced.
+
+    Args:
+        folder: the run folder.
+        spec: what the run will hold.
+        finished: for each group of a document that has an ``origin``, that with its results, in the file it is from.
+    """
+    make_folder(folder)
+    groups = {document_name(i): (i, document) for i, document in enumerate(spec.documents)}
+    groups |= {document_name(i, set_aside=True): (i, document) for i, document in enumerate(spec.set_aside)}
+    places = 2 + len(spec.earlier_sets) + 1 + len(groups) * (len(WRITTEN_LATER) + len(OUTPUTS) + 1)
+    with created_file(RunPaths(folder).index, most_places=places, attributes=WRITTEN_LATER) as file:
+        _lay_out_run(file, spec)
+        for name, (index, document) in groups.items():
+            group = file.create_group(name)
+            _lay_out_document(group, index, document, spec)
+            if name in finished:
+                _copy_results(finished[name], group)
+
+
+def kv_dtype(spec: RunSpec) -> str:
+    """The attribute ``kv_dtype``: the stored type, or ``none``."""
+    return "none" if spec.kv is None else spec.kv.dtype
+
+
+def _lay_out_run(file: Any, spec: RunSpec) -> None:
+    file.attrs["format"] = FORMAT
+    file.attrs["format_version"] = FORMAT_VERSION
+    file.attrs["cpmpi_version"] = spec.version
+    file.attrs["run_id"] = spec.run_id
+    file.attrs["model"] = spec.model
+    file.attrs["model_sha256"] = spec.model_sha256
+    file.attrs["tokenizer_sha256"] = spec.tokenizer_sha256
+    file.attrs["dtype"] = spec.dtype
+    file.attrs["kv_dtype"] = kv_dtype(spec)
+    file.attrs["world_size"] = spec.world_size
+    file.attrs["hidden_size"] = spec.hidden_size
+    file.attrs["topology"] = spec.topology
+    file.attrs["command"] = spec.command
+    file.attrs["complete"] = False
+    if spec.kv is not None:
+        shards = file.create_group("shards")
+        filled = any(spec.own(document) for document in spec.documents)
+        for shard_set in (*spec.earlier_sets, *([spec.shard_set] if filled else [])):
+            _lay_out_shards(shards.create_group(f"{shard_set.number:06d}"), shard_set)
+
+
+def _lay_out_shards(group: Any, shard_set: ShardSet) -> None:
+    ranks = range(shard_set.world_size)
+    group.attrs["set_id"] = shard_set.id
+    group.create_dataset("name", data=[shard_name(rank, shard_set.number) for rank in ranks])
+    sizes = create_contiguous(group, "size", (len(ranks),), h5t.STD_I64LE, fill=np.int64(-1), labels=("rank",))
+    if shard_set.sizes:
+        sizes[...] = shard_set.sizes
+
+
+def _lay_out_document(group: Any, index: int, document: DocumentSpec, spec: RunSpec) -> None:
+    tokens = document.n_tokens
+    shard_set, number = spec.place(document, index)
+    attributes = {
+        "id": document.id, "source": document.source, "n_tokens": tokens, "token_ids_sha256": document.token_ids_sha256,
+        "segments": document.layout.segments, "world_size": spec.world_of(document),
+        "first_rank": document.first_rank, "n_ranks": document.n_ranks, "tp": document.grid.tp,
+        "head_groups": document.grid.head_groups, "nll": np.nan, "perplexity": np.nan,
+        "outputs_xxh3": np.uint64(0), "result_xxh3": np.uint64(0), "complete": False,
+    }  # fmt: skip
+    if spec.kv is not None:
+        attributes |= {"shard_set": shard_set.number, "shard_document": number}
+    for name, value in attributes.items():
+        group.attrs[name] = value
+    group.attrs.create("failed", b"", dtype=h5py.string_dtype("utf-8", REASON_BYTES))
+    nan, hidden = np.float32(np.nan), spec.hidden_size
+    create_contiguous(group, "token_ids", (tokens,), h5t.STD_I32LE, fill=np.int32(-1), labels=("token",))
+    create_contiguous(group, "logprobs", (tokens,), h5t.IEEE_F32LE, fill=nan, labels=("token",))
+    create_contiguous(group, "last_hidden", (hidden,), h5t.IEEE_F32LE, fill=nan, labels=("hidden",))
+    if spec.kv is not None:
+        _lay_out_kv(group.create_group("kv"), index, document, spec)
+
+
+def _lay_out_kv(kv: Any, index: int, document: DocumentSpec, spec: RunSpec) -> None:
+    assert spec.kv is not None
+    shard_set, number = spec.place(document, index)
+    for one in spec.kv.groups():
+        blocks = _virtual_blocks(document, one.shape.heads, shard_set.number)
+        for name, dim in ((one.key, one.shape.key_dim), (one.value, one.shape.value_dim)):
+            shape = (len(one.layers), document.n_tokens, one.shape.heads, dim)
+            source = f"{document_name(number)}/{name}"
+            dataset = create_virtual(kv, name, shape, spec.kv.stored.h5type(), blocks, source, LABELS)
+            dataset.attrs["layers"] = np.array(one.layers, np.int64)
+    ranks = spec.world_of(document)
+    create_contiguous(kv, "shard_digest", (ranks,), h5t.STD_U64LE, fill=np.uint64(0), labels=("rank",))
+
+
+def _virtual_blocks(document: DocumentSpec, kv_heads: int, shard_set: int) -> list[VirtualBlock]:
+    """Every piece of every rank: where it is in the document, and where in its rank's shard."""
+    blocks = []
+    for rank in range(document.first_rank, document.first_rank + document.n_ranks):
+        pieces = document.pieces(rank)
+        heads = document.heads(rank, kv_heads)
+        held = sum(piece.size for piece in pieces)
+        first = 0
+        for piece in pieces:
+            block = VirtualBlock(
+                start=piece.start, count=piece.size, head=heads.start, heads=heads.size,
+                file=shard_name(rank, shard_set), source_rows=held, source_start=first,
+            )  # fmt: skip
+            blocks.append(block)
+            first += piece.size
+    return blocks
+
+
+def _copy_results(source: Any, group: Any) -> None:
+    """Take over the results of a finished document, also of an older format."""
+    results = read_results(source)
+    for name, array in results.arrays.items():
+        group[name][...] = array
+    for name in ("nll", "perplexity", "outputs_xxh3"):
+        set_attribute(group, name, source.attrs[name])
+    set_attribute(group, "result_xxh3", result_digest(results))
+    set_attribute(group, "complete", True)

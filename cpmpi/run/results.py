@@ -1,0 +1,66 @@
+"""The results of a document in ``run.h5``, and the checksums that hold them together.
+
+``outputs_xxh3`` is of the outputs; ``result_xxh3`` is of everything else that is written when a document is done: that
+checksum, the digests of the shards, ``nll``, ``perplexity`` and ``failed``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from cpmpi.run.hdf5 import RawArray
+
+OUTPUTS = ("token_ids", "logprobs", "last_hidden")
+DIGESTS = "kv/shard_digest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What is written when a document is done, or has failed."""
+
+    arrays: Mapping[str, RawArray]
+    """The outputs, and the digests of the shards where KV is kept."""
+    nll: float
+    perplexity: float
+    failed: bytes = b""
+
+
+def read_results(group: Any) -> Results:
+    """The results in the group of a document."""
+    names = [*OUTPUTS, *([DIGESTS] if DIGESTS in group else [])]
+    return Results(
+        arrays={name: np.asarray(group[name]) for name in names},
+        nll=float(group.attrs["nll"]),
+        perplexity=float(group.attrs["perplexity"]),
+        failed=bytes(group.attrs.get("failed", b"")),
+    )
+
+
+def outputs_digest(outputs: Mapping[str, RawArray]) -> int:
+    """xxh3_64 of the bytes of a document's outputs as they are stored."""
+    return xxhash.xxh3_64_intdigest(b"".join(outputs[name].tobytes() for name in OUTPUTS))
+
+
+def result_digest(results: Results, outputs: int | None = None) -> int:
+    """xxh3_64 of all results, with ``outputs`` for the arrays (default: their ``outputs_digest``)."""
+    outputs = outputs_digest(results.arrays) if outputs is None else outputs
+    digests = np.asarray(results.arrays.get(DIGESTS, ()), "<u8")
+    numbers = np.array([results.nll, results.perplexity], "<f8")
+    start = np.array([outputs], "<u8").tobytes()
+    return xxhash.xxh3_64_intdigest(start + digests.tobytes() + numbers.tobytes() + results.failed)
+
+
+def sum_nll(logprobs_T: npt.NDArray[Any]) -> float:
+    """The negative log-likelihood of tokens 1 .. T-1, summed in float64; 0, and not -0, of a single token."""
+    return 0.0 - float(np.sum(logprobs_T[1:], dtype=np.float64))
+
+
+def perplexity(nll: float, n_tokens: int) -> float:
+    """exp(nll / (T - 1)); NaN for a single token, of which nothing is predicted."""
+    return float(np.exp(np.float64(nll) / (n_tokens - 1))) if n_tokens > 1 else float("nan")
