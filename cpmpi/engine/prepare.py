@@ -17,7 +17,7 @@ from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
 from cpmpi.cost.choose import choose_schedule
 from cpmpi.cost.memory import choose_residence, document_memory
-from cpmpi.documents.read import Document, read_documents
+from cpmpi.documents.read import Document, ReadOptions, read_documents
 from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.engine.placement import check_grid, number_ranks
 from cpmpi.engine.report import introduce
@@ -72,19 +72,14 @@ def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progr
     def tokenized(done: int, characters: int) -> None:
         progress.say(f"tokenized {done:,} of {characters:,} characters")
 
-    documents = read_documents(
-        options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size,
-        special_tokens=options.special_tokens, progress=tokenized,
+    reading = read_documents(
+        options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size, progress=tokenized,
+        options=ReadOptions(
+            special_tokens=options.special_tokens,
+            max_positions=None if options.allow_longer else checkpoint.max_positions,
+        ),
     )  # fmt: skip
-    limit = checkpoint.max_positions
-    too_long = [d for d in documents if limit is not None and len(d.token_ids) > limit]
-    if too_long and not options.allow_longer:
-        d = max(too_long, key=lambda d: len(d.token_ids))
-        raise UserError(
-            f"{d.source}: document {d.id!r} has {len(d.token_ids)} tokens, but {checkpoint.folder} was made for "
-            f"{limit} positions (max_position_embeddings); --allow-longer runs it all the same"
-        )
-    return documents
+    return reading.documents
 
 
 def inspect(options: ModelOptions, ranks: Ranks, inputs: Inputs) -> Model:
