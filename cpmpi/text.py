@@ -49,6 +49,17 @@ def width(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
+def cut(text: str, columns: int) -> str:
+    """The beginning of a line, as much of it as fits so many columns."""
+    kept = ""
+    for c in text:
+        columns -= width(c)
+        if columns < 0:
+            return kept
+        kept += c
+    return kept
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0) -> str:
     """The rows under their header, columns aligned: the first ``left`` to the left, the others to the right.
 

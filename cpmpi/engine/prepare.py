@@ -70,7 +70,7 @@ def read(options: JobOptions, ranks: Ranks) -> Inputs:
 
 def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progress) -> list[Document]:
     def tokenized(done: int, characters: int) -> None:
-        progress.say(f"tokenized {done:,} of {characters:,} characters")
+        progress.count("tokenized {done} of {of} characters", done, characters)
 
     reading = read_documents(
         options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size, progress=tokenized,
