@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import os
+import re
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -18,8 +20,11 @@ import pytest
 from cpmpi.documents.input_files import find_input_files
 from cpmpi.documents.read import ReadOptions
 from cpmpi.errors import UserError
+from cpmpi.run.reader import open_run
 
+from .conftest import clean_environment
 from .test_documents import checkpoint, folder, reading, refusal, report, write  # noqa: F401  (fixtures)
+from .test_exact import save_llama
 
 LINES = [{"id": f"d{i}", "token_ids": [i, i + 1]} for i in range(4)]
 
@@ -370,3 +375,34 @@ def test_tables_without_pyarrow(folder, monkeypatch):  # noqa: F811
 def test_what_is_packed_otherwise_is_no_text(folder):  # noqa: F811
     write("a.bz2", bz2.compress(b"text"))
     assert refusal("a.bz2").startswith("a.bz2: not ")
+
+
+def test_a_job_with_bad_inputs_goes_on_without_them_and_says_which(tmp_path):
+    """Through standard input of a real launch, quietly: what is left out is told all the same."""
+    save_llama(tmp_path / "model", 2, layers=1)
+    write(f"{tmp_path}/in/empty.txt", b"")
+    write(f"{tmp_path}/in/e.jsonl.gz", gzip.compress(lines([{"id": 7, "input_ids": [1, 2, 3]}, {"id": "b"}])))
+    launcher = Path(sys.executable).with_name("mpirun")
+    line = [str(launcher) if launcher.exists() else "mpirun", "--oversubscribe", "--bind-to", "none", "-n", "2"]
+    line += [sys.executable, "-m", "cpmpi", "score", "--model", "model", "--output", "run", "--quiet"]
+
+    def launch(*more: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [*line, "--input", "-", "in", *more], cwd=tmp_path, env=clean_environment(), input=lines(LINES),
+            capture_output=True, timeout=120, check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout.decode() + done.stderr.decode()
+
+    status, refused = launch()
+    assert status == 1
+    told = re.search(r"^error: 2 bad inputs; --skip-bad goes on without them:\n  .*\n  .*\n", refused, re.M)
+    assert told, refused
+    assert not (tmp_path / "run").exists()
+    status, printed = launch("--skip-bad", "--select", "^(d[12]|7)$", "--limit", "3")
+    assert status == 0, printed
+    left_out = [text for text in printed.splitlines() if text.startswith("left out: ")]
+    assert [text.partition(": ")[2].partition(": ")[0] for text in left_out] == ["in/e.jsonl.gz:2", "in/empty.txt"]
+    with open_run(tmp_path / "run") as run:
+        assert [(d.id, d.source) for d in run.documents] == [
+            ("d1", "standard input:2"), ("d2", "standard input:3"), ("7", "in/e.jsonl.gz:1")
+        ]  # fmt: skip

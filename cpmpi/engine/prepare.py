@@ -75,10 +75,15 @@ def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progr
     reading = read_documents(
         options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size, progress=tokenized,
         options=ReadOptions(
-            special_tokens=options.special_tokens,
+            column=options.column, id_column=options.id_column, select=options.select, limit=options.limit,
+            skip_bad=options.skip_bad, special_tokens=options.special_tokens,
             max_positions=None if options.allow_longer else checkpoint.max_positions,
         ),
     )  # fmt: skip
+    for note in reading.notes:
+        progress.say(note)
+    for problem in reading.problems:  # said also where no progress is wanted: nothing is left out in silence
+        Progress(enabled=True).say(f"left out: {problem}")
     return reading.documents
 
 
