@@ -378,31 +378,40 @@ def test_what_is_packed_otherwise_is_no_text(folder):  # noqa: F811
 
 
 def test_a_job_with_bad_inputs_goes_on_without_them_and_says_which(tmp_path):
-    """Through standard input of a real launch, quietly: what is left out is told all the same."""
+    """On two ranks and through a pipe, quietly: what is left out is told all the same."""
     save_llama(tmp_path / "model", 2, layers=1)
     write(f"{tmp_path}/in/empty.txt", b"")
     write(f"{tmp_path}/in/e.jsonl.gz", gzip.compress(lines([{"id": 7, "input_ids": [1, 2, 3]}, {"id": "b"}])))
     launcher = Path(sys.executable).with_name("mpirun")
     line = [str(launcher) if launcher.exists() else "mpirun", "--oversubscribe", "--bind-to", "none", "-n", "2"]
     line += [sys.executable, "-m", "cpmpi", "score", "--model", "model", "--output", "run", "--quiet"]
+    os.mkfifo(tmp_path / "pipe")
 
     def launch(*more: str) -> tuple[int, str]:
         done = subprocess.run(
-            [*line, "--input", "-", "in", *more], cwd=tmp_path, env=clean_environment(), input=lines(LINES),
-            capture_output=True, timeout=120, check=False,
+            [*line, "--input", *more], cwd=tmp_path, env=clean_environment(), input=lines(LINES),
+            capture_output=True, timeout=300, check=False,
         )  # fmt: skip
         return done.returncode, done.stdout.decode() + done.stderr.decode()
 
-    status, refused = launch()
+    status, refused = launch("-", "in")
     assert status == 1
-    told = re.search(r"^error: 2 bad inputs; --skip-bad goes on without them:\n  .*\n  .*\n", refused, re.M)
+    told = re.search(
+        r"^error: 3 bad inputs; --skip-bad goes on without them:\n  standard .*\n  .*\n  .*\n", refused, re.M
+    )
     assert told, refused
+    assert (
+        "  standard input: Open MPI's launcher does not pass it on as it is: use a file, or mkfifo's pipe\n" in refused
+    )
     assert not (tmp_path / "run").exists()
-    status, printed = launch("--skip-bad", "--select", "^(d[12]|7)$", "--limit", "3")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(lines()))
+    writer.start()
+    status, printed = launch("pipe", "in", "--skip-bad", "--select", "^(d[12]|7)$", "--limit", "4")
+    writer.join()
     assert status == 0, printed
     left_out = [text for text in printed.splitlines() if text.startswith("left out: ")]
     assert [text.partition(": ")[2].partition(": ")[0] for text in left_out] == ["in/e.jsonl.gz:2", "in/empty.txt"]
     with open_run(tmp_path / "run") as run:
         assert [(d.id, d.source) for d in run.documents] == [
-            ("d1", "standard input:2"), ("d2", "standard input:3"), ("7", "in/e.jsonl.gz:1")
+            ("d1", "pipe:2"), ("d2", "pipe:3"), ("7", "in/e.jsonl.gz:1")
         ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import stat
 import sys
 import zlib
@@ -21,6 +22,7 @@ MAGIC = {
     b"PAR1": ".parquet",
     b"ARROW1": ".arrow",
 }
+LAUNCHER_VARIABLE = "PRTE_LAUNCHED"  # of Open MPI's launcher since version 5
 CHUNK_BYTES = 1 << 24
 
 
@@ -44,7 +46,7 @@ def open_input(file: InputFile) -> BinaryIO:
     """
     stream: io.BufferedReader | io.BytesIO
     if is_stream(file):
-        data = sys.stdin.buffer.read() if file.path == STANDARD_INPUT else file.path.read_bytes()
+        data = _standard_input() if file.path == STANDARD_INPUT else file.path.read_bytes()
         stream = io.BytesIO(_unpacked(data, _packing(file) or kind_by_content(data), file))
     elif packing := _packing(file):
         stream = io.BytesIO(_unpacked(file.path.read_bytes(), packing, file))
@@ -55,6 +57,22 @@ def open_input(file: InputFile) -> BinaryIO:
         stream.close()
         raise UserError(f"{file.shown}: {'nothing came' if is_stream(file) else 'the file is empty'}")
     return stream
+
+
+def _standard_input() -> bytes:
+    """All that comes.
+
+    Open MPI's launcher (tried: 5.0.11) never passes its end on to the ranks, and its users report that parts of what is
+    longer than 64 KB come again and again: reading it would wait for ever, or get another text.
+
+    Raises:
+        UserError: this process was started by that launcher.
+    """
+    if LAUNCHER_VARIABLE in os.environ:
+        raise UserError(
+            "standard input: Open MPI's launcher does not pass it on as it is: use a file, or mkfifo's pipe"
+        )
+    return sys.stdin.buffer.read()
 
 
 def _packing(file: InputFile) -> str:
