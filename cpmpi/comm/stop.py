@@ -8,6 +8,8 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from cpmpi.comm.progress import end_line
+
 LAUNCHERS = ("prterun", "mpirun", "orterun")  # Open MPI's
 STATUS = 128 + signal.SIGTERM
 
@@ -33,6 +35,7 @@ def say_when_told_to_stop(text: str, *, speaks: bool) -> None:
         while os.read(reading, 1)[0] != signal.SIGTERM:
             pass
         if speaks:
+            end_line()
             _print(text)
         os._exit(STATUS)
 
