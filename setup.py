@@ -30,6 +30,7 @@ setup(
         "xxhash>=3.4",
     ],
     extras_require={
+        "data": ["pyarrow>=15", "zstandard>=0.22"],
         "plot": ["matplotlib>=3.8"],
         "nvidia": ["nvidia-ml-py>=12"],
         "test": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "ruff>=0.6"],

@@ -1,23 +1,78 @@
-"""Words and numbers for people: plain tables, sizes, times."""
+"""Words and numbers for people: names fit for a terminal, plain tables, sizes, times."""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 
 from cpmpi.errors import UserError
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}  # powers of 1000 or 1024
+MOST_SHOWN = 500  # characters of a name
+
+
+def shown(name: object, most: int = MOST_SHOWN) -> str:
+    """A name from outside (an id, a file, a source) as it may stand in a line: what is no visible character is escaped.
+
+    A newline would break the line, and an escape sequence would be obeyed by the terminal. Of a name longer than
+    ``most`` characters, the middle is left out.
+    """
+    text = str(name)
+    cut = len(text) > 2 * most
+    text = escaped(text[:most] + text[-most:] if cut else text)  # the middle of a very long one is never looked at
+    if len(text) <= most and not cut:
+        return text
+    end = most // 3
+    return f"{text[: most - end - 3]}...{text[-end:]}"
+
+
+def escaped(text: str) -> str:
+    """The text in one line of visible characters: all others as Python writes them, such as ``\\n`` and ``\\x1b``."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def escaped_lines(text: str) -> str:
+    """Several lines, each escaped: the line ends that are there are meant."""
+    return "\n".join(map(escaped, text.split("\n")))
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: ``1 document``, ``3,000 documents``."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def width(text: str) -> int:
+    """The columns that a text takes in a terminal: wide characters, as of Chinese, take two, combining ones none."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def cut(text: str, columns: int) -> str:
+    """The beginning of a line, as much of it as fits so many columns."""
+    kept = ""
+    for c in text:
+        columns -= width(c)
+        if columns < 0:
+            return kept
+        kept += c
+    return kept
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0) -> str:
-    """The rows under their header, columns aligned: the first ``left`` to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    """The rows under their header, columns aligned: the first ``left`` to the left, the others to the right.
+
+    Cells are escaped; names that may be long are for the caller to shorten.
+    """
+    lines = [[escaped(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(width, column)) for column in zip(*lines, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        aligned = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "  ".join(aligned).rstrip()
+        gaps = [" " * (w - width(c)) for c, w in zip(cells, widths, strict=True)]
+        return "  ".join(c + gap if i < left else gap + c for i, (c, gap) in enumerate(zip(cells, gaps))).rstrip()
 
-    return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, rows)])
+    return "\n".join([line(lines[0]), line(["-" * w for w in widths]), *map(line, lines[1:])])
 
 
 def human_bytes(count: float) -> str:
@@ -50,22 +105,20 @@ def duration(seconds: float) -> str:
 
 
 def parse_bytes(text: str, name: str) -> int:
-    """Bytes of a size such as 8GB, 800MB or 1.5TB; ``name`` says in errors what it is the size of.
+    """Bytes of a size such as 8GB, 800MB, 1.5TB or 8GiB: units of 1000 or, with ``i``, of 1024.
+
+    Args:
+        text: the size.
+        name: what it is the size of, for errors.
 
     Raises:
         UserError: it is no size.
     """
-    number = text.strip().lower().removesuffix("b")
-    unit = number[-1:] if number[-1:].isalpha() else ""
-    try:
-        size = float(number.removesuffix(unit)) * UNITS[unit]
-    except (ValueError, KeyError):
-        raise UserError(f"{name} {text}: not a size such as 8GB or 800MB") from None
-    if not 0 < size < float("inf"):
-        raise UserError(f"{name} {text}: must be more than nothing")
+    found = re.fullmatch(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[0-9]{1,2})?)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
+    if found is None:
+        raise UserError(f"{name} {shown(text)}: not a size such as 8GB, 800MB or 8GiB")
+    number, unit, binary = found.groups()
+    size = float(number) * (1024 if binary else 1000) ** UNITS[unit or ""]
+    if not 1 <= size < 1e18:
+        raise UserError(f"{name} {shown(text)}: must be between a byte and a million TB")
     return int(size)
-
-
-def counted(count: int, noun: str) -> str:
-    """A count with its noun: 1 rank, 2 ranks."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"

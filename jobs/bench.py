@@ -162,8 +162,8 @@ def print_rows(asked: Asked, bench: AttentionBench, rates: Rates, rows: Sequence
     click.echo(
         f"{counted(topology.world, 'rank')} on {counted(len(topology.nodes), 'node')}, {asked.new:,} new tokens "
         f"after {asked.stored:,}, {asked.query_heads} query and {asked.kv_heads} KV heads of {asked.head_dim}, "
-        f"{asked.dtype}; kernel {bench.backend.name}: {rate_text(rates.attention_flops / 1e9)} GFLOP/s a rank, a call "
-        f"{seconds_text(rates.call_s)}"
+        f"{asked.dtype}; kernel {bench.backend.name}: {rate_text(rates.attention_flops / 1e9)} GFLOP/s a rank, "
+        f"{seconds_text(rates.call_s)} to start"
     )
     click.echo(table(HEADER, rows, left=1))
 

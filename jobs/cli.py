@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import NoReturn
 import click
 
 from cpmpi.errors import UserError
+from cpmpi.text import escaped, escaped_lines
 from cpmpi.version import __version__
 
 # command name -> (module with a click command called `command`, one line of help)
@@ -87,17 +89,20 @@ def main() -> None:
     from cpmpi.comm import ranks
 
     debug = "--debug" in sys.argv
+    take_any_character()
     try:
         status = cli.main(standalone_mode=False)
     except click.ClickException as problem:
+        end_line()
         context = getattr(problem, "ctx", None)
         if first_of_launch() and isinstance(problem, click.exceptions.NoArgsIsHelpError):
             click.echo(problem.format_message(), err=True)
         elif first_of_launch():
             hint = f" (see {context.command_path} --help)" if context else ""
-            click.echo(f"error: {problem.format_message()}{hint}", err=True)
+            click.echo(f"error: {escaped_lines(problem.format_message())}{hint}", err=True)
         leave(problem.exit_code)
     except click.Abort as stop:  # what click makes of two exceptions
+        end_line()
         cause = stop.__cause__
         ranks.abort(f"{type(cause).__name__}: {cause}" if isinstance(cause, EOFError) else "interrupted")
         leave(130)
@@ -106,20 +111,35 @@ def main() -> None:
             ranks.abort("standard output was closed")
         raise
     except Exception as problem:
+        end_line()
         if debug and (first_of_launch() or not isinstance(problem, ranks.AgreedError)):
             import traceback
 
             traceback.print_exc()
         if isinstance(problem, ranks.AgreedError):
             if first_of_launch():
-                click.echo(f"error: {problem}", err=True)
+                click.echo(f"error: {escaped_lines(str(problem))}", err=True)
         elif isinstance(problem, UserError):
-            ranks.abort(str(problem), alone=first_of_launch())
+            ranks.abort(escaped_lines(str(problem)), alone=first_of_launch())
         else:
-            text = " ".join(str(problem).split())
+            text = escaped(" ".join(str(problem).split()))
             ranks.abort(f"{type(problem).__name__}: {text} (--debug shows where)", alone=first_of_launch())
         leave(1)
     sys.exit(status)
+
+
+def end_line() -> None:
+    """Take away a line of progress that stands on the terminal."""
+    from cpmpi.comm import progress
+
+    progress.end_line()
+
+
+def take_any_character() -> None:
+    """Let names of any script be printed on any terminal: what its encoding has not is escaped, and no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def leave(status: int) -> NoReturn:

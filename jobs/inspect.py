@@ -12,9 +12,10 @@ import click
 from cpmpi.errors import UserError
 from cpmpi.run.hdf5 import STORED_FLOATS
 from cpmpi.run.reader import Document, Run, open_run
-from cpmpi.text import human_bytes
+from cpmpi.text import counted, escaped, human_bytes, shown
 
 HEADINGS = ("", "id", "tokens", "nll", "perplexity", "complete")
+NAME_WIDTH = 50
 
 
 @click.command("inspect")
@@ -122,7 +123,7 @@ def as_text(facts: dict[str, Any], limit: int) -> str:
     lines = [
         f"run       {facts['run']}",
         f"model     {name}, computed in {facts['dtype']} (config and weights: sha256 {facts['model_sha256'][:12]})",
-        f"made by   {facts['world_size']} ranks, cpmpi {facts['cpmpi_version']}: {facts['command']}",
+        f"made by   {counted(facts['world_size'], 'rank')}, cpmpi {facts['cpmpi_version']}: {facts['command']}",
     ]
     if kv is None:
         lines.append("kv        none")
@@ -135,22 +136,22 @@ def as_text(facts: dict[str, Any], limit: int) -> str:
     good = [shard["bytes"] for shard in facts["shards"] if shard["problem"] is None]
     if good:
         each = human_bytes(min(good)) + (f" to {human_bytes(max(good))}" if max(good) > min(good) else "")
-        lines.append(f"shards    {len(good)} files of {each}, {human_bytes(sum(good))} together")
+        lines.append(f"shards    {counted(len(good), 'file')} of {each}, {human_bytes(sum(good))} together")
     lines += [f"problem   {shard['problem']}" for shard in facts["shards"] if shard["problem"] is not None]
     done, total = facts["documents_complete"], len(documents)
     state = "complete" if facts["complete"] else "not complete"
     failed, aside = facts["documents_failed"], facts["documents_set_aside"]
     more = f", {failed} failed" * bool(failed) + f"; {aside} of an earlier list set aside" * bool(aside)
-    lines.append(f"state     {state}: {done} of {total} documents{more}")
+    lines.append(f"state     {state}: {done} of {counted(total, 'document')}{more}")
     if unfinished is not None and unfinished["layers_done"] is not None and kv is not None:
         lines.append(
-            f"          next {unfinished['id']!r}: {unfinished['layers_done']} of {kv['layers']} layers written"
+            f"          next '{shown(unfinished['id'])}': {unfinished['layers_done']} of {kv['layers']} layers written"
         )
     lines += ["", *_table(documents[:limit])]
     lines += [f"failed    {d['id']}: {d['failed']}" for d in documents if d["failed"]]
     if total > limit:
         lines.append(f"... and {total - limit} more (--documents {total}, or summary.csv)")
-    return "\n".join(lines)
+    return "\n".join(map(escaped, lines))
 
 
 def _table(documents: list[dict[str, Any]]) -> list[str]:
@@ -160,7 +161,8 @@ def _table(documents: list[dict[str, Any]]) -> list[str]:
             "-" if value is None else f"{value:.6g}" for value in (document["nll"], document["perplexity"])
         )
         complete = "yes" if document["complete"] else "failed" if document["failed"] else "no"
-        rows.append((str(document["index"]), document["id"], str(document["n_tokens"]), nll, perplexity, complete))
+        name = shown(document["id"], NAME_WIDTH)
+        rows.append((str(document["index"]), name, str(document["n_tokens"]), nll, perplexity, complete))
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     left = (1, 5)
     return [

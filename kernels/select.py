@@ -70,7 +70,7 @@ def select(
             continue
         if worst <= TOLERANCE[dtype]:
             also = "".join(f"; not {line}" for line in refused)
-            return named(name, f"{why}; within {worst:.1e} of the float64 reference{also}")
+            return named(name, f"{why}; tested now: within {worst:.1e} of the float64 reference{also}")
         refused.append(f"{name}: {worst:.1e} from the reference, more than {TOLERANCE[dtype]:.0e}")
     raise RuntimeError(f"no attention backend for {dtype} on {device}: {'; '.join(refused)}")
 
@@ -83,7 +83,8 @@ def candidates(
     if softcap is not None:
         return [("blocked", f"no fused kernel takes a softcap ({softcap})")]
     if device.type == "cpu":
-        return [("cpu", f"torch's flash attention for the CPU, computing in {accumulator_dtype(dtype)}"), portable]
+        computing = str(accumulator_dtype(dtype)).removeprefix("torch.")
+        return [("cpu", f"torch's flash attention for the CPU, computing in {computing}"), portable]
     if device.type != "cuda":
         return [portable]
     if dtype == torch.float64:

@@ -284,7 +284,7 @@ def test_a_bug_while_pricing_is_no_schedule_that_was_not_priced(monkeypatch):
         )  # fmt: skip
 
     known = synthetic("machine=cpu-2s,nodes=2,ranks=2")
-    assert chosen(known)[1].endswith("(predicted, a layer)")
+    assert chosen(known)[1].endswith("(expected for each layer)")
     schedule, reason = chosen(replace(known, classes=()))
     assert schedule.kind == "ring"
     assert reason.startswith("ring: not priced, the bandwidth between ranks ")

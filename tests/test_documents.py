@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cpmpi.documents.read import Document, read_documents
+from cpmpi.documents.read import Document, Reading, ReadOptions, read_documents
 from cpmpi.documents.tokenization import load_tokenizer, tokenize
 from cpmpi.errors import UserError
 
@@ -54,20 +55,33 @@ def write(path: str, content: str | bytes | list[object]) -> None:
 
 def read_tokens(*inputs: str) -> list[Document]:
     """Inputs that need no tokenizer, from a checkpoint that has none."""
-    return read_documents(inputs, checkpoint=Path("no-such-checkpoint"), vocab_size=VOCABULARY)
+    return reading(*inputs).documents
 
 
-def refusal(*inputs: str, checkpoint: Path = Path("no-such-checkpoint"), vocab_size: int = VOCABULARY) -> str:
-    with pytest.raises(UserError) as refused:
-        read_documents(inputs, checkpoint=checkpoint, vocab_size=vocab_size)
-    message = str(refused.value)
+def reading(*inputs: str, checkpoint: Path = Path("no-such-checkpoint"), **options: Any) -> Reading:
+    return read_documents(inputs, checkpoint=checkpoint, vocab_size=VOCABULARY, options=ReadOptions(**options))
+
+
+def refusal(
+    *inputs: str, checkpoint: Path = Path("no-such-checkpoint"), vocab_size: int = VOCABULARY, **options: Any
+) -> str:
+    """The one line of a refusal, without the hint that other documents would be left."""
+    message = report(*inputs, checkpoint=checkpoint, vocab_size=vocab_size, **options)
     assert "\n" not in message
-    return message
+    return message.removesuffix("; --skip-bad goes on without it")
+
+
+def report(
+    *inputs: str, checkpoint: Path = Path("no-such-checkpoint"), vocab_size: int = VOCABULARY, **options: Any
+) -> str:
+    with pytest.raises(UserError) as refused:
+        read_documents(inputs, checkpoint=checkpoint, vocab_size=vocab_size, options=ReadOptions(**options))
+    return str(refused.value)
 
 
 def test_text_is_tokenized_whole_and_exactly(folder: Path, checkpoint: Path) -> None:
     write("a.txt", TEXT)
-    (document,) = read_documents(["a.txt"], checkpoint=checkpoint, vocab_size=VOCABULARY)
+    (document,) = read_documents(["a.txt"], checkpoint=checkpoint, vocab_size=VOCABULARY).documents
     assert (document.id, document.source) == ("a.txt", "a.txt")
     assert document.token_ids.dtype == np.int32
     assert not document.token_ids.flags.writeable
@@ -87,7 +101,7 @@ def test_special_tokens_are_an_option(checkpoint: Path, special_tokens: bool | N
 def test_a_byte_order_mark_is_not_text(folder: Path, checkpoint: Path) -> None:
     write("with.txt", b"\xef\xbb\xbfthe fox")
     write("without.txt", "the fox")
-    a, b = read_documents(["with.txt", "without.txt"], checkpoint=checkpoint, vocab_size=VOCABULARY)
+    a, b = read_documents(["with.txt", "without.txt"], checkpoint=checkpoint, vocab_size=VOCABULARY).documents
     assert a.token_ids.tolist() == b.token_ids.tolist()
 
 
@@ -96,7 +110,7 @@ def test_jsonl_and_npy(folder: Path, checkpoint: Path) -> None:
     with open("d.jsonl", "a") as stream:
         stream.write("\n  \n" + json.dumps({"id": "z", "token_ids": [0]}))
     np.save("e.npy", np.array([5, 6], dtype=np.uint16))
-    documents = read_documents(["e.npy", "d.jsonl"], checkpoint=checkpoint, vocab_size=VOCABULARY)
+    documents = read_documents(["e.npy", "d.jsonl"], checkpoint=checkpoint, vocab_size=VOCABULARY).documents
     sources = [(d.id, d.source) for d in documents]
     assert sources == [("e.npy", "e.npy"), ("x", "d.jsonl:1"), ("y", "d.jsonl:2"), ("z", "d.jsonl:5")]
     assert [d.token_ids.tolist() for d in documents if d.id != "x"] == [[5, 6], [1, 2, VOCABULARY - 1], [0]]
@@ -116,7 +130,7 @@ def test_a_folder_is_read_sorted_at_any_depth_without_hidden_files(folder: Path,
     write("elsewhere/far.txt", "the dog")
     Path("texts/link").symlink_to("../elsewhere")
     Path("texts/a/loop").symlink_to("..")
-    documents = read_documents(["texts"], checkpoint=checkpoint, vocab_size=VOCABULARY)
+    documents = read_documents(["texts"], checkpoint=checkpoint, vocab_size=VOCABULARY).documents
     assert [d.id for d in documents] == ["a/y.txt", "a/z.MD", "b.txt", "link/far.txt"]
     assert documents[0].source == "texts/a/y.txt"
 
@@ -135,13 +149,13 @@ def test_a_glob_names_files_below_its_fixed_part(folder: Path, checkpoint: Path,
     for name in ("c.txt", "b.txt", "a/y.txt"):
         write(f"texts/{name}", "the fox")
     Path("texts/empty").mkdir()
-    documents = read_documents([pattern], checkpoint=checkpoint, vocab_size=VOCABULARY)
+    documents = read_documents([pattern], checkpoint=checkpoint, vocab_size=VOCABULARY).documents
     assert [d.id for d in documents] == ids
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_a_file(folder: Path, checkpoint: Path) -> None:
     write("a[1].txt", "the fox")
-    (document,) = read_documents(["a[1].txt"], checkpoint=checkpoint, vocab_size=VOCABULARY)
+    (document,) = read_documents(["a[1].txt"], checkpoint=checkpoint, vocab_size=VOCABULARY).documents
     assert document.id == "a[1].txt"
 
 
@@ -159,12 +173,12 @@ def test_progress_counts_characters(folder: Path, checkpoint: Path) -> None:
 def test_inputs_that_are_not_there(folder: Path) -> None:
     Path("empty").mkdir()
     Path("dangling.txt").symlink_to("nowhere")
-    assert refusal() == "no input: give text files, folders, globs, .jsonl or .npy files"
+    assert refusal() == "no input: give text files, folders, globs, .jsonl, .npy or .parquet files, or - for a pipe"
     assert refusal("a.txt") == "a.txt: no such file or folder"
     assert refusal("dangling.txt") == "dangling.txt: no such file or folder"
     assert refusal("x*.txt") == "x*.txt: no file matches"
     assert refusal("emp*") == "emp*: no file matches"
-    assert refusal("empty") == "empty: the folder has no .txt, .md, .jsonl or .npy file"
+    assert refusal("empty") == "empty: the folder has no .txt, .md, .jsonl, .npy or .parquet file and no saved data set"
     assert refusal("n" * 300) == f"{'n' * 300}: File name too long"
 
 
@@ -187,21 +201,27 @@ def test_files_that_are_no_text(folder: Path, content: bytes, message: str) -> N
     [
         (b'{"id": x}', "not JSON: Expecting value at column 8"),
         (b'{"id": "x"', "not JSON: Expecting ',' delimiter at column 11"),
-        (b"[1]", 'must be an object with "id" and "text" or "token_ids", not a list'),
-        (b'{"text": "t"}', "no \"id\"; its keys are 'text'"),
-        (b"{}", 'no "id"; its keys are none'),
-        (b'{"id": 7, "text": "t"}', '"id" must be a string that is not empty, not an integer'),
-        (b'{"id": "", "text": "t"}', '"id" must be a string that is not empty, not an empty string'),
-        (b'{"id": "\\ud800", "text": "t"}', '"id" has half a surrogate pair at character 0'),
-        (b'{"id": "x"}', 'document \'x\' must have one of "text" and "token_ids", not neither'),
+        (b"[1]", 'must be an object with "text" or "token_ids", not a list'),
+        (b"{}", 'the document has none of "text", "token_ids", "input_ids" (or --column); it has none'),
+        (b'{"id": 7.5, "text": "t"}', '"id" must be an integer or a string that is not empty, not a fraction'),
+        (b'{"id": true, "text": "t"}', '"id" must be an integer or a string that is not empty, not a boolean'),
+        (b'{"id": "", "text": "t"}', '"id" must be an integer or a string that is not empty, not an empty string'),
+        (b'{"id": "\\ud800", "text": "t"}', "\"id\" is not UTF-8: '\\ud800' at character 0"),
+        (
+            b'{"id": "x", "txt": "t"}',
+            'the document has none of "text", "token_ids", "input_ids" (or --column); it has "id", "txt"',
+        ),
         (
             b'{"id": "x", "text": "t", "token_ids": [1]}',
-            'document \'x\' must have one of "text" and "token_ids", not both',
+            'the document has "text" and "token_ids": choose with --column',
         ),
-        (b'{"id": "x", "text": null}', "\"text\" of document 'x' must be a string, not null"),
+        (b'{"id": "x", "text": null}', "\"text\" of document 'x' must be a string or a list of integers, not null"),
         (b'{"id": "x", "text": ""}', "\"text\" of document 'x' is empty"),
         (b'{"id": "x", "text": "ab\\udc00"}', "\"text\" of document 'x' has half a surrogate pair at character 2"),
-        (b'{"id": "x", "token_ids": {}}', "\"token_ids\" of document 'x' must be a list of integers, not an object"),
+        (
+            b'{"id": "x", "token_ids": {}}',
+            "\"token_ids\" of document 'x' must be a string or a list of integers, not an object",
+        ),
         (
             b'{"id": "x", "token_ids": [1, 2.0]}',
             "\"token_ids\" of document 'x' must be a list of integers; item 1 is a fraction",
@@ -242,10 +262,10 @@ def test_a_jsonl_file_with_bad_bytes_or_nothing(folder: Path) -> None:
 
 def test_names_that_cannot_be_stored(folder: Path) -> None:
     write("d.jsonl", b'{"id": "a\\u0000b", "token_ids": [1]}')
-    assert refusal("d.jsonl") == "'d.jsonl:1': the document's name has a zero byte"
+    assert refusal("d.jsonl") == 'd.jsonl:1: "id" has a zero byte'
     name = os.fsdecode(b"r\xe9sum\xe9.npy")
     np.save(name, np.array([1, 2]))
-    assert refusal(name) == "'r\\udce9sum\\udce9.npy': the document's name is not UTF-8: '\\udce9' at character 1"
+    assert refusal(name) == "r\\udce9sum\\udce9.npy: the document's name is not UTF-8: '\\udce9' at character 1"
 
 
 @pytest.mark.parametrize(
@@ -279,7 +299,7 @@ def test_arrays_with_bad_ids(folder: Path, array: np.ndarray, message: str) -> N
 def test_arrays_that_are_not_plain_numbers(folder: Path) -> None:
     np.save("pickled.npy", np.array([{}, 1], dtype=object), allow_pickle=True)
     assert refusal("pickled.npy") == (
-        "pickled.npy: not a .npy file of numbers: Object arrays cannot be loaded when allow_pickle=False"
+        "pickled.npy: token ids must be a 1-D array of integers; this one has shape (2,) and dtype object"
     )
     write("text.npy", "hello, this is text")
     assert refusal("text.npy").startswith("text.npy: not a .npy file of numbers: the magic string is not correct")

@@ -14,10 +14,10 @@ from cpmpi.topology.node import Node
 T = TypeVar("T")
 MOST = 8  # lines about one thing
 SAID = {
-    "numa": "in a NUMA domain",
-    "node": "in a node",
-    "fabric": "in an NVLink domain",
-    "leaf": "under a leaf",
+    "numa": "between ranks in a NUMA domain",
+    "node": "between ranks in a node",
+    "fabric": "between nodes of an NVLink domain",
+    "leaf": "between nodes under a leaf switch",
     "spine": "across leaves",
     "network": "between nodes",
 }

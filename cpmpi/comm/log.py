@@ -14,7 +14,7 @@ from cpmpi.comm.ranks import Ranks, node_name
 def rank_log(folder: Path, ranks: Ranks) -> Iterator[logging.Logger]:
     """Log to ``folder/rank-00000.log`` through the logger ``cpmpi`` while the block runs; lines are appended."""
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank-{ranks.rank:05d}.log", encoding="utf-8")
+    handler = logging.FileHandler(folder / f"rank-{ranks.rank:05d}.log", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter(f"%(asctime)s {ranks.rank}/{ranks.size} %(levelname)s %(message)s"))
     logger = logging.getLogger("cpmpi")
     logger.setLevel(logging.INFO)

@@ -2,62 +2,144 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from cpmpi.text import duration
+from cpmpi.text import cut, duration, shown
+
+LIVE_S, PLAIN_S, MOST_S = 0.2, 10.0, 300.0  # seconds between updates
+NAME_WIDTH = 40
+CLEAR = "\r\x1b[K"
 
 
 class Progress:
-    """How far a document is: layer, tokens per second, time left.
+    """How far a job is: documents, tokens per second, and the time left for everything.
+
+    The engine tells it, in this order: `job` once, then for each document `start`, `update` as its layers come, and
+    `done`; at last `close`.
 
     Args:
         enabled: False on other ranks and with ``--quiet``: then nothing is printed.
         stream: where to print.
-        interval_s: seconds between updates; by default 0.2 on a terminal, 10 elsewhere.
+        interval_s: seconds between updates; by default 0.2 on a terminal, elsewhere 10, and more as a job gets long.
     """
+
+    _live: Progress | None = None  # whose line stands unfinished on the terminal
 
     def __init__(self, enabled: bool, stream: TextIO | None = None, interval_s: float | None = None) -> None:
         self.enabled = enabled
         self.stream = stream or sys.stderr
-        self.live = self.stream.isatty()
-        self.interval_s = interval_s if interval_s is not None else 0.2 if self.live else 10.0
-        self._name, self._tokens, self._layers = "", 0, 0
-        self._done = 0.0
-        self._started = self._shown = time.perf_counter()
+        self.live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._interval_s = interval_s
+        self._began = self._shown = time.perf_counter()
+        self._documents, self._work, self._per_pair = 1, 0.0, 0.0
+        self._documents_done, self._tokens_done, self._work_done = 0, 0, 0.0
+        self._name, self._tokens, self._layers, self._done = "", 0, 0, 0.0
+
+    def job(self, lengths: Sequence[int], per_pair: float = 0.0) -> None:
+        """The whole job's work begins.
+
+        Args:
+            lengths: tokens of each document that is to be done.
+            per_pair: what a pair of tokens costs, where a token costs 1 (attention against the rest): the time left of
+                documents of different lengths follows from it.
+        """
+        self._per_pair = per_pair
+        self._documents, self._work = len(lengths), sum(map(self._cost, lengths))
+        self._documents_done, self._tokens_done, self._work_done = 0, 0, 0.0
+        self._began = self._shown = time.perf_counter()
 
     def start(self, name: str, tokens: int, layers: int) -> None:
         """A document's work begins."""
         self._name, self._tokens, self._layers, self._done = name, tokens, layers, 0.0
-        self._started = self._shown = time.perf_counter()
+        if not self._work:
+            self.job([tokens])
 
     def update(self, layers_done: float) -> None:
         """``layers_done`` layers are done, a fraction of the current one included."""
         self._done = max(self._done, layers_done)
-        if self.enabled and time.perf_counter() - self._shown >= self.interval_s:
-            self._shown = time.perf_counter()
-            self._show(self._line())
+        self._now_and_then(self._line)
 
-    def _line(self) -> str:
-        part = min(1.0, self._done / max(1, self._layers))
-        elapsed = time.perf_counter() - self._started
-        left = f"{duration(elapsed / part - elapsed)} left" if part > 0.01 else "..."
-        rate = part * self._tokens / max(elapsed, 1e-9)
-        layer = min(self._layers, int(self._done) + 1)
-        size = f"{self._tokens:,} tokens"
-        return f"{self._name}: {part:4.0%}  layer {layer}/{self._layers}  {size}  {rate:,.0f} tokens/s  {left}"
+    def done(self, tokens: int) -> None:
+        """A document of so many tokens is finished and stored."""
+        self._documents_done += 1
+        self._tokens_done += tokens
+        self._work_done += self._cost(tokens)
+        self._tokens, self._done = 0, 0.0
+        self._now_and_then(self._line)
+
+    def count(self, what: str, done: int, of: int) -> None:
+        """So much of something else is done, such as ``tokenized 3 of 7 characters``; the last is always said."""
+        text = f"{what.format(done=f'{done:,}', of=f'{of:,}')}"
+        if done >= of:
+            self.say(text)
+        else:
+            self._now_and_then(lambda: text)
 
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.enabled:
-            if self.live:
-                self.stream.write("\r\x1b[K")
+            end_line()
             print(text, file=self.stream, flush=True)
 
-    def _show(self, text: str) -> None:
-        if self.live:
-            self.stream.write(f"\r\x1b[K{text}")
-            self.stream.flush()
-        else:
-            print(text, file=self.stream, flush=True)
+    def close(self) -> None:
+        """The job is over: what it did, where it did several documents."""
+        seconds = time.perf_counter() - self._began
+        if self._documents_done > 1:
+            rate = f"{self._tokens_done / max(seconds, 1e-9):,.0f} tokens/s"
+            documents = f"{self._documents_done:,} documents, {self._tokens_done:,} tokens"
+            self.say(f"{documents} in {duration(seconds)}, {rate}")
+        end_line()
+
+    def _cost(self, tokens: int) -> float:
+        return tokens + self._per_pair * tokens * tokens / 2
+
+    def _line(self) -> str:
+        part = min(1.0, self._done / max(1, self._layers))
+        share = (self._work_done + part * self._cost(self._tokens)) / max(self._work, 1e-9)
+        elapsed = time.perf_counter() - self._began
+        left = f"{duration(elapsed / share - elapsed)} left" if share > 0.002 else "..."
+        tokens = self._tokens_done + part * self._tokens
+        rate = f"{tokens / max(elapsed, 1e-9):,.0f} tokens/s"
+        layer = f"layer {min(self._layers, int(self._done) + 1)}/{self._layers}"
+        name = shown(self._name, NAME_WIDTH)
+        if self._documents == 1:
+            return f"{name}: {share:4.0%}  {layer}  {self._tokens or self._tokens_done:,} tokens  {rate}  {left}"
+        documents = f"document {min(self._documents, self._documents_done + 1):,} of {self._documents:,}"
+        return f"{documents}: {share:4.0%}  {tokens:,.0f} tokens  {rate}  {left}  ({name}, {layer})"
+
+    @property
+    def interval_s(self) -> float:
+        """Seconds until the next line: a log of a long job needs fewer."""
+        if self._interval_s is not None:
+            return self._interval_s
+        return LIVE_S if self.live else min(MOST_S, max(PLAIN_S, (time.perf_counter() - self._began) / 20))
+
+    def _now_and_then(self, line: Callable[[], str]) -> None:
+        if self.enabled and time.perf_counter() - self._shown >= self.interval_s:
+            self._shown = time.perf_counter()
+            if self.live:
+                Progress._live = self
+                self.stream.write(CLEAR + cut(line(), columns(self.stream) - 1))
+                self.stream.flush()
+            else:
+                print(line(), file=self.stream, flush=True)
+
+
+def end_line() -> None:
+    """Take a live line away, where one stands: for what is printed next, on either stream."""
+    standing, Progress._live = Progress._live, None
+    if standing is not None:
+        standing.stream.write(CLEAR)
+        standing.stream.flush()
+
+
+def columns(stream: TextIO) -> int:
+    """How wide the terminal is; a longer line would leave its beginning behind when it is renewed."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:
+        return 80

@@ -239,7 +239,7 @@ def choose_schedule(
             choice = choose(head_group(topology, grid), shape, measured)
         except UnknownBandwidthError as problem:
             return "ring", f"ring: not priced, {problem}"
-        return choice.schedule.kind, f"{choice.reason} (predicted, a layer)"
+        return choice.schedule.kind, f"{choice.reason} (expected for each layer)"
 
     kind, reason = ranks.on_root(decide)
     return schedule_on(kind, topology).of(places), reason

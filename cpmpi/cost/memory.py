@@ -39,7 +39,7 @@ class Memory:
 
     def __str__(self) -> str:
         listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts.items() if size >= 5e6)
-        how = "streamed" if self.stream else "resident"
+        how = "a layer at a time" if self.stream else "all in memory"
         text = f"memory per rank: about {self.total / 1e9:.2f} GB (weights {how}; {listed})"
         if self.total > self.available:
             text += f"; warning: a rank can have {self.available / 1e9:.2f} GB here, use more ranks or nodes"

@@ -48,7 +48,8 @@ class Price:
         return max(self.link_bytes.values(), default=0)
 
     def __str__(self) -> str:
-        return f"{seconds_text(self.total_s)}, of it {seconds_text(self.exposed_s)} exposed"
+        waits = self.exposed_s >= 1e-3 * self.total_s
+        return f"{seconds_text(self.total_s)}, {seconds_text(self.exposed_s) if waits else 'none'} of it waiting"
 
 
 def price(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cpmpi.documents.content import is_stream
+from cpmpi.documents.formats import read_file
 from cpmpi.documents.input_files import InputFile, find_input_files
+from cpmpi.documents.records import Columns, Found, check_name, check_token_ids
 from cpmpi.documents.tokenization import load_tokenizer, tokenize
 from cpmpi.errors import UserError
+from cpmpi.text import counted, shown
 
 Progress = Callable[[int, int], None]
+MOST_PROBLEMS = 20  # lines of a report
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,17 +30,57 @@ class Document:
     id: str
     """Its name, unique in the run."""
     source: str
-    """The file it came from, with ``:`` and the line number for one of a .jsonl file."""
+    """The file it came from, with ``:`` and the line number for one of a .jsonl file, or item or row."""
     token_ids: npt.NDArray[np.int32]
     """(T,), at least one, read-only."""
 
 
-class _Found(NamedTuple):
-    """A document as its file has it."""
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """Which documents of the inputs are read, and how.
 
-    id: str
-    source: str
-    content: str | npt.NDArray[np.int32]
+    Raises:
+        UserError: no number that can be, or no regular expression.
+    """
+
+    column: str | None = None
+    """The field or column with text or token ids; None: ``text``, ``token_ids`` or ``input_ids``, the one there is."""
+    id_column: str | None = None
+    """The field or column with the id; None: ``id``, and without one the file's name and the line, item or row."""
+    select: str | None = None
+    """A regular expression; documents in whose id it is not found are left out."""
+    limit: int | None = None
+    """Documents that are read at most: the first ones of those selected."""
+    skip_bad: bool = False
+    """Whether bad inputs are left out, and said, instead of refused."""
+    special_tokens: bool | None = None
+    """Whether the tokenizer adds its special tokens; None leaves that to the tokenizer."""
+    max_positions: int | None = None
+    """Tokens that a document may have; None: any number."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit must be at least 1, not {self.limit}")
+        try:
+            re.compile(self.select or "")
+        except re.error as error:
+            raise UserError(f"--select {shown(self.select)}: not a regular expression: {error}") from error
+
+    def selected(self, id: str) -> bool:
+        """Whether a document is wanted."""
+        return self.select is None or re.search(self.select, id) is not None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Reading:
+    """What the inputs of a job gave."""
+
+    documents: list[Document] = field(default_factory=list)
+    """In the order of the inputs."""
+    problems: list[str] = field(default_factory=list)
+    """What was wrong with the others, a line each."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know besides."""
 
 
 def read_documents(
@@ -43,15 +88,18 @@ def read_documents(
     *,
     checkpoint: Path,
     vocab_size: int,
-    special_tokens: bool | None = None,
+    options: ReadOptions | None = None,
     progress: Progress | None = None,
-) -> list[Document]:
+) -> Reading:
     """All documents of ``inputs``, in the order given; every file is checked before the first text is tokenized.
 
     - ``.jsonl``: a document per line, ``{"id": ..., "text": ...}`` or ``{"id": ..., "token_ids": [...]}``; other keys
-      are not read, blank lines are skipped.
+      are not read, blank lines are skipped. An integer as id becomes its decimal digits.
+    - ``.json``: a list of such objects.
     - ``.npy``: one document, a 1-D array of integer token ids.
+    - ``.parquet``, ``.arrow`` and folders of a saved data set: a document per row.
     - any other file: one document, UTF-8 text exactly as stored, line ends and all, but for a byte order mark.
+    - ``.gz`` and ``.zst`` of all but the tables; standard input (``-``) and pipes, whose content tells what they hold.
 
     Which files a folder or glob means, and their names, which are the ids: see ``find_input_files``.
 
@@ -59,189 +107,140 @@ def read_documents(
         inputs: files, folders and globs.
         checkpoint: the folder with the tokenizer; not looked at where all inputs are token ids.
         vocab_size: the model's; every id must be below it.
-        special_tokens: whether the tokenizer adds its special tokens; None leaves that to the tokenizer.
+        options: which documents, and how.
         progress: called after each text with the characters tokenized so far, and of all.
 
     Raises:
-        UserError: an input is missing, empty, broken or ambiguous; the message names file, line and numbers.
+        UserError: inputs are missing, empty, broken or ambiguous, and not to be skipped: all of them in one report, a
+            line each that names file, line and numbers; or nothing is left.
     """
-    files = find_input_files(inputs)
-    found = [document for file in files for document in _read(file, vocab_size)]
-    for document in found:
-        _check_name(document.id, f"{document.source!a}: the document's name")
-        _check_name(document.source, f"{document.source!a}: the file's name")
-    _check_ids_differ(found)
+    options = options or ReadOptions()
+    found, reading = _find(inputs, options, vocab_size)
+    _refuse(reading.problems, options, len(found))
+    if not found and not reading.problems:
+        raise UserError(f"--select {shown(options.select)}: found in the id of no document")
     characters = sum(len(d.content) for d in found if isinstance(d.content, str))
     tokenizer = load_tokenizer(checkpoint) if characters else None
-    documents, done = [], 0
-    for id, source, content in found:
-        if isinstance(content, str):
-            token_ids = tokenize(tokenizer, content, special_tokens)
-            _check_token_ids(token_ids, vocab_size, f"{source}: document {id!r}")
-            done += len(content)
+    done = 0
+    for one in found:
+        try:
+            token_ids = _token_ids(one, tokenizer, options, checkpoint, vocab_size)
+            reading.documents.append(Document(id=one.id, source=one.source, token_ids=token_ids))
+        except UserError as problem:
+            reading.problems.append(str(problem))
+        if isinstance(one.content, str):
+            done += len(one.content)
             if progress:
                 progress(done, characters)
+    _refuse(reading.problems, options, len(reading.documents))
+    return reading
+
+
+def _token_ids(
+    one: Found, tokenizer: Any, options: ReadOptions, checkpoint: Path, vocab_size: int
+) -> npt.NDArray[np.int32]:
+    if isinstance(one.content, str):
+        token_ids = tokenize(tokenizer, one.content, options.special_tokens)
+        check_token_ids(token_ids, vocab_size, f"{shown(one.source)}: document '{shown(one.id)}'")
+    else:
+        token_ids = one.content
+    limit, where = options.max_positions, f"{shown(one.source)}: document '{shown(one.id)}'"
+    if limit is not None and len(token_ids) > limit:
+        raise UserError(
+            f"{where} has {len(token_ids)} tokens, but {shown(checkpoint)} was made for {limit} positions "
+            "(max_position_embeddings); --allow-longer runs it all the same"
+        )
+    token_ids.setflags(write=False)
+    return token_ids
+
+
+def _find(inputs: Sequence[str | Path], options: ReadOptions, vocab_size: int) -> tuple[list[Found], Reading]:
+    """The documents as their files have them, no two with one id, and what is wrong with others."""
+    files = find_input_files(inputs)
+    reading = Reading(problems=files.problems, notes=files.notes)
+    found: dict[str, Found] = {}
+    for file in files.files:
+        if len(found) == options.limit:
+            break
+        try:
+            good, bad = _read_one(file, options, vocab_size, found)
+        except UserError as problem:  # with the file as a whole: what was read of it may be wrong
+            good, bad = [], [str(problem)]
+        found.update((one.id, one) for one in good)
+        reading.problems.extend(bad)
+        if is_stream(file):
+            reading.notes.append(f"{file.shown}: {_said(good)}")
+    return list(found.values()), reading
+
+
+def _read_one(
+    file: InputFile, options: ReadOptions, vocab_size: int, before: dict[str, Found]
+) -> tuple[list[Found], list[str]]:
+    """The selected documents of a file, up to the limit, and what is wrong with others of it."""
+    good: dict[str, Found] = {}
+    bad: list[str] = []
+    for outcome in _outcomes(file, options, vocab_size):
+        if isinstance(outcome, UserError):
+            bad.append(str(outcome))
+        elif problem := _problem(outcome, before.get(outcome.id) or good.get(outcome.id)):
+            bad.append(problem)
         else:
-            token_ids = content
-        token_ids.setflags(write=False)
-        documents.append(Document(id=id, source=source, token_ids=token_ids))
-    return documents
+            good[outcome.id] = outcome
+            if len(before) + len(good) == options.limit:
+                break
+    return list(good.values()), bad
 
 
-def _read(file: InputFile, vocab_size: int) -> Iterator[_Found]:
+def _outcomes(file: InputFile, options: ReadOptions, vocab_size: int) -> Iterator[Found | UserError]:
+    """The selected documents of a file and the problems with others.
+
+    Raises:
+        UserError: of the file as a whole.
+    """
+    columns = Columns(id=options.id_column, content=options.column)
     try:
-        if file.path.stat().st_size == 0:
-            raise UserError(f"{file.path}: the file is empty")
-        match file.path.suffix.lower():
-            case ".jsonl":
-                yield from _read_jsonl(file.path, vocab_size)
-            case ".npy":
-                yield _Found(file.name, str(file.path), _read_npy(file, vocab_size))
-            case _:
-                yield _Found(file.name, str(file.path), _read_text(file.path))
+        for outcome in read_file(file, columns, vocab_size):
+            if isinstance(outcome, UserError) or options.selected(outcome.id):
+                yield outcome
     except OSError as error:
-        raise UserError(f"{file.path}: {error.strerror}") from error
+        raise UserError(f"{file.shown}: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise UserError(f"{file.shown}: too large for this machine's memory") from error
 
 
-def _read_text(path: Path) -> str:
-    text = _decode(path.read_bytes(), 0, path).removeprefix("\ufeff")
-    if not text:
-        raise UserError(f"{path}: no text but a byte order mark")
-    return text
-
-
-def _decode(data: bytes, offset: int, path: Path) -> str:
-    """The text of ``data``, which stands at byte ``offset`` of the file."""
-    nul = data.find(b"\0")
-    if nul >= 0:
-        raise UserError(f"{path}: not text: a zero byte at byte {offset + nul}")
+def _problem(one: Found, namesake: Found | None) -> str | None:
+    """What is wrong with a document's name."""
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        bad = f"0x{data[error.start]:02x} at byte {offset + error.start}"
-        raise UserError(f"{path}: not UTF-8 text: {bad} ({error.reason}); convert it with iconv") from error
+        check_name(one.id, f"{shown(one.source)}: the document's name")
+        check_name(one.source, f"{shown(one.source)}: the file's name")
+    except UserError as problem:
+        return str(problem)
+    if namesake is not None:
+        return (
+            f"two documents have the id '{shown(one.id)}': {shown(namesake.source)} and {shown(one.source)}; "
+            "rename one, or give both ids of their own in a .jsonl file"
+        )
+    return None
 
 
-def _read_npy(file: InputFile, vocab_size: int) -> npt.NDArray[np.int32]:
-    try:
-        with file.path.open("rb") as stream:
-            array = np.lib.format.read_array(stream, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        reason = next(iter(str(error).splitlines()), "no data")
-        raise UserError(f"{file.path}: not a .npy file of numbers: {reason}") from error
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        shape = f"shape {array.shape} and dtype {array.dtype}"
-        raise UserError(f"{file.path}: token ids must be a 1-D array of integers; this one has {shape}")
-    _check_token_ids(array, vocab_size, f"{file.path}: document {file.name!r}")
-    return array.astype(np.int32)
+def _said(good: list[Found]) -> str:
+    """What came through a pipe."""
+    texts = [one.content for one in good if isinstance(one.content, str)]
+    what = f"{sum(map(len, texts)):,} characters" if texts else "token ids"
+    return f"{counted(len(good), 'document')} read, {what}"
 
 
-def _read_jsonl(path: Path, vocab_size: int) -> Iterator[_Found]:
-    count = offset = 0
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            text = _decode(line, offset, path)
-            offset += len(line)
-            if number == 1:
-                text = text.removeprefix("\ufeff")
-            if text.strip():
-                count += 1
-                yield _read_record(text.rstrip("\r\n"), f"{path}:{number}", vocab_size)
-    if not count:
-        raise UserError(f"{path}: no documents: all lines are blank")
+def _refuse(problems: list[str], options: ReadOptions, good: int) -> None:
+    """Report all that is wrong, unless it is to be skipped and something is left.
 
-
-def _read_record(line: str, source: str, vocab_size: int) -> _Found:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source}: not JSON: {error.msg} at column {error.colno}") from error
-    except (RecursionError, ValueError) as error:  # nested too deep, or an integer of too many digits
-        raise UserError(f"{source}: not JSON that can be read: {error}") from error
-    if not isinstance(record, dict):
-        raise UserError(f'{source}: must be an object with "id" and "text" or "token_ids", not {_kind(record)}')
-    if "id" not in record:
-        raise UserError(f'{source}: no "id"; its keys are {", ".join(map(repr, record)) or "none"}')
-    id = record["id"]
-    if not isinstance(id, str) or not id:
-        raise UserError(f'{source}: "id" must be a string that is not empty, not {_kind(id)}')
-    _check_encodable(id, f'{source}: "id"')
-    given = [key for key in ("text", "token_ids") if key in record]
-    if len(given) != 1:
-        both = "both" if given else "neither"
-        raise UserError(f'{source}: document {id!r} must have one of "text" and "token_ids", not {both}')
-    if given == ["text"]:
-        return _Found(id, source, _checked_text(record["text"], f'{source}: "text" of document {id!r}'))
-    integers = _checked_integers(record["token_ids"], f'{source}: "token_ids" of document {id!r}')
-    _check_token_ids(integers, vocab_size, f"{source}: document {id!r}")
-    return _Found(id, source, np.array(integers, dtype=np.int32))
-
-
-def _checked_text(text: Any, where: str) -> str:
-    if not isinstance(text, str):
-        raise UserError(f"{where} must be a string, not {_kind(text)}")
-    if not text:
-        raise UserError(f"{where} is empty")
-    _check_encodable(text, where)
-    return text
-
-
-def _check_encodable(text: str, where: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair, which is no character
-        raise UserError(f"{where} has half a surrogate pair at character {error.start}") from error
-
-
-def _check_name(name: str, where: str) -> None:
-    """Refuse a name that HDF5 cannot hold."""
-    if "\0" in name:
-        raise UserError(f"{where} has a zero byte")
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} is not UTF-8: {name[error.start]!a} at character {error.start}") from error
-
-
-def _checked_integers(values: Any, where: str) -> list[int]:
-    if not isinstance(values, list):
-        raise UserError(f"{where} must be a list of integers, not {_kind(values)}")
-    for index, value in enumerate(values):
-        if type(value) is not int:  # bool is a subclass
-            raise UserError(f"{where} must be a list of integers; item {index} is {_kind(value)}")
-    return values
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, for a message."""
-    if value == "":
-        return "an empty string"
-    names = {
-        bool: "a boolean",
-        int: "an integer",
-        float: "a fraction",
-        str: "a string",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), "null")
-
-
-def _check_token_ids(ids: npt.NDArray[np.integer] | list[int], vocab_size: int, where: str) -> None:
-    if len(ids) == 0:
-        raise UserError(f"{where} has no tokens")
-    if np.min(ids) < 0 or np.max(ids) >= vocab_size:
-        index, value = next((i, value) for i, value in enumerate(ids) if not 0 <= value < vocab_size)
-        allowed = f"the vocabulary has {vocab_size} tokens, 0 to {vocab_size - 1}"
-        raise UserError(f"{where} has token id {value} at index {index}: {allowed}")
-
-
-def _check_ids_differ(found: list[_Found]) -> None:
-    sources: dict[str, str] = {}
-    for document in found:
-        if document.id in sources:
-            raise UserError(
-                f"two documents have the id {document.id!r}: {sources[document.id]} and {document.source}; "
-                "rename one, or give both ids of their own in a .jsonl file"
-            )
-        sources[document.id] = document.source
+    Raises:
+        UserError: the report.
+    """
+    if not problems or (options.skip_bad and good):
+        return
+    hint = "--skip-bad goes on without" if good else "nothing else is there"
+    if len(problems) == 1:
+        raise UserError(f"{problems[0]}{f'; {hint} it' * bool(good)}")
+    listed = "".join(f"\n  {problem}" for problem in problems[:MOST_PROBLEMS])
+    more = f"\n  and {len(problems) - MOST_PROBLEMS:,} more" if len(problems) > MOST_PROBLEMS else ""
+    raise UserError(f"{counted(len(problems), 'bad input')}; {hint}{' them' * bool(good)}:{listed}{more}")

@@ -85,9 +85,19 @@ class JobOptions(ModelOptions):
     """What a user asks of the main job."""
 
     inputs: tuple[str, ...] = option(
-        (), "Text files, folders, globs, .jsonl (id, and text or token_ids), .npy token ids.", command_line=False
-    )
+        (), "Text files, folders, globs, .jsonl and .json (id, and text or token_ids), .parquet and saved data sets, "
+        ".npy token ids, any of these as .gz or .zst, - for standard input.", command_line=False,
+    )  # fmt: skip
     output: Path = option(None, "Run folder. The same command again resumes.", needed=True)
+    column: str | None = option(
+        None, "Field or column with text or token ids.  [default: text, token_ids or input_ids]", metavar="NAME"
+    )
+    id_column: str | None = option(
+        None, "Field or column with the id.  [default: id, else file and row]", metavar="NAME"
+    )
+    select: str | None = option(None, "Only documents in whose id this is found.", metavar="REGEX")
+    limit: int | None = option(None, "Only the first so many documents.", least=1)
+    skip_bad: bool = option(False, "Leave bad inputs out, and say which, instead of refusing all.", flag=True)
     keep_kv: bool = option(True, "Whether keys and values are stored.", command_line=False)
     kv_dtype: str = option("bfloat16", "Type to store keys and values in.", choices=STORED_DTYPES)
     special_tokens: bool | None = option(
@@ -157,7 +167,7 @@ def _check(each: Field[Any], value: Any) -> None:
     known = each.metadata
     if known["choices"]:
         one_of(spelled(each.name), value, known["choices"])
-    if known["least"] is not None and not (isinstance(value, int) and value >= known["least"]):
+    if known["least"] is not None and value is not None and not (isinstance(value, int) and value >= known["least"]):
         raise UserError(f"{spelled(each.name)} must be at least {known['least']}, not {value}")
     if each.name == "segments":
         check_segments(value)

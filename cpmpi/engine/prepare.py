@@ -17,12 +17,11 @@ from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
 from cpmpi.cost.choose import choose_schedule
 from cpmpi.cost.memory import choose_residence, document_memory
-from cpmpi.documents.read import Document, read_documents
+from cpmpi.documents.read import Document, ReadOptions, read_documents
 from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.engine.placement import check_grid, number_ranks
 from cpmpi.engine.report import introduce
 from cpmpi.engine.state import Decision, Inputs, Job, Model, Place
-from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.fingerprint import model_sha256, tokenizer_sha256
 from cpmpi.model.probe import Layer, backends_of, probe
@@ -70,21 +69,21 @@ def read(options: JobOptions, ranks: Ranks) -> Inputs:
 
 def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progress) -> list[Document]:
     def tokenized(done: int, characters: int) -> None:
-        progress.say(f"tokenized {done:,} of {characters:,} characters")
+        progress.count("tokenized {done} of {of} characters", done, characters)
 
-    documents = read_documents(
-        options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size,
-        special_tokens=options.special_tokens, progress=tokenized,
+    reading = read_documents(
+        options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size, progress=tokenized,
+        options=ReadOptions(
+            column=options.column, id_column=options.id_column, select=options.select, limit=options.limit,
+            skip_bad=options.skip_bad, special_tokens=options.special_tokens,
+            max_positions=None if options.allow_longer else checkpoint.max_positions,
+        ),
     )  # fmt: skip
-    limit = checkpoint.max_positions
-    too_long = [d for d in documents if limit is not None and len(d.token_ids) > limit]
-    if too_long and not options.allow_longer:
-        d = max(too_long, key=lambda d: len(d.token_ids))
-        raise UserError(
-            f"{d.source}: document {d.id!r} has {len(d.token_ids)} tokens, but {checkpoint.folder} was made for "
-            f"{limit} positions (max_position_embeddings); --allow-longer runs it all the same"
-        )
-    return documents
+    for note in reading.notes:
+        progress.say(note)
+    for problem in reading.problems:  # said also where no progress is wanted: nothing is left out in silence
+        Progress(enabled=True).say(f"left out: {problem}")
+    return reading.documents
 
 
 def inspect(options: ModelOptions, ranks: Ranks, inputs: Inputs) -> Model:

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cpmpi.engine.results_table import results_text
 from cpmpi.engine.score import Scores
 from cpmpi.engine.state import Job
 from cpmpi.run.reader import open_run
 from cpmpi.run.writer import ShardWriter
-from cpmpi.text import counted, duration, human_bytes, table
+from cpmpi.text import counted, human_bytes, shown
 from cpmpi.topology.text import summary
 from cpmpi.version import __version__
 
@@ -60,12 +61,7 @@ def print_results(outcome: Outcome) -> None:
     """The results as a table, on standard output of rank 0."""
     if not outcome.job.ranks.is_root:
         return
-    folder, rows = outcome.job.options.output, []
+    folder = outcome.job.options.output
     with open_run(folder) as done:
-        for i, d in enumerate(done.documents):
-            seconds = outcome.seconds.get(i)
-            rate = f"{d.n_tokens / seconds:,.0f}" if seconds else "(was done)"
-            took = duration(seconds) if seconds else ""
-            rows.append((d.id, f"{d.n_tokens:,}", f"{d.nll:.6g}", f"{d.perplexity:.4f}", took, rate))
-    print(table(("document", "tokens", "nll", "perplexity", "time", "tokens/s"), rows, left=1))
-    print(f"run folder: {folder}")
+        print(results_text(done.documents, outcome.seconds))
+    print(f"run folder: {shown(folder)}")

@@ -55,10 +55,13 @@ def run_prepared(job: Job) -> Outcome:
             engine = stack.enter_context(load_engine(job, recorder))
             if files.index is not None:
                 _publish_circumstances(job)
+            job.progress.job([files.spec.documents[i].n_tokens for i in todo])
             for i in todo:
                 began = time.perf_counter()
                 score_document(job, engine, files, i)
                 seconds[i] = time.perf_counter() - began
+                job.progress.done(files.spec.documents[i].n_tokens)
+            job.progress.close()
         if files.index is not None:
             files.index.finish()
     return Outcome(job=job, seconds=seconds)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cpmpi.errors import UserError
 from cpmpi.run.reader import Document
+from cpmpi.text import escaped, shown
 
 POINTS = 300  # windows along the document: few enough that their means are steady
+OWN_FONT = "DejaVu Sans"  # that matplotlib brings
+NO_CHARACTER = "\U0010ffff"  # only in fonts that have a placeholder for everything
+BOX = "\N{WHITE SQUARE}"
 
 
 def windows(
@@ -26,23 +32,62 @@ def windows(
     return (bounds[:-1] + bounds[1:]) / 2, stats
 
 
-def draw_surprisal(document: Document, path: Path, title: str) -> None:
-    """Draw surprisal (bits per token) along the document to an image file; its ending says which kind.
+def require_matplotlib() -> Any:
+    """matplotlib's pyplot, for pictures in files.
 
     Raises:
-        UserError: matplotlib is not installed, or the document has fewer than two tokens.
+        UserError: matplotlib is not installed.
     """
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
-        from matplotlib.ticker import EngFormatter
     except ImportError as error:
         raise UserError("pictures need matplotlib: pip install 'cpmpi[plot]'") from error
+    return pyplot
+
+
+def drawable(text: str) -> tuple[str, list[str]]:
+    """The text with what no font here has replaced by a box, and the font families that have the rest.
+
+    matplotlib's own font has no Chinese, Japanese or Korean; other fonts are looked at only where one is needed.
+    """
+    from matplotlib import font_manager
+
+    families, missing = [OWN_FONT], set(text) - _characters(font_manager.findfont(OWN_FONT))
+    others = {font.name: font.fname for font in font_manager.fontManager.ttflist} if missing else {}
+    for name in sorted(others):
+        if missing and (found := missing & _characters(others[name])):
+            families.append(name)
+            missing -= found
+    return "".join(BOX if c in missing else c for c in text), families
+
+
+@cache
+def _characters(font: str) -> frozenset[str]:
+    """The characters that a font file has; none where it cannot be read or only seems to have them."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        found = frozenset(map(chr, FT2Font(font).get_charmap()))
+    except (RuntimeError, OSError):
+        return frozenset()
+    return frozenset() if NO_CHARACTER in found else found
+
+
+def draw_surprisal(document: Document, path: Path, title: str) -> None:
+    """Draw surprisal (bits per token) along the document to an image file; its ending says which kind.
+
+    Raises:
+        UserError: matplotlib is not installed, or the document has fewer than two tokens.
+    """
+    pyplot = require_matplotlib()
+    from matplotlib.ticker import EngFormatter
+
     bits_T = -document.logprobs[1:].astype(np.float64) / math.log(2)
     if not len(bits_T):
-        raise UserError(f"document {document.id!r} has one token: there is no surprisal to draw")
+        raise UserError(f"document '{shown(document.id)}' has one token: there is no surprisal to draw")
     at, (mean, low, high) = windows(bits_T)
     running = np.cumsum(bits_T) / np.arange(1, len(bits_T) + 1)
     figure, axes = pyplot.subplots(figsize=(10, 4.2), layout="constrained")
@@ -55,7 +100,8 @@ def draw_surprisal(document: Document, path: Path, title: str) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(axis="y", color="#e6e6e6")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, loc="left", fontsize=11, parse_math=False)
+    title, families = drawable(escaped(title))
+    axes.set_title(title, loc="left", fontsize=11, parse_math=False, fontfamily=families)
     axes.legend(loc="upper right", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
