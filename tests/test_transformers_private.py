@@ -160,6 +160,20 @@ def test_destinations_rename_and_add_the_prefix():
     assert torch.equal(made[f"model.{layer}"], value)
 
 
+def test_a_renaming_that_leads_nowhere_is_not_made(monkeypatch):
+    """As transformers does: what the model has under its stored name keeps it."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renaming = WeightRenaming("norm", "nonesuch")
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: [renaming])
+    found = places(skeleton("llama"), "model.norm.weight", "norm.bias")
+    assert found["model.norm.weight"].targets == ["model.norm.weight"]
+    assert found["model.norm.weight"].conversion is not None
+    assert found["norm.bias"].targets == ["nonesuch.bias"]
+    assert found["norm.bias"].conversion is None
+
+
 def test_destinations_join_experts():
     model, name = skeleton("qwen3_moe"), "model.layers.1.mlp.experts"
     keys = [f"{name}.{i}.{part}_proj.weight" for i in range(12) for part in ("gate", "up")]
@@ -185,12 +199,13 @@ def test_a_conversion_is_used_by_several_threads_at_once():
     made = {}
 
     def convert(name, amid=lambda: None):
-        def read(key):
-            amid()
-            return values[key]
+        def parts():
+            for i, key in enumerate(keys[name]):
+                if i == 2:
+                    amid()
+                yield key, found[key].pattern, lambda key=key: values[key]
 
-        parts = [(key, found[key].pattern, lambda key=key: read(key)) for key in keys[name]]
-        made.update(private.convert(found[keys[name][0]].conversion, model, f"{name}.down_proj", parts))
+        made.update(private.convert(found[keys[name][0]].conversion, model, f"{name}.down_proj", parts()))
 
     convert(names[0], amid=lambda: convert(names[1]))
     for name in names:
