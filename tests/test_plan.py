@@ -166,6 +166,8 @@ def test_the_command(tmp_path):
         (["--nodes", "2", "--topology", "nodes=2"], "give --topology, or --nodes and --gpus-per-node, not both"),
         (["--topology", "nods=2"], "unknown key 'nods'"),
         (["--disk-gb-per-s", "0"], "--disk-gb-per-s (0.0) must be positive"),
+        (["--plot", "x.gif"], "--plot: x.gif: a drawing's name ends in one of .png, .svg, .pdf"),
+        (["--trace", "/nowhere/a.json"], "--trace /nowhere/a.json: no folder /nowhere"),
         (["--model", "/nowhere"], "/nowhere: neither a config file nor a folder with a config.json"),
     ],
 )
@@ -225,3 +227,6 @@ def test_every_figure_has_a_source():
     for name, chip in HARDWARE.items():
         assert hardware(name) is chip
         assert len(chip.source) > 50
+        assert chip.computing_in("bfloat16") == chip
+    full = HARDWARE["h100"].computing_in("float32")
+    assert (full.matmul_flops, full.attention_flops, full.name) == (53e12, 53e12, HARDWARE["h100"].name)
