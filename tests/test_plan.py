@@ -13,6 +13,7 @@ from cpmpi.attention.grid import Grid
 from cpmpi.cost.choose import head_group
 from cpmpi.cost.hardware import HARDWARE, hardware
 from cpmpi.cost.plan import Request, make_plan, mends
+from cpmpi.engine.options import JobOptions
 from cpmpi.errors import UserError
 from cpmpi.jobs.plan import command
 from cpmpi.kernels.mask import Mask
@@ -176,6 +177,12 @@ def test_what_cannot_be_planned(options, problem):
     failed = CliRunner().invoke(command, words)
     assert isinstance(failed.exception, UserError)
     assert problem in str(failed.exception)
+
+
+def test_a_job_refuses_segments_that_nobody_could_wait_for():
+    with pytest.raises(UserError, match=r"--segments 1000000000: must be between 1 and 1,024; every piece of a rank"):
+        JobOptions(model=CONFIGS, inputs=("a",), output=CONFIGS, segments=1_000_000_000)
+    assert JobOptions(model=CONFIGS, inputs=("a",), output=CONFIGS, segments=1024).segments == 1024
 
 
 @pytest.mark.parametrize(
