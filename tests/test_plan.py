@@ -13,6 +13,7 @@ from cpmpi.attention.grid import Grid
 from cpmpi.cost.choose import head_group
 from cpmpi.cost.hardware import HARDWARE, hardware
 from cpmpi.cost.plan import Request, make_plan, mends
+from cpmpi.engine.options import JobOptions
 from cpmpi.errors import UserError
 from cpmpi.jobs.plan import command
 from cpmpi.kernels.mask import Mask
@@ -166,6 +167,8 @@ def test_the_command(tmp_path):
         (["--nodes", "2", "--topology", "nodes=2"], "give --topology, or --nodes and --gpus-per-node, not both"),
         (["--topology", "nods=2"], "unknown key 'nods'"),
         (["--disk-gb-per-s", "0"], "--disk-gb-per-s (0.0) must be positive"),
+        (["--plot", "x.gif"], "--plot: x.gif: a drawing's name ends in one of .png, .svg, .pdf"),
+        (["--trace", "/nowhere/a.json"], "--trace /nowhere/a.json: no folder /nowhere"),
         (["--model", "/nowhere"], "/nowhere: neither a config file nor a folder with a config.json"),
     ],
 )
@@ -174,6 +177,12 @@ def test_what_cannot_be_planned(options, problem):
     failed = CliRunner().invoke(command, words)
     assert isinstance(failed.exception, UserError)
     assert problem in str(failed.exception)
+
+
+def test_a_job_refuses_segments_that_nobody_could_wait_for():
+    with pytest.raises(UserError, match=r"--segments 1000000000: must be between 1 and 1,024; every piece of a rank"):
+        JobOptions(model=CONFIGS, inputs=("a",), output=CONFIGS, segments=1_000_000_000)
+    assert JobOptions(model=CONFIGS, inputs=("a",), output=CONFIGS, segments=1024).segments == 1024
 
 
 @pytest.mark.parametrize(
@@ -225,3 +234,6 @@ def test_every_figure_has_a_source():
     for name, chip in HARDWARE.items():
         assert hardware(name) is chip
         assert len(chip.source) > 50
+        assert chip.computing_in("bfloat16") == chip
+    full = HARDWARE["h100"].computing_in("float32")
+    assert (full.matmul_flops, full.attention_flops, full.name) == (53e12, 53e12, HARDWARE["h100"].name)

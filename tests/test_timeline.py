@@ -11,6 +11,8 @@ from cpmpi.cost.choose import schedule_on
 from cpmpi.cost.price import price
 from cpmpi.cost.rates import Rates
 from cpmpi.cost.shape import AttentionShape
+from cpmpi.errors import UserError
+from cpmpi.timeline.files import check_files, save_files
 from cpmpi.timeline.intervals import Interval, Recorder, chrome_trace, save_trace, waiting_share
 from cpmpi.timeline.plot import draw_timeline
 from cpmpi.topology.synthetic import synthetic
@@ -80,6 +82,31 @@ def test_what_is_not_drawn(intervals, tmp_path):
         Interval(rank=0, what="sleep", start_s=0, stop_s=1)
     with pytest.raises(ValueError, match="before it starts"):
         Interval(rank=0, what="wait", start_s=1, stop_s=0)
+
+
+def test_files_that_could_not_be_written_are_refused_before_any_work(tmp_path):
+    """By the name of the option, whichever command asks."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "folder.svg").mkdir()
+    check_files(
+        plot=tmp_path / "a.svg", trace=tmp_path / "a.json", json=tmp_path / "b.json", run_folder=tmp_path / "run"
+    )
+    check_files()
+    for files, problem in (
+        ({"trace": tmp_path / "none" / "a.json"}, r"^--trace \S+/none/a.json: no folder \S+/none$"),
+        ({"json": tmp_path / "none" / "a.json"}, r"^--json \S+/none/a.json: no folder \S+/none$"),
+        ({"plot": tmp_path / "folder.svg"}, r"^--plot \S+/folder.svg: is a folder; name a file$"),
+        ({"plot": tmp_path / "a.gif"}, r"^--plot: \S+/a.gif: a drawing's name ends in one of .png, .svg, .pdf$"),
+        ({"trace": tmp_path / "a.svg", "plot": tmp_path / "a.svg"}, r"^--trace \S+: --plot names the same file$"),
+        ({"trace": tmp_path / "run" / "a.json", "run_folder": tmp_path / "run"}, r"^--trace \S+: is in the run folder"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            check_files(**files)
+
+
+def test_what_the_file_system_refuses_is_one_line(tmp_path, intervals):
+    with pytest.raises(UserError, match=r"No such file or directory: '\S+/none/a.json'"):
+        save_files(intervals, plot=None, trace=tmp_path / "none" / "a.json", title="")
 
 
 def test_a_recorder_counts_from_its_epoch():

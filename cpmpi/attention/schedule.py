@@ -124,25 +124,22 @@ def hybrid_program(nodes: Nodes, parents: Parents, askers: Iterable[int], rank: 
     m, place = _place(nodes, rank)
     ring, size = nodes[m], len(nodes[m])
     hop = max(1, size // 2)  # rounds that a query may take along one tree edge, hidden behind the node's own queries
-    children, parent = [c for c, p in enumerate(parents) if p == m], parents[m]
-    subtrees = _subtrees(tuple(parents))
-    below = {c: subtrees[c] for c in [m, *children]}
     home = {owner: (node, lane) for node, ranks in enumerate(nodes) for lane, owner in enumerate(ranks)}
+    edges = _Edges(nodes, home, m, parents[m], [c for c, p in enumerate(parents) if p == m])
+    subtrees = _subtrees(tuple(parents))
+    below = {c: subtrees[c] for c in [m, *edges.children]}
     asking = sorted(askers)
     mine = [o for o in asking if home[o][1] % size == place]
     inside = {c: [o for o in mine if home[o][0] in below[c]] for c in below}
     outside = {c: [o for o in mine if home[o][0] not in below[c]] for c in below}
 
     # Rounds by which queries are here: own ones, those from the children, those from the parent (same for all lanes).
-    up = hop if children else 0
+    up = hop if edges.children else 0
     arrival = {o: 0 if o == rank else hop if o in inside[m] else up + hop for o in mine}
     foreign = [o for o in asking if home[o][0] != m]
     turns = size + (0 if not foreign else up + hop if any(home[o][0] not in below[m] for o in foreign) else hop)
-    # A root of one child has nothing to pass on from above or beside: both ways go at once.
-    passes_on = parent is not None or len(children) > 1
-    legs = 1 + (parent is not None) + passes_on if children else 1
-    turn_back = max(turns, legs * hop)
-    program = [Round() for _ in range(turn_back + legs if len(nodes) > 1 else turns)]
+    turn_back = max(turns, edges.legs * hop)
+    program = [Round() for _ in range(turn_back + edges.legs if len(nodes) > 1 else turns)]
 
     for i in range(turns):
         key = ring[(place - i) % size]
@@ -154,28 +151,51 @@ def hybrid_program(nodes: Nodes, parents: Parents, askers: Iterable[int], rank: 
             if coming != rank:
                 program[i].receives += _messages([(pred, Item("key", coming))], INNER, i)
 
-    def move(kind: Kind, first: int, length: int, near: dict[int, list[int]], far: dict[int, list[int]]) -> None:
-        """Up from the children, to and from the parent, down to the children; each leg takes ``length`` rounds."""
-
-        def along(node: int, owners: list[int], at: int) -> list[Transfer]:
-            pairs = [(nodes[node][home[o][1] % len(nodes[node])], Item(kind, o)) for o in owners]
-            return _messages(pairs, OUTER, at + length - 1)
-
-        at = first
-        for c in children:
-            program[at].receives += along(c, near[c], at)
-        if parent is not None:
-            at += length if children else 0
-            program[at].sends += along(parent, near[m], at)
-            program[at].receives += along(parent, far[m], at)
-        at += length if passes_on else 0
-        for c in children:
-            program[at].sends += along(c, far[c], at)
-
     if len(nodes) > 1:
-        move("query", 0, hop, inside, outside)
-        move("partial", turn_back, 1, outside, inside)
+        edges.move(program, "query", 0, hop, inside, outside)
+        edges.move(program, "partial", turn_back, 1, outside, inside)
     return program
+
+
+class _Edges(NamedTuple):
+    """The tree edges of one node, as each of its lanes goes along them; ``home``: the node and lane of each rank."""
+
+    nodes: Nodes
+    home: Mapping[int, tuple[int, int]]
+    node: int
+    parent: int | None
+    children: list[int]
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether the node passes on what comes from above or beside; a root of one child has both ways go at once."""
+        return self.parent is not None or len(self.children) > 1
+
+    @property
+    def legs(self) -> int:
+        """Of a way up and down: from the children, to and from the parent, to the children."""
+        return 1 + (self.parent is not None) + self.passes_on if self.children else 1
+
+    def move(
+        self, program: Program, kind: Kind, first: int, length: int, near: dict[int, list[int]],
+        far: dict[int, list[int]],
+    ) -> None:  # fmt: skip
+        """Up from the children, to and from the parent, down to the children; each leg takes ``length`` rounds."""
+        at = first
+        for c in self.children:
+            program[at].receives += self._along(c, kind, near[c], at + length - 1)
+        if self.parent is not None:
+            at += length if self.children else 0
+            program[at].sends += self._along(self.parent, kind, near[self.node], at + length - 1)
+            program[at].receives += self._along(self.parent, kind, far[self.node], at + length - 1)
+        at += length if self.passes_on else 0
+        for c in self.children:
+            program[at].sends += self._along(c, kind, far[c], at + length - 1)
+
+    def _along(self, other: int, kind: Kind, owners: list[int], due: int) -> list[Transfer]:
+        """Messages of this lane to or from another node: with the rank there that has the owner's lane."""
+        ring = self.nodes[other]
+        return _messages([(ring[self.home[o][1] % len(ring)], Item(kind, o)) for o in owners], OUTER, due)
 
 
 def rank_tree(nodes: Nodes, parents: Parents) -> Parents:

@@ -28,7 +28,8 @@ from cpmpi.errors import UserError
 from cpmpi.version import __version__
 
 DISK_BYTES = 64 << 20
-PRODUCTS_S = 0.3  # for each kind of product
+PRODUCTS_S = 0.3  # for products
+MOST_SIDE = 4096  # of the matrix in them: larger ones are as fast, and take seconds and gigabytes
 LIMIT_S = 120.0  # for a process that measures, its imports included
 FIGURES = (
     "attention_flops", "matmul_flops", "memory_gb_per_s", "merge_gb_per_s", "call_s", "program_bytes",
@@ -210,12 +211,13 @@ def measure_rank(work: Work, device_type: str) -> dict[str, float]:
         dtype=dtype,
     )  # fmt: skip
     rates = measure(select(device, dtype, head_dim=work.key_dim), heads, device, lambda: None, work.block)
-    x_CW = torch.randn(work.chunk_tokens, work.hidden, device=device).to(dtype)
-    w_WI = torch.randn(work.inner, work.hidden, device=device).to(dtype).T
+    hidden, inner = min(work.hidden, MOST_SIDE), min(work.inner, MOST_SIDE)
+    x_CW = torch.randn(work.chunk_tokens, hidden, device=device).to(dtype)
+    w_WI = torch.randn(inner, hidden, device=device).to(dtype).T
     seconds = mean_seconds(lambda: x_CW @ w_WI, device, PRODUCTS_S)
     return {
         "attention_flops": rates.attention_flops,
-        "matmul_flops": 2.0 * work.chunk_tokens * work.hidden * work.inner / seconds,
+        "matmul_flops": 2.0 * work.chunk_tokens * hidden * inner / seconds,
         "memory_gb_per_s": rates.memory_gb_per_s,
         "merge_gb_per_s": rates.merge_gb_per_s or rates.memory_gb_per_s / 3,
         "call_s": rates.call_s,

@@ -199,6 +199,6 @@ def _recording(job: Job) -> Iterator[Recorder | None]:
     recorder = Recorder(rank=comm.rank, epoch_s=time.perf_counter())
     yield recorder
     everyone = comm.gather(recorder.intervals)
-    if everyone is not None:
-        intervals = [interval for rank in everyone for interval in rank]
-        save_files(intervals, plot=options.plot, trace=options.trace, title=f"{options.output.name}, measured")
+    intervals = [interval for rank in everyone or () for interval in rank]
+    title = f"{options.output.name}, measured"
+    job.ranks.on_root(save_files, intervals, plot=options.plot, trace=options.trace, title=title)

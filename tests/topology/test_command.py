@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cpmpi.jobs.cli import main
+from cpmpi.topology import plot
 from cpmpi.topology.derive import rings
-from cpmpi.topology.describe import Topology
+from cpmpi.topology.describe import Measurement, Topology
 from cpmpi.topology.drawing_layout import arrange
+from cpmpi.topology.node import Node, RankPlace
 from cpmpi.topology.synthetic import synthetic
 from cpmpi.topology.text import folded, lag, rate, summary
 
@@ -125,6 +128,36 @@ def test_a_description_read_from_a_file_is_drawn(run, tmp_path, suffix):
     data = (tmp_path / f"t.{suffix}").read_bytes()
     assert len(data) > 20_000
     assert data.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
+
+
+def test_a_bound_is_said_and_drawn_as_one(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    nodes = tuple(Node(name=f"n{i}", ranks=(RankPlace(rank=i),)) for i in range(3))
+    measured = (
+        Measurement(a=0, b=1, gb_per_s=0.1, latency_us=10.0),
+        Measurement(a=0, b=2, gb_per_s=0.025, latency_us=20.0, at_most=True),
+    )
+    topology = Topology(nodes=nodes, measured=measured)
+    assert "between nodes: 62.5 MB/s, 15 us (median of 2 measured pairs, 1 of them at most)" in summary(topology)
+    only = replace(topology, measured=measured[1:])
+    assert "between nodes: 25 MB/s, 20 us (median of 1 measured pair, at most)" in summary(only)
+    said, dashed = [], []
+    written, drawn = plot._Pen.text, plot._Pen._path
+
+    def text(pen, x, y, words, *more, **style):
+        said.append(words)
+        written(pen, x, y, words, *more, **style)
+
+    def path(pen, points, codes, colour, weight, zorder, arrow, dash):
+        dashed.append(dash)
+        drawn(pen, points, codes, colour, weight, zorder, arrow, dash)
+
+    monkeypatch.setattr(plot._Pen, "text", text)
+    monkeypatch.setattr(plot._Pen, "_path", path)
+    plot.draw_machine(topology, tmp_path / "t.svg")
+    assert {"100 MB/s", "≤ 25 MB/s"} <= set(said)
+    assert any("2 links measured, of 1 only what they had at most (dashed)" in words for words in said)
+    assert dashed.count(True) == 1
 
 
 @pytest.mark.parametrize("path", MACHINES, ids=lambda path: path.stem)
