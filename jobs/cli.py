@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("cpmpi.jobs.report", "Pictures of the documents of a run folder."),
     "bench": ("cpmpi.jobs.bench", "Measure attention across ranks, or messages between them."),
     "plan": ("cpmpi.jobs.plan", "Time, memory and disk that a job will take on a machine."),
+    "submit": ("cpmpi.jobs.submit", "Submit a command to Slurm: script, forecast, requeue."),
     "topology": ("cpmpi.jobs.topology", "What the machine is: discover, measure, save, draw."),
 }
 RANK_0_SPEAKS_S = 2.0
