@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from cpmpi.errors import UserError
+from cpmpi.errors import Stopped, UserError
 from cpmpi.version import __version__
 
 # command name -> (module with a click command called `command`, one line of help)
@@ -106,6 +106,8 @@ def main() -> None:
         if stop.code and ranks.connected():
             ranks.abort("standard output was closed")
         raise
+    except Stopped as stopped:
+        stop_together(stopped)
     except Exception as problem:
         if debug and (first_of_launch() or not isinstance(problem, ranks.AgreedError)):
             import traceback
@@ -121,6 +123,23 @@ def main() -> None:
             ranks.abort(f"{type(problem).__name__}: {text} (--debug shows where)", alone=first_of_launch())
         leave(1)
     sys.exit(status)
+
+
+def stop_together(stopped: Stopped) -> NoReturn:
+    """Exit after a stop that all ranks agreed on: with its status on rank 0, with 0 on the others.
+
+    Launchers end the other ranks when they see one with a status that is not 0; these are on their way out themselves,
+    and must not be counted as killed.
+    """
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if first_of_launch():
+        click.echo(str(stopped), err=True)
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized():
+        mpi.COMM_WORLD.Barrier()
+    sys.exit(stopped.status if first_of_launch() else 0)
 
 
 def leave(status: int) -> NoReturn:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpmpi.slurm import record
 from cpmpi.slurm.commands import SlurmError, slurm
 from cpmpi.slurm.request import Array, BatchRequest
 from cpmpi.slurm.script import TASK, render
 from cpmpi.slurm.site import accounts, partitions
 
-JOBS = "jobs.jsonl"
 SCRIPT = "job.sbatch"
 
 
@@ -100,7 +99,7 @@ def submit(made: Sequence[Script], request: BatchRequest) -> list[str]:
             done = f" (jobs {', '.join(jobs)} are submitted)" if jobs else ""
             raise SlurmError(f"{problem}{choices(str(problem), request)}{done}") from None
         jobs.append(printed.strip().splitlines()[-1].split(";")[0])
-        note_job(script.path.parent, {"job": jobs[-1], "script": script.path.name, "submitted": int(time.time())})
+        record.note(script.path.parent, job=jobs[-1], script=script.path.name, submitted=int(time.time()))
     return jobs
 
 
@@ -118,13 +117,3 @@ def choices(problem: str, request: BatchRequest) -> str:
         words += [f"your accounts are {', '.join(charged)}"] if charged else []
         return f" ({'; '.join(words)})"
     return ""
-
-
-def note_job(folder: Path, entry: dict[str, object]) -> None:
-    """Add a line to the record of jobs in a log folder; a single write, so that lines of two writers do not mix."""
-    line = json.dumps(entry) + "\n"
-    descriptor = os.open(folder / JOBS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)

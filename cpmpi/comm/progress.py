@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from cpmpi.text import duration
@@ -23,30 +24,50 @@ class Progress:
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.interval_s = interval_s if interval_s is not None else 0.2 if self.live else 10.0
-        self._name, self._tokens, self._layers = "", 0, 0
+        self.listener: Callable[[Progress], None] | None = None  # told of every step, also where nothing is printed
+        self.name, self.tokens, self.layers = "", 0, 0
         self._done = 0.0
         self._started = self._shown = time.perf_counter()
 
     def start(self, name: str, tokens: int, layers: int) -> None:
         """A document's work begins."""
-        self._name, self._tokens, self._layers, self._done = name, tokens, layers, 0.0
+        self.name, self.tokens, self.layers, self._done = name, tokens, layers, 0.0
         self._started = self._shown = time.perf_counter()
 
     def update(self, layers_done: float) -> None:
         """``layers_done`` layers are done, a fraction of the current one included."""
         self._done = max(self._done, layers_done)
+        if self.listener is not None:
+            self.listener(self)
         if self.enabled and time.perf_counter() - self._shown >= self.interval_s:
             self._shown = time.perf_counter()
             self._show(self._line())
 
-    def _line(self) -> str:
-        part = min(1.0, self._done / max(1, self._layers))
+    @property
+    def part(self) -> float:
+        """How much of the document is done, from 0 to 1."""
+        return min(1.0, self._done / max(1, self.layers))
+
+    @property
+    def layer(self) -> int:
+        """The layer that is being computed, counted from 1."""
+        return min(self.layers, int(self._done) + 1)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.part * self.tokens / max(time.perf_counter() - self._started, 1e-9)
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the document is done; None while it is too early to tell."""
         elapsed = time.perf_counter() - self._started
-        left = f"{duration(elapsed / part - elapsed)} left" if part > 0.01 else "..."
-        rate = part * self._tokens / max(elapsed, 1e-9)
-        layer = min(self._layers, int(self._done) + 1)
-        size = f"{self._tokens:,} tokens"
-        return f"{self._name}: {part:4.0%}  layer {layer}/{self._layers}  {size}  {rate:,.0f} tokens/s  {left}"
+        return elapsed / self.part - elapsed if self.part > 0.01 else None
+
+    def _line(self) -> str:
+        left = "..." if self.left_s is None else f"{duration(self.left_s)} left"
+        layer, size = f"layer {self.layer}/{self.layers}", f"{self.tokens:,} tokens"
+        return f"{self.name}: {self.part:4.0%}  {layer}  {size}  {self.rate:,.0f} tokens/s  {left}"
 
     def say(self, text: str) -> None:
         """A line that stays."""

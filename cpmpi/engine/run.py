@@ -22,6 +22,7 @@ from cpmpi.engine.prepare import prepare
 from cpmpi.engine.report import Outcome, log_document
 from cpmpi.engine.score import Engine
 from cpmpi.engine.state import Job, Prepared
+from cpmpi.engine.watch import watched
 from cpmpi.model.forward import sum_outputs
 from cpmpi.run import folder
 from cpmpi.run.index import RunIndex
@@ -30,6 +31,7 @@ from cpmpi.run.publish import publish_text
 from cpmpi.run.shard import prepare_shard
 from cpmpi.run.spec import RunSpec
 from cpmpi.run.writer import ShardWriter
+from cpmpi.slurm.stop import StopSignal
 from cpmpi.text import duration
 from cpmpi.timeline.files import save_files
 from cpmpi.timeline.intervals import Recorder
@@ -40,25 +42,35 @@ def run(options: JobOptions) -> Outcome:
 
     Raises:
         UserError: something the user can mend; before any work where it can be known then.
+        Stopped: on all ranks, once a rank was told to stop and its document is finished.
     """
-    return run_prepared(prepare(options, start()))
+    with StopSignal() as stop:
+        return run_prepared(prepare(options, start()), stop)
 
 
-def run_prepared(job: Job) -> Outcome:
-    """Run a job that nothing was found against. Collective."""
+def run_prepared(job: Job, stop: StopSignal | None = None) -> Outcome:
+    """Run a job that nothing was found against, until it is told to stop, if it is. Collective.
+
+    Raises:
+        Stopped: on all ranks, once a rank was told to stop and its document is finished.
+    """
     seconds: dict[int, float] = {}
     with ExitStack() as stack:
         recorder = stack.enter_context(_recording(job))
         files = stack.enter_context(_open_files(job, recorder))
         todo = [i for i in range(len(files.spec.documents)) if i not in files.finished]
+        of, finished = len(files.spec.documents), len(files.finished)
+        watch = stack.enter_context(watched(job, stop or StopSignal(), documents=of, finished=finished))
         if todo:
             engine = stack.enter_context(load_engine(job, recorder))
             if files.index is not None:
                 _publish_circumstances(job)
             for i in todo:
+                watch.go_on()
                 began = time.perf_counter()
                 score_document(job, engine, files, i)
                 seconds[i] = time.perf_counter() - began
+                watch.document_done()
         if files.index is not None:
             files.index.finish()
     return Outcome(job=job, seconds=seconds)

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import cpmpi
 from cpmpi.jobs.cli import cli
-from cpmpi.slurm.submit import JOBS
+from cpmpi.slurm.record import JOBS
 
 from ..conftest import ROOT
 from .fake import FakeSlurm
