@@ -28,6 +28,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("cpmpi.jobs.bench", "Measure attention across ranks, or messages between them."),
     "plan": ("cpmpi.jobs.plan", "Time, memory and disk that a job will take on a machine."),
     "submit": ("cpmpi.jobs.submit", "Submit a command to Slurm: script, forecast, requeue."),
+    "status": ("cpmpi.jobs.status", "Where a submitted run stands: jobs, documents, failures."),
+    "cancel": ("cpmpi.jobs.cancel", "Cancel the jobs of a run."),
     "topology": ("cpmpi.jobs.topology", "What the machine is: discover, measure, save, draw."),
 }
 RANK_0_SPEAKS_S = 2.0

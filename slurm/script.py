@@ -28,6 +28,7 @@ while [ -n "$told" ]; do
   wait "$ranks"
   status=$?
 done
+trap - USR1 TERM
 """
 REQUEUE = """\
 # State saved: into the queue again, unless the job was cancelled meanwhile.

@@ -99,7 +99,8 @@ def submit(made: Sequence[Script], request: BatchRequest) -> list[str]:
             done = f" (jobs {', '.join(jobs)} are submitted)" if jobs else ""
             raise SlurmError(f"{problem}{choices(str(problem), request)}{done}") from None
         jobs.append(printed.strip().splitlines()[-1].split(";")[0])
-        record.note(script.path.parent, job=jobs[-1], script=script.path.name, submitted=int(time.time()))
+        record.note(script.path.parent, job=jobs[-1], script=script.path.name, requeue=request.requeue,
+                    submitted=int(time.time()))  # fmt: skip
     return jobs
 
 

@@ -18,7 +18,7 @@ class FakeSlurm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / "bin").mkdir(parents=True)
+        (folder / "bin").mkdir(parents=True, exist_ok=True)
         for name in NAMES:
             program = folder / "bin" / name
             program.write_text(PROGRAM.format(python=sys.executable, here=__file__, name=name, folder=folder))
