@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def command(run: Path, watch: bool, interval: float) -> None:
     """
     while True:
         lines, alive = look(run)
-        if watch and click.get_text_stream("stdout").isatty():
+        if watch and sys.stdout.isatty():
             click.echo("\x1b[2J\x1b[H", nl=False)
         click.echo("\n".join(lines))
         if not watch or not alive:

@@ -10,20 +10,8 @@ from cpmpi.slurm.commands import slurm
 COLUMNS = ("%i", "%F", "%T", "%r", "%M", "%L", "%D", "%N", "%S")
 # states in which a job has not ended
 ALIVE = frozenset(
-    (
-        *(
-            "PENDING",
-            "RUNNING",
-            "SUSPENDED",
-            "STOPPED",
-            "COMPLETING",
-            "CONFIGURING",
-            "SIGNALING",
-            "STAGE_OUT",
-            "RESIZING",
-        ),
-        *("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"),
-    )
+    ("PENDING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING")
+    + ("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 )
 # states of an end after which Slurm puts a job back into the queue, where that is allowed
 COME_BACK = frozenset({"PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REQUEUED"})
