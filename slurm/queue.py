@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from cpmpi.slurm.commands import slurm
 
 COLUMNS = ("%i", "%F", "%T", "%r", "%M", "%L", "%D", "%N", "%S")
-# states in which a job has not ended
-ALIVE = frozenset(
-    ("PENDING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING")
-    + ("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+ENDED = frozenset(
+    ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "DEADLINE")
 )
 # states of an end after which Slurm puts a job back into the queue, where that is allowed
 COME_BACK = frozenset({"PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REQUEUED"})
@@ -91,7 +89,7 @@ class QueuedJob:
     @property
     def alive(self) -> bool:
         """Whether it has not ended."""
-        return self.state in ALIVE
+        return self.state not in ENDED
 
     def words(self, *, started: bool = False, requeue: bool = True) -> str:
         """The state for a person.

@@ -53,8 +53,13 @@ def scripts(
         output: the run folder as the command has it; ``%a`` in it is the index of an array's task.
         folder: absolute path of the folder to run in.
         array_size: Slurm's ``MaxArraySize``.
+
+    Raises:
+        ValueError: a name that Slurm cannot take.
     """
     logs = log_folder(output, folder, array=request.array is not None)
+    if "\\" in str(logs):
+        raise ValueError(f"{logs}: Slurm makes no log files in folders with a backslash in their names")
     place = str(logs).replace("%", "%%")
     if request.array is None:
         text = render(request, words, folder=str(folder), log=f"{place}/slurm-%j.out", head=head)

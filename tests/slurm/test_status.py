@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from cpmpi.jobs.cli import cli
 from cpmpi.slurm import record
-from cpmpi.slurm.queue import ALIVE, REASONS, STATES, QueuedJob
+from cpmpi.slurm.queue import ENDED, REASONS, STATES, QueuedJob
 
 from ..runs import make_run
 from .fake import FakeSlurm
@@ -97,8 +97,8 @@ def test_a_preempted_job_that_does_not_come_back_says_so(run):
     assert "preempted by a more urgent job; submit it again, it goes on" in status(run)
 
 
-def test_every_living_state_has_words():
-    assert STATES.keys() >= ALIVE
+def test_every_state_has_words():
+    assert STATES.keys() >= ENDED
     other = {"used": "", "left": "", "nodes": "1", "node_list": "", "start": "N/A"}
     job = QueuedJob(name="1", family="1", state="PENDING", reason="x", **other)
     assert job.words() == "waiting: x"
