@@ -40,23 +40,29 @@ fi
 
 
 def render(
-    request: BatchRequest, words: Sequence[str], *, folder: str, log: str, head: Sequence[str] = (), offset: int = 0
-) -> str:
+    request: BatchRequest,
+    words: Sequence[str],
+    *,
+    folder: str | None,
+    log: str,
+    head: Sequence[str] = (),
+    offset: int = 0,
+) -> str:  # fmt: skip
     """The batch script.
 
     Args:
         request: what to ask Slurm for.
         words: the command after ``cpmpi``, a word each, such as ``prefill``, ``--model``, ``DIR``. In an array, ``%a``
             in a word becomes the index of the task.
-        folder: absolute path of the folder to run in.
-        log: absolute path of Slurm's log file, with its own patterns (``%j``); its folder must be there.
+        folder: absolute path of the folder to run in; None for the one that it is submitted from.
+        log: path of Slurm's log file, with its own patterns (``%j``); its folder must be there.
         head: lines of comment for the reader.
         offset: what the indices of this array's tasks lack, where a large array was split.
 
     Raises:
         ValueError: a value or word has more than one line.
     """
-    for text in (*words, *head, folder, log):
+    for text in (*words, *head, folder or "", log):
         if "\n" in text or "\r" in text or "\0" in text:
             raise ValueError(f"{text!r}: must be one line to go into a batch script")
     lines = ["#!/bin/bash", *(f"# {line}" for line in head)]
@@ -77,7 +83,7 @@ def render(
     return "\n".join([*lines, 'exit "$status"']) + "\n"
 
 
-def sbatch_options(request: BatchRequest, folder: str, log: str) -> Iterator[str]:
+def sbatch_options(request: BatchRequest, folder: str | None, log: str) -> Iterator[str]:
     """The options of sbatch, each as it stands in its line."""
     limit = request.time_s
     options = {

@@ -18,6 +18,7 @@ import pytest
 from cpmpi.slurm.request import BatchRequest
 from cpmpi.slurm.script import STATE_SAVED, for_sbatch, render
 
+from ..conftest import ROOT
 from .fake import FakeSlurm
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -204,3 +205,13 @@ def test_a_refused_requeue_ends_with_the_jobs_status(slurm, tmp_path, monkeypatc
     out, _ = process.communicate(timeout=30)
     assert process.returncode == STATE_SAVED
     assert "presently disabled" in out
+
+
+def test_the_ready_scripts_are_what_their_recipes_say():
+    """jobs/sbatch is written by `make docs`, with the same function; tests/cluster runs each of them."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    import make_sbatch
+
+    assert {p.stem for p in make_sbatch.FOLDER.iterdir()} == make_sbatch.RECIPES.keys()
+    for name in make_sbatch.RECIPES:
+        assert (make_sbatch.FOLDER / f"{name}.sbatch").read_text() == make_sbatch.text_of(name), "run `make docs`"
