@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 
-from cpmpi.errors import UserError
+from cpmpi.errors import UserError, told
 from cpmpi.run.paths import RunPaths
 from cpmpi.slurm import queue, record
-from cpmpi.slurm.commands import SlurmError
 
 
 @click.command("cancel")
@@ -19,11 +18,8 @@ def command(run: Path) -> None:
     numbers = [str(e["job"]) for e in record.entries(RunPaths(run).log) if e.get("job")]
     if not numbers:
         raise UserError(f"{run}: no record of a job of Slurm ({record.JOBS} in its log folder)")
-    try:
-        jobs = [job for job in queue.of_run(queue.my_jobs(), numbers) if job.alive]
-        if not jobs:
-            raise UserError(f"{run}: none of its jobs ({', '.join(dict.fromkeys(numbers))}) waits or runs")
-        queue.cancel(jobs)
-    except SlurmError as problem:
-        raise UserError(str(problem)) from None
+    jobs = [job for job in queue.of_run(told(queue.my_jobs), numbers) if job.alive]
+    if not jobs:
+        raise UserError(f"{run}: none of its jobs ({', '.join(dict.fromkeys(numbers))}) waits or runs")
+    told(queue.cancel, jobs)
     click.echo(f"cancelled {', '.join(job.name for job in jobs)}")

@@ -13,11 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from cpmpi.choices import AUTO
 from cpmpi.cost.hardware import Hardware, hardware
-from cpmpi.cost.plan import Plan, Request, mends, plan
+from cpmpi.cost.plan import Plan, Request, make_plan, mends
 from cpmpi.documents.input_files import find_input_files
 from cpmpi.documents.read import read_documents
-from cpmpi.errors import UserError
+from cpmpi.errors import told_to_the_user
 from cpmpi.model.checkpoint import Blueprint
 from cpmpi.model.size import ModelSize, model_size
 from cpmpi.slurm.request import BatchRequest, slurm_time
@@ -112,18 +115,18 @@ def forecast(params: dict[str, Any], request: BatchRequest, chip: Hardware, work
     Raises:
         UserError: the model cannot be run, or the numbers do not go together.
     """
-    dtype = chip.dtype if params.get("dtype", "auto") == "auto" else params["dtype"]
+    blueprint = Blueprint(params["model"])
+    dtype = str(blueprint.compute_dtype(params.get("dtype", AUTO), torch.device(chip.device))).removeprefix("torch.")
     given = {k: params[k] for k in ("kv_dtype", "segments", "chunk_tokens", "tp", "attention") if k in params}
     asked = Request(tokens=max(work.lengths), dtype=dtype, **{"kv_dtype": None, **given})
-    kind = "ranks" if chip.machine.startswith("cpu") else "gpus"
-    try:
+    kind = "ranks" if chip.device == "cpu" else "gpus"
+    chip = chip.computing_in(dtype)
+    with told_to_the_user():
         machine = synthetic(f"machine={chip.machine},nodes={request.nodes},{kind}={request.tasks_per_node}")
-        size = model_size(Blueprint(params["model"]), dtype, asked.tokens)
-        longest = plan(size, asked, machine, chip)
-        plans = [(replace(asked, tokens=tokens), count) for tokens, count in _grouped(work.lengths)]
-        seconds = sum(plan(size, one, machine, chip).total_s * count for one, count in plans) + longest.weights_s
-    except ValueError as problem:
-        raise problem if isinstance(problem, UserError) else UserError(str(problem)) from None
+    size = model_size(blueprint, dtype, asked.tokens)
+    longest = make_plan(size, asked, machine, chip)
+    plans = [(replace(asked, tokens=tokens), count) for tokens, count in _grouped(work.lengths)]
+    seconds = sum(make_plan(size, one, machine, chip).total_s * count for one, count in plans) + longest.weights_s
     streamed = longest.needed_bytes - _all_but_two_layers(longest, size)
     return Forecast(
         work=work, longest=longest, seconds=seconds, memory_bytes=longest.needed_bytes, streamed_bytes=streamed,
@@ -159,7 +162,7 @@ def chip_of(name: str | None, request: BatchRequest, node_memory_bytes: int | No
         node_memory_bytes: of a node, where the request does not say.
     """
     chip = hardware(name or ("h100" if request.gpus_per_node else "cpu"))
-    if chip.dtype != "float32":  # a rank has a device of its own
+    if chip.device != "cpu":  # a rank has a device of its own
         return chip
     if request.cpus_per_task is not None or name is None:
         flops = CORE_FLOPS * (request.cpus_per_task or 1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from cpmpi.errors import UserError
+from cpmpi.errors import UserError, told_to_the_user
 from cpmpi.slurm import profile as profiles
 from cpmpi.slurm.commands import SlurmError
 from cpmpi.slurm.request import Array, BatchRequest, slurm_time
@@ -91,17 +91,14 @@ def command(
     if new_profile is not None:
         save_profile(new_profile)
         return
-    try:
-        made = make(words, profile=profile, hardware=hardware, force=force, **options)
-        for note in made.notes:
-            click.echo(note, err=True)
-        if dry_run:
-            for script in made.scripts:
-                click.echo(script.text, nl=False)
-            return
-        done = hand_in(made)
-    except SlurmError as problem:
-        raise UserError(str(problem)) from None
+    made = make(words, profile=profile, hardware=hardware, force=force, **options)
+    for line in made.notes:
+        click.echo(line, err=True)
+    if dry_run:
+        for script in made.scripts:
+            click.echo(script.text, nl=False)
+        return
+    done = hand_in(made)
     click.echo(describe(done))
 
 
@@ -122,22 +119,17 @@ def submit(
     Raises:
         UserError: an option is wrong, the job would not fit, or Slurm refuses it: with Slurm's own message.
     """
-    try:
-        return hand_in(make(words, profile=profile, hardware=hardware, force=force, **options))
-    except SlurmError as problem:
-        raise UserError(str(problem)) from None
+    return hand_in(make(words, profile=profile, hardware=hardware, force=force, **options))
 
 
 def save_profile(path: Path) -> None:
     """Look at the site and write its profile, never over one that is there."""
     if path.exists():
         raise UserError(f"{path}: is there already; choose another name, or delete it first")
-    try:
+    with told_to_the_user():
         text = write_profile()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    except (SlurmError, OSError) as problem:
-        raise UserError(str(problem)) from None
     click.echo(text, nl=False)
     click.echo(f"written to {path}; used with --profile {path}, or from {profiles.VARIABLE}", err=True)
 
@@ -155,14 +147,12 @@ def make(
     automatic = [name for name in ("nodes", "time") if given.get(name) == AUTO]
     for name in automatic:
         del given[name]
-    try:
+    with told_to_the_user():
         path = Path(profile) if profile is not None else profiles.default_profile()
         values = {} if path is None else profiles.read_profile(path)
         if "nodes" in given:
             given["nodes"] = _count("nodes", given["nodes"])
         request = BatchRequest(**values) | given
-    except (ValueError, TypeError) as problem:
-        raise UserError(str(problem)) from None
     output = str(params["output"])
     if request.array is not None and TASK not in output:
         raise UserError(
@@ -170,17 +160,12 @@ def make(
             f"the task's index: --output {output}-{TASK}"
         )
     request, notes = planned(params, request, hardware, automatic, force=force)
-    folder = Path.cwd()
     line = shlex.join(["cpmpi", *words])
     head = [f"cpmpi {__version__}: {request.nodes} x {request.tasks_per_node} ranks for: {line}",
             "To submit it by hand: sbatch FILE. The same again goes on where it stopped."]  # fmt: skip
-    try:
-        made, more = scripts(
-            request, words, output=output, folder=folder, head=head,
-            array_size=_largest_index() if request.array is not None else None,
-        )  # fmt: skip
-    except ValueError as problem:
-        raise UserError(str(problem)) from None
+    size = _largest_index() if request.array is not None else None
+    with told_to_the_user():
+        made, more = scripts(request, words, output=output, folder=Path.cwd(), head=head, array_size=size)
     return Made(request=request, scripts=made, notes=[*notes, *more], output=output)
 
 
@@ -210,7 +195,7 @@ def planned(
     Raises:
         UserError: the job would not fit, and is not forced.
     """
-    if "inputs" not in params:
+    if "inputs" not in params or "run" in params:  # stored documents are not planned
         return request, []
     from cpmpi.jobs import forecast as plans
 
@@ -219,10 +204,7 @@ def planned(
         params = {**params, "inputs": tuple(item.replace(TASK, first) for item in params["inputs"])}
     here = _partition(request)
     memory = here.memory_mb * plans.MB if here is not None and here.memory_mb > 1 else None
-    try:
-        chip = plans.chip_of(hardware, request, memory)
-    except ValueError as problem:
-        raise UserError(str(problem)) from None
+    chip = plans.chip_of(hardware, request, memory)
     work = plans.work_of(params)
     found = plans.forecast(params, request, chip, work)
     notes = []
@@ -248,17 +230,14 @@ def hand_in(made: Made) -> Submission:
     """Submit what was made.
 
     Raises:
-        UserError: the log folder cannot be written to.
-        SlurmError: Slurm is not here or refuses.
+        UserError: the log folder cannot be written to, or Slurm is not here or refuses.
     """
     from cpmpi.run.folder import check_folder
 
-    try:
-        if made.request.array is None:
-            check_folder(Path(made.output))
+    if made.request.array is None:
+        check_folder(Path(made.output))
+    with told_to_the_user():
         jobs = hand_over(made.scripts, made.request)
-    except OSError as problem:
-        raise UserError(f"{problem.filename}: cannot write there ({problem.strerror})") from None
     folder = made.scripts[0].path.parent
     names = [f"slurm-{job}_%a.out" if made.request.array else f"slurm-{job}.out" for job in jobs]
     return Submission(
