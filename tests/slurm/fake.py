@@ -7,6 +7,7 @@ fails with. ``srun`` and ``mpirun`` run the command that they are given, once.
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 NAMES = ("sbatch", "squeue", "scontrol", "sinfo", "sacctmgr", "scancel", "srun", "mpirun")
@@ -14,12 +15,12 @@ PROGRAM = '#!/bin/sh\nexec {python} {here} {name} {folder} "$@"\n'
 
 
 class FakeSlurm:
-    """The commands in ``folder``; put ``path`` in front of the PATH."""
+    """The commands in ``folder``, all of them or those of these names; put ``path`` in front of the PATH."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: Sequence[str] = NAMES) -> None:
         self.folder = folder
         (folder / "bin").mkdir(parents=True, exist_ok=True)
-        for name in NAMES:
+        for name in names:
             program = folder / "bin" / name
             program.write_text(PROGRAM.format(python=sys.executable, here=__file__, name=name, folder=folder))
             program.chmod(0o755)
