@@ -46,6 +46,7 @@ bench: $(STAMP)
 
 docs: $(STAMP)
 	$(RUN)/python docs/make_cli.py
+	$(RUN)/python docs/make_sbatch.py
 
 wheel: $(STAMP)
 	$(RUN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -39,6 +39,18 @@ def told(work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         return work(*args, **kwargs)
 
 
+class Stopped(UserError):
+    """A job was told to stop, by a signal or a time limit, and did so on all ranks with its state saved."""
+
+    status = 75
+    """Exit status of the job (EX_TEMPFAIL): the same command goes on. 1 where that would not help."""
+
+    def give_up(self, why: str) -> None:
+        """Say that starting it again would end in the same way."""
+        self.status = 1
+        self.args = (f"{self}; {why}",)
+
+
 def one_line(error: BaseException) -> str:
     """An error's text in one line, at most 300 characters of it."""
     text = " ".join(str(error).split())

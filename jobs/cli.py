@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import click
 
-from cpmpi.errors import UserError
+from cpmpi.errors import Stopped, UserError
 from cpmpi.text import escaped, escaped_lines
 from cpmpi.version import __version__
 
@@ -29,6 +29,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("cpmpi.jobs.report", "Pictures of the documents of a run folder."),
     "bench": ("cpmpi.jobs.bench", "Measure attention across ranks, or messages between them."),
     "plan": ("cpmpi.jobs.plan", "Time, memory and disk that a job will take on a machine."),
+    "submit": ("cpmpi.jobs.submit", "Submit a command to Slurm: script, forecast, requeue."),
+    "status": ("cpmpi.jobs.status", "Where a submitted run stands: jobs, documents, failures."),
+    "cancel": ("cpmpi.jobs.cancel", "Cancel the jobs of a run."),
     "topology": ("cpmpi.jobs.topology", "What the machine is: discover, measure, save, draw."),
 }
 RANK_0_SPEAKS_S = 2.0
@@ -110,6 +113,8 @@ def main() -> None:
         if stop.code and ranks.connected():
             ranks.abort("standard output was closed")
         raise
+    except Stopped as stopped:
+        stop_together(stopped)
     except Exception as problem:
         end_line()
         if debug and (first_of_launch() or not isinstance(problem, ranks.AgreedError)):
@@ -140,6 +145,26 @@ def take_any_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def stop_together(stopped: Stopped) -> NoReturn:
+    """Exit after a stop that all ranks agreed on: with its status on rank 0, with 0 on the others.
+
+    Launchers end the other ranks when they see one with a status that is not 0; these are on their way out themselves,
+    and must not be counted as killed.
+    """
+    import signal
+
+    from cpmpi.comm.stop import last_words
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_line()
+    if first_of_launch():
+        last_words(str(stopped))
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized():
+        mpi.COMM_WORLD.Barrier()
+    sys.exit(stopped.status if first_of_launch() else 0)
 
 
 def leave(status: int) -> NoReturn:

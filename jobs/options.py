@@ -82,10 +82,7 @@ def asked(kind: type[ModelOptions], options: dict[str, Any]) -> Any:
 
 def run_documents(**options: Any) -> None:
     """Run the main job with the options of the command line, and print its results on rank 0."""
-    from cpmpi.comm.stop import say_when_told_to_stop
     from cpmpi.engine.report import print_results
     from cpmpi.engine.run import run
-    from cpmpi.jobs.cli import first_of_launch
 
-    say_when_told_to_stop("told to stop (SIGTERM); the same command resumes", speaks=first_of_launch())
     print_results(run(asked(JobOptions, options)))

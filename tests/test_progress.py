@@ -23,7 +23,7 @@ from cpmpi.comm import progress as module
 from cpmpi.comm.progress import Progress, end_line
 from cpmpi.engine.results_table import results_text
 
-from .conftest import ROOT, clean_environment
+from .conftest import clean_environment
 from .test_exact import save_documents, save_llama
 
 CLEAR = "\r\x1b[K"
@@ -237,31 +237,6 @@ def test_results_show_names_and_do_not_obey_them():
     assert len(first) == len(second) == len(third) + 2, "columns stay aligned, also beside wide characters"
 
 
-STOPPED = """
-import hashlib
-from cpmpi.comm.stop import say_when_told_to_stop
-say_when_told_to_stop("told to stop", speaks={speaks})
-print("ready", flush=True)
-hashlib.pbkdf2_hmac("sha256", b"", b"", 50_000_000)  # no step of Python here: a handler would wait for its end
-"""
-
-
-@pytest.mark.parametrize("speaks", [True, False])
-def test_told_to_stop_in_a_long_computation(speaks):
-    job = subprocess.Popen(
-        [sys.executable, "-c", STOPPED.format(speaks=speaks)], env=clean_environment(), cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert job.stdout is not None
-    assert job.stdout.readline() == "ready\n"
-    job.send_signal(signal.SIGTERM)
-    try:
-        _, told = job.communicate(timeout=10)
-    finally:
-        job.kill()
-    assert (job.returncode, told) == (143, "told to stop\n" * speaks)
-
-
 def test_mpirun_that_is_told_to_stop_says_how_to_go_on(tmp_path):
     """Open MPI's launcher passes nothing on any more then: the line comes all the same, once."""
     save_llama(tmp_path / "model", 2, layers=2)
@@ -281,7 +256,7 @@ def test_mpirun_that_is_told_to_stop_says_how_to_go_on(tmp_path):
             break
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=60) != 0
+    assert job.wait(timeout=120) != 0
     told = log.read_text()
-    assert told.count("told to stop (SIGTERM); the same command resumes") == 1, told
+    assert told.count("the same command goes on") == 1, told
     assert "Traceback" not in told

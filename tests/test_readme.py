@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import ROOT, clean_environment
+from .slurm.fake import FakeSlurm
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = ROOT / "examples" / "demo" / "checkpoint"
@@ -40,7 +41,11 @@ def folder(tmp_path_factory):
 
 
 def run(command: str, folder: Path) -> str:
-    here = str(Path(sys.executable).parent)
+    """What a command prints, where Slurm's commands are faked: they take a job, and know of none afterwards."""
+    slurm = FakeSlurm(folder / "slurm", ("sbatch", "squeue", "sinfo"))
+    slurm.prints("sinfo", "batch*|infinite|4|64|256000|(null)\n")
+    slurm.prints("squeue", "")
+    here = f"{Path(sys.executable).parent}{os.pathsep}{slurm.folder / 'bin'}"
     environment = clean_environment(
         PATH=os.pathsep.join([here, os.environ["PATH"]]),
         PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe",

@@ -33,11 +33,12 @@ class Progress:
         self.enabled = enabled
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.listener: Callable[[Progress], None] | None = None  # told of every step, also where nothing is printed
+        self.name, self.tokens, self.layers = "", 0, 0
         self._interval_s = interval_s
-        self._began = self._shown = time.perf_counter()
+        self._began = self._shown = self._started = time.perf_counter()
         self._documents, self._work, self._per_pair = 1, 0.0, 0.0
-        self._documents_done, self._tokens_done, self._work_done = 0, 0, 0.0
-        self._name, self._tokens, self._layers, self._done = "", 0, 0, 0.0
+        self._documents_done, self._tokens_done, self._work_done, self._done = 0, 0, 0.0, 0.0
 
     def job(self, lengths: Sequence[int], per_pair: float = 0.0) -> None:
         """The whole job's work begins.
@@ -54,13 +55,16 @@ class Progress:
 
     def start(self, name: str, tokens: int, layers: int) -> None:
         """A document's work begins."""
-        self._name, self._tokens, self._layers, self._done = name, tokens, layers, 0.0
+        self.name, self.tokens, self.layers, self._done = name, tokens, layers, 0.0
+        self._started = time.perf_counter()
         if not self._work:
             self.job([tokens])
 
     def update(self, layers_done: float) -> None:
         """``layers_done`` layers are done, a fraction of the current one included."""
         self._done = max(self._done, layers_done)
+        if self.listener is not None:
+            self.listener(self)
         self._now_and_then(self._line)
 
     def done(self, tokens: int) -> None:
@@ -68,7 +72,7 @@ class Progress:
         self._documents_done += 1
         self._tokens_done += tokens
         self._work_done += self._cost(tokens)
-        self._tokens, self._done = 0, 0.0
+        self.tokens, self._done = 0, 0.0
         self._now_and_then(self._line)
 
     def count(self, what: str, done: int, of: int) -> None:
@@ -78,6 +82,27 @@ class Progress:
             self.say(text)
         else:
             self._now_and_then(lambda: text)
+
+    @property
+    def part(self) -> float:
+        """How much of the document is done, from 0 to 1."""
+        return min(1.0, self._done / max(1, self.layers))
+
+    @property
+    def layer(self) -> int:
+        """The layer that is being computed, counted from 1."""
+        return min(self.layers, int(self._done) + 1)
+
+    @property
+    def rate(self) -> float:
+        """Tokens of the document per second."""
+        return self.part * self.tokens / max(time.perf_counter() - self._started, 1e-9)
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the document is done; None while it is too early to tell."""
+        elapsed = time.perf_counter() - self._started
+        return elapsed / self.part - elapsed if self.part > 0.01 else None
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -98,16 +123,15 @@ class Progress:
         return tokens + self._per_pair * tokens * tokens / 2
 
     def _line(self) -> str:
-        part = min(1.0, self._done / max(1, self._layers))
-        share = (self._work_done + part * self._cost(self._tokens)) / max(self._work, 1e-9)
+        share = (self._work_done + self.part * self._cost(self.tokens)) / max(self._work, 1e-9)
         elapsed = time.perf_counter() - self._began
         left = f"{duration(elapsed / share - elapsed)} left" if share > 0.002 else "..."
-        tokens = self._tokens_done + part * self._tokens
+        tokens = self._tokens_done + self.part * self.tokens
         rate = f"{tokens / max(elapsed, 1e-9):,.0f} tokens/s"
-        layer = f"layer {min(self._layers, int(self._done) + 1)}/{self._layers}"
-        name = shown(self._name, NAME_WIDTH)
+        layer = f"layer {self.layer}/{self.layers}"
+        name = shown(self.name, NAME_WIDTH)
         if self._documents == 1:
-            return f"{name}: {share:4.0%}  {layer}  {self._tokens or self._tokens_done:,} tokens  {rate}  {left}"
+            return f"{name}: {share:4.0%}  {layer}  {self.tokens or self._tokens_done:,} tokens  {rate}  {left}"
         documents = f"document {min(self._documents, self._documents_done + 1):,} of {self._documents:,}"
         return f"{documents}: {share:4.0%}  {tokens:,.0f} tokens  {rate}  {left}  ({name}, {layer})"
 

@@ -1,51 +1,84 @@
-"""What a job says when it is told to stop (SIGTERM): of a batch system, or by a `kill` of its launcher."""
+"""A wish to stop: SIGTERM and SIGUSR1 set a flag, and the job stops where nothing is lost.
+
+Batch systems ask a job to leave before they kill it. The handlers return at once; the engine looks at the flag where
+all ranks meet. A job that stopped so exits with status 75, by which a batch script knows that the same command goes on.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
-from cpmpi.comm.progress import end_line
-
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LAUNCHERS = ("prterun", "mpirun", "orterun")  # Open MPI's
-STATUS = 128 + signal.SIGTERM
 
 
-def say_when_told_to_stop(text: str, *, speaks: bool) -> None:
-    """From now on SIGTERM ends this process with a line, even where the main thread sits in a long computation.
-
-    Nothing is changed where the signal already has a handler.
+class Stop:
+    """Whether this process was asked to stop, and until when it may go on.
 
     Args:
-        text: the line.
-        speaks: whether this process prints it.
+        grace_s: seconds from the first signal until it will be killed.
     """
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+
+    heard = 0
+    """The signal that this process was last asked by."""
+
+    def __init__(self, grace_s: float) -> None:
+        self.grace_s = grace_s
+        self.asked_s: float | None = None
+        self.signal = 0
+
+    def ask(self, number: int, _: FrameType | None = None) -> None:
+        """A signal handler; only the first signal counts."""
+        if self.asked_s is None:
+            self.asked_s, self.signal = time.monotonic(), number
+            Stop.heard = number
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self.asked_s is not None
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left; endless where nobody asked."""
+        return float("inf") if self.asked_s is None else self.asked_s + self.grace_s - time.monotonic()
+
+
+@contextmanager
+def listening(grace_s: float) -> Iterator[Stop]:
+    """Within it the signals ask to stop; the handlers are as before at its end.
+
+    Python gives signals to its main thread alone: in another one, none is heard.
+    """
+    stop = Stop(grace_s)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
         return
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    # Python calls handlers between two of the main thread's steps, which may be minutes apart: the byte comes at once.
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-
-    def watch() -> None:
-        while os.read(reading, 1)[0] != signal.SIGTERM:
-            pass
-        if speaks:
-            end_line()
-            _print(text)
-        os._exit(STATUS)
-
-    threading.Thread(target=watch, name="cpmpi-stop", daemon=True).start()
+    before = {number: signal.signal(number, stop.ask) for number in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _print(text: str) -> None:
-    """To standard error: Open MPI's launcher, once it is told to stop, passes nothing on any more; then to its own."""
+def last_words(text: str) -> None:
+    """A line on standard error that is read even when the launcher was told to stop.
+
+    Open MPI's launcher passes nothing on once it has a SIGTERM, which it hands down to its ranks: then the line goes to
+    its own standard error.
+    """
+    parent = Path("/proc", str(os.getppid()))
     with suppress(OSError):
-        parent = Path("/proc", str(os.getppid()))
-        theirs = parent.joinpath("comm").read_text().strip() in LAUNCHERS
-        stream = os.open(parent / "fd" / "2", os.O_WRONLY | os.O_APPEND) if theirs else 2
-        os.write(stream, f"{text}\n".encode())
+        if Stop.heard == signal.SIGTERM and parent.joinpath("comm").read_text().strip() in LAUNCHERS:
+            os.write(os.open(parent / "fd" / "2", os.O_WRONLY | os.O_APPEND), f"{text}\n".encode())
+            return
+    print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
 """One job from start to end.
 
-May import: every other room but jobs and slurm.
+May import: every other room but jobs.
 """

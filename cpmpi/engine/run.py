@@ -15,6 +15,7 @@ import torch
 
 from cpmpi.comm.log import rank_log
 from cpmpi.comm.ranks import start
+from cpmpi.comm.stop import Stop, listening
 from cpmpi.comm.transport import MPITransport
 from cpmpi.engine.options import JobOptions
 from cpmpi.engine.placement import split
@@ -22,6 +23,7 @@ from cpmpi.engine.prepare import prepare
 from cpmpi.engine.report import Outcome, log_document
 from cpmpi.engine.score import Engine
 from cpmpi.engine.state import Job, Prepared
+from cpmpi.engine.watch import watched
 from cpmpi.model.forward import sum_outputs
 from cpmpi.run import folder
 from cpmpi.run.index import RunIndex
@@ -34,33 +36,45 @@ from cpmpi.text import duration
 from cpmpi.timeline.files import save_files
 from cpmpi.timeline.intervals import Recorder
 
+GRACE_S = 30.0  # what batch systems leave between SIGTERM and SIGKILL, by default
+
 
 def run(options: JobOptions) -> Outcome:
     """Run the job. Collective.
 
     Raises:
         UserError: something the user can mend; before any work where it can be known then.
+        Stopped: on all ranks, once a rank was told to stop and its document is finished.
     """
-    return run_prepared(prepare(options, start()))
+    with listening(GRACE_S) as stop:
+        return run_prepared(prepare(options, start()), stop)
 
 
-def run_prepared(job: Job) -> Outcome:
-    """Run a job that nothing was found against. Collective."""
+def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
+    """Run a job that nothing was found against, until it is told to stop, if it is. Collective.
+
+    Raises:
+        Stopped: on all ranks, once a rank was told to stop and its document is finished.
+    """
     seconds: dict[int, float] = {}
     with ExitStack() as stack:
         recorder = stack.enter_context(_recording(job))
         files = stack.enter_context(_open_files(job, recorder))
         todo = [i for i in range(len(files.spec.documents)) if i not in files.finished]
+        of, finished = len(files.spec.documents), len(files.finished)
+        watch = stack.enter_context(watched(job, stop or Stop(GRACE_S), documents=of, finished=finished))
         if todo:
             engine = stack.enter_context(load_engine(job, recorder))
             if files.index is not None:
                 _publish_circumstances(job)
             job.progress.job([files.spec.documents[i].n_tokens for i in todo])
             for i in todo:
+                watch.go_on()
                 began = time.perf_counter()
                 score_document(job, engine, files, i)
                 seconds[i] = time.perf_counter() - began
                 job.progress.done(files.spec.documents[i].n_tokens)
+                watch.document_done()
             job.progress.close()
         if files.index is not None:
             files.index.finish()

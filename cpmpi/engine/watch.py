@@ -1,0 +1,114 @@
+"""What is told of a job while it runs, and what tells it to stop: the record of a run's jobs, its status, signals.
+
+A job that is told to stop does so between documents, on all ranks together: what is finished is safe in the run folder,
+and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cpmpi.comm.progress import Progress
+from cpmpi.comm.ranks import node_name
+from cpmpi.comm.stop import Stop
+from cpmpi.engine.state import Job
+from cpmpi.errors import Stopped, one_line
+from cpmpi.run.paths import RunPaths
+from cpmpi.slurm import record
+from cpmpi.slurm.allocation import allocation, few_cores
+
+MOST_IN_VAIN = 2  # starts that were stopped before they had finished a document, in a row
+
+
+@dataclass
+class Watch:
+    """A job under way: how many documents are finished, and whether it was told to stop."""
+
+    job: Job
+    stop: Stop
+    documents: int
+    finished: int
+    finished_here: int = 0
+
+    def go_on(self) -> None:
+        """Return, or stop on all ranks where any rank was told to. Collective; called where nothing would be lost.
+
+        Raises:
+            Stopped: on all ranks.
+        """
+        told = [number for number in self.job.ranks.comm.allgather(self.stop.signal) if number]
+        if told:
+            done = f"{self.finished} of {self.documents} documents are finished"
+            raise Stopped(f"stopped by {signal.Signals(told[0]).name}: {done}; the same command goes on")
+
+    def document_done(self) -> None:
+        """One more is finished."""
+        self.finished += 1
+        self.finished_here += 1
+
+
+@contextmanager
+def watched(job: Job, stop: Stop, *, documents: int, finished: int) -> Iterator[Watch]:
+    """A job's record, status file and log line of its allocation, kept by rank 0 while the block runs. Collective.
+
+    Raises:
+        Stopped: from the block; with exit status 1 where the job never gets to the end of a document.
+    """
+    watch = Watch(job=job, stop=stop, documents=documents, finished=finished)
+    _tell_allocation(job)
+    if not job.ranks.is_root:
+        yield watch
+        return
+    folder, own = RunPaths(job.options.output).log, allocation()
+    name, restarts = (own.name, own.restart_count) if own else (None, 0)
+    common = {"job": name, "of": documents}
+    record.note(folder, **common, started=int(time.time()), restarts=restarts, finished=finished,
+                ranks=job.ranks.size, node=node_name())  # fmt: skip
+    status = record.StatusFile(folder)
+    job.progress.listener = lambda progress: _tell(status, progress, watch, name)
+    how, why = "failed", ""
+    try:
+        yield watch
+        how = "complete"
+    except Stopped as told:
+        how, why = "stopped", one_line(told)
+        if not watch.finished_here and record.starts_in_vain(record.entries(folder)) + 1 >= MOST_IN_VAIN:
+            told.give_up(f"{MOST_IN_VAIN} starts in a row ended before a document did: more time or nodes are needed")
+        raise
+    except BaseException as problem:
+        why = one_line(problem)
+        raise
+    finally:
+        job.progress.listener = None
+        record.note(folder, **common, ended=int(time.time()), how=how, why=why, finished=watch.finished,
+                    finished_here=watch.finished_here)  # fmt: skip
+
+
+def _tell(status: record.StatusFile, progress: Progress, watch: Watch, name: str | None) -> None:
+    if status.due():
+        status.write(
+            job=name, document=progress.name, tokens=progress.tokens, layer=progress.layer, layers=progress.layers,
+            part=round(progress.part, 4), tokens_per_s=round(progress.rate, 1), left_s=progress.left_s,
+            finished=watch.finished, of=watch.documents,
+        )  # fmt: skip
+
+
+def _tell_allocation(job: Job) -> None:
+    """The allocation in one line in every log, and what Slurm gave too little of. Collective."""
+    own = allocation()
+    told = None
+    if own is not None:
+        logging.getLogger("cpmpi").info("%s", own.line())
+        job.progress.say(own.line())
+        here = next(len(n.ranks) for n in job.place.topology.nodes if job.ranks.rank in [p.rank for p in n.ranks])
+        told = few_cores(
+            cores=len(os.sched_getaffinity(0)), node_cores=os.cpu_count() or 1, node_ranks=here, node=node_name()
+        )
+    for line in dict.fromkeys(line for line in job.ranks.comm.allgather(told) if line is not None):
+        job.progress.say(f"warning: {line}")
