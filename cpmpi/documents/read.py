@@ -168,7 +168,7 @@ def _find(inputs: Sequence[str | Path], options: ReadOptions, vocab_size: int) -
             good, bad = [], [str(problem)]
         found.update((one.id, one) for one in good)
         reading.problems.extend(bad)
-        if is_stream(file):
+        if good and is_stream(file):
             reading.notes.append(f"{file.shown}: {_said(good)}")
     return list(found.values()), reading
 
