@@ -150,6 +150,8 @@ def test_a_failure_and_the_end_are_durable(tmp_path, events):
 
 def test_a_run_is_deleted_from_its_index_on(tmp_path, events):
     make_run(tmp_path)
+    RunPaths(tmp_path).report.mkdir()
+    (RunPaths(tmp_path).report / "surprisal-000000.png").touch()
     events.clear()
     delete_run(tmp_path)
     deleted = [event.file for event in events if event.what == "unlink"]
