@@ -158,7 +158,6 @@ def stop_together(stopped: Stopped) -> NoReturn:
     from cpmpi.comm.stop import last_words
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    end_line()
     if first_of_launch():
         last_words(str(stopped))
     mpi = sys.modules.get("mpi4py.MPI")

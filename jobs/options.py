@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from cpmpi.engine.options import JobOptions, ModelOptions, spelled
+from cpmpi.text import counted
 
 FOLDER = click.Path(path_type=Path)
 FIRST = ("model", "run", "inputs", "output")  # in help texts
@@ -82,7 +83,12 @@ def asked(kind: type[ModelOptions], options: dict[str, Any]) -> Any:
 
 def run_documents(**options: Any) -> None:
     """Run the main job with the options of the command line, and print its results on rank 0."""
+    from cpmpi.comm.ranks import AgreedError
     from cpmpi.engine.report import print_results
     from cpmpi.engine.run import run
 
-    print_results(run(asked(JobOptions, options)))
+    outcome = run(asked(JobOptions, options))
+    print_results(outcome)
+    if outcome.failed:
+        first, of = next(iter(outcome.failed.values())), len(outcome.job.spec.documents)
+        raise AgreedError(f"{len(outcome.failed)} of {counted(of, 'document')} failed; the first: {first}")

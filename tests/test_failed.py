@@ -193,3 +193,39 @@ def test_a_disk_that_fills_under_the_results(tmp_path, monkeypatch):
     index.write_outputs(0, **outputs_of(0, 5))
     index.finish()
     assert verify_run(tmp_path).problems == []
+
+
+@pytest.mark.mpi(2)
+def test_a_document_that_fails_leaves_the_others_alone(tmp_path, capsys):
+    """A token whose embedding is not a number: its document is marked, the others are done, the exit status is 1."""
+    from mpi4py import MPI
+    from safetensors.torch import load_file, save_file
+
+    from cpmpi.run.reader import open_run
+
+    from .test_bad_input import call
+    from .test_exact import save_llama, shared_folder
+
+    comm = MPI.COMM_WORLD
+    folder = shared_folder(tmp_path)
+    if comm.rank == 0:
+        save_llama(folder / "model", 2)
+        weights = load_file(folder / "model" / "model.safetensors")
+        weights["model.embed_tokens.weight"][7] = float("nan")
+        save_file(weights, folder / "model" / "model.safetensors", {"format": "pt"})
+        lines = [{"id": name, "token_ids": ids} for name, ids in (("a", [1, 2, 3]), ("b", [4, 7, 5]), ("c", [6, 8]))]
+        (folder / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    comm.Barrier()
+    words = ["prefill", "--quiet", "--model", f"{folder}/model", "--input", f"{folder}/d.jsonl", "--output"]
+    status, told = call([*words, f"{folder}/fast", "--fail-fast"], capsys)
+    assert status == 1
+    for _ in range(2):  # a second start does not meet it again
+        status, told = call([*words, f"{folder}/run"], capsys)
+        assert status == 1
+        if comm.rank == 0:
+            assert "error: 1 of 3 documents failed; the first: document 'b'" in told
+            assert "are not finite" in told
+    with open_run(folder / "run") as run, open_run(folder / "fast") as fast:
+        assert [d.complete for d in run.documents] == [True, False, True]
+        assert "not finite" in run.documents[1].failed
+        assert [d.complete for d in fast.documents] == [True, False, False]

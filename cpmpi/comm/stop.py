@@ -12,11 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 
+from cpmpi.comm.progress import end_line
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+PROMISE = "the job stops where nothing is lost, and the same command goes on"
 LAUNCHERS = ("prterun", "mpirun", "orterun")  # Open MPI's
 
 
@@ -53,10 +56,14 @@ class Stop:
 
 
 @contextmanager
-def listening(grace_s: float) -> Iterator[Stop]:
+def listening(grace_s: float, *, speaks: bool = False) -> Iterator[Stop]:
     """Within it the signals ask to stop; the handlers are as before at its end.
 
     Python gives signals to its main thread alone: in another one, none is heard.
+
+    Args:
+        grace_s: seconds from the first signal until the process will be killed.
+        speaks: whether this process says at once that it was asked, also in the middle of a long computation.
     """
     stop = Stop(grace_s)
     if threading.current_thread() is not threading.main_thread():
@@ -64,10 +71,36 @@ def listening(grace_s: float) -> Iterator[Stop]:
         return
     before = {number: signal.signal(number, stop.ask) for number in SIGNALS}
     try:
-        yield stop
+        with _saying_so() if speaks else nullcontext():
+            yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _saying_so() -> Iterator[None]:
+    """Within it a thread says that a signal came. Handlers run between two steps of the main thread, minutes apart."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while told := os.read(reading, 1):
+            if told[0] in SIGNALS:
+                Stop.heard = told[0]
+                last_words(f"told to stop ({signal.Signals(told[0]).name}): {PROMISE}")
+                return
+
+    thread = threading.Thread(target=watch, name="cpmpi-stop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+        thread.join()
+        os.close(reading)
 
 
 def last_words(text: str) -> None:
@@ -76,6 +109,7 @@ def last_words(text: str) -> None:
     Open MPI's launcher passes nothing on once it has a SIGTERM, which it hands down to its ranks: then the line goes to
     its own standard error.
     """
+    end_line()
     parent = Path("/proc", str(os.getppid()))
     with suppress(OSError):
         if Stop.heard == signal.SIGTERM and parent.joinpath("comm").read_text().strip() in LAUNCHERS:

@@ -103,6 +103,7 @@ class JobOptions(ModelOptions):
     special_tokens: bool | None = option(
         None, "Whether the tokenizer adds its special tokens.  [default: as the tokenizer does]"
     )
+    fail_fast: bool = option(False, "End the job with the first document that fails, instead of going on.", flag=True)
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cpmpi.engine.results_table import results_text
 from cpmpi.engine.score import Scores
@@ -23,6 +23,8 @@ class Outcome:
 
     job: Job
     seconds: Mapping[int, float]
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """Documents without a result, also of an earlier start, and why."""
 
 
 def introduce(job: Job) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from cpmpi.engine.state import Job, Prepared
 from cpmpi.engine.watch import watched
 from cpmpi.model.forward import sum_outputs
 from cpmpi.run import folder
-from cpmpi.run.index import RunIndex
+from cpmpi.run.index import NotFiniteError, RunIndex
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.publish import publish_text
 from cpmpi.run.shard import prepare_shard
@@ -46,8 +46,9 @@ def run(options: JobOptions) -> Outcome:
         UserError: something the user can mend; before any work where it can be known then.
         Stopped: on all ranks, once a rank was told to stop and its document is finished.
     """
-    with listening(GRACE_S) as stop:
-        return run_prepared(prepare(options, start()), stop)
+    ranks = start()
+    with listening(GRACE_S, speaks=ranks.is_root) as stop:
+        return run_prepared(prepare(options, ranks), stop)
 
 
 def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
@@ -60,7 +61,8 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
     with ExitStack() as stack:
         recorder = stack.enter_context(_recording(job))
         files = stack.enter_context(_open_files(job, recorder))
-        todo = [i for i in range(len(files.spec.documents)) if i not in files.finished]
+        failed = dict(files.failed)
+        todo = [i for i in range(len(files.spec.documents)) if i not in files.finished and i not in failed]
         of, finished = len(files.spec.documents), len(files.finished)
         watch = stack.enter_context(watched(job, stop or Stop(GRACE_S), documents=of, finished=finished))
         if todo:
@@ -71,14 +73,16 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
             for i in todo:
                 watch.go_on()
                 began = time.perf_counter()
-                score_document(job, engine, files, i)
+                if reason := score_document(job, engine, files, i):
+                    failed[i] = reason
+                    job.progress.say(f"failed: {reason}; the others go on")
                 seconds[i] = time.perf_counter() - began
                 job.progress.done(files.spec.documents[i].n_tokens)
                 watch.document_done()
             job.progress.close()
         if files.index is not None:
             files.index.finish()
-    return Outcome(job=job, seconds=seconds)
+    return Outcome(job=job, seconds=seconds, failed=failed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +94,14 @@ class Files:
         writer: of this rank's shard, where KV is kept.
         spec: of the run, with the run id that holds.
         finished: documents that are done already.
+        failed: documents that have no result, and why.
     """
 
     index: RunIndex | None
     writer: ShardWriter | None
     spec: RunSpec
     finished: frozenset[int]
+    failed: Mapping[int, str]
 
 
 @contextmanager
@@ -104,28 +110,28 @@ def _open_files(job: Job, recorder: Recorder | None) -> Iterator[Files]:
     options, ranks = job.options, job.ranks
     with ExitStack() as stack:
         ranks.on_root(stack.enter_context, folder.only_writer(options.output))
-        index, spec, finished = open_run_folder(job)
+        index, spec, finished, failed = open_run_folder(job)
         stack.enter_context(rank_log(RunPaths(options.output).log, ranks))
         writer = None
-        if spec.kv is not None and len(finished) < len(spec.documents):
+        if spec.kv is not None and len(finished) + len(failed) < len(spec.documents):
             writer = stack.enter_context(open_writer(job, index, spec, finished, recorder))
-        yield Files(index=index, writer=writer, spec=spec, finished=finished)
+        yield Files(index=index, writer=writer, spec=spec, finished=finished, failed=failed)
 
 
-def open_run_folder(job: Job) -> tuple[RunIndex | None, RunSpec, frozenset[int]]:
-    """The run's index (rank 0 only), its spec with the run id that holds, and the documents that are finished."""
+def open_run_folder(job: Job) -> tuple[RunIndex | None, RunSpec, frozenset[int], Mapping[int, str]]:
+    """The run's index (rank 0 only), its spec with the run id that holds, and the documents finished and failed."""
     opened: list[RunIndex] = []
 
-    def open_index() -> tuple[RunSpec, frozenset[int]]:
+    def open_index() -> tuple[RunSpec, frozenset[int], Mapping[int, str]]:
         if job.options.overwrite and RunPaths(job.options.output).contents():
             job.progress.say(f"--overwrite deletes {folder.what_is_deleted(job.options.output)}")
         opened.append(folder.start_index(job.options.output, job.spec, overwrite=job.options.overwrite))
-        return opened[0].spec, opened[0].finished
+        return opened[0].spec, opened[0].finished, dict(opened[0].failed)
 
-    spec, finished = job.ranks.on_root(open_index)
+    spec, finished, failed = job.ranks.on_root(open_index)
     if finished:
         job.progress.say(f"{len(finished)} of {len(spec.documents)} documents are finished already")
-    return next(iter(opened), None), spec, finished
+    return next(iter(opened), None), spec, finished, failed
 
 
 def open_writer(
@@ -169,8 +175,8 @@ def _publish_circumstances(job: Job) -> None:
     publish_text(paths.topology, job.spec.topology + "\n")
 
 
-def score_document(job: Job, engine: Engine, files: Files, i: int) -> None:
-    """One document: compute, store, mark as finished. Collective."""
+def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None:
+    """One document: compute, store, mark as finished; or as failed, then the reason. Collective."""
     document, ranks, index, writer = files.spec.documents[i], job.ranks, files.index, files.writer
     token_ids = ranks.spread(job.inputs.documents[i].token_ids if ranks.is_root else None)
 
@@ -182,15 +188,23 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> None:
     digest = writer.finish(i) if writer is not None else 0
     everyone = ranks.comm.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
 
-    def store() -> None:
+    def store() -> str | None:
         assert everyone is not None
         assert index is not None
         logprobs, last_hidden = assemble(everyone, document.n_tokens)
         digests = [digest for *_, digest in everyone] if writer is not None else ()
-        index.write_outputs(i, token_ids=token_ids, logprobs=logprobs, last_hidden=last_hidden, digests=digests)
+        try:
+            index.write_outputs(i, token_ids=token_ids, logprobs=logprobs, last_hidden=last_hidden, digests=digests)
+        except NotFiniteError as problem:
+            if job.options.fail_fast:
+                raise
+            index.mark_failed(i, str(problem))
+            return str(problem)
+        return None
 
-    ranks.on_root(store)
+    failed = ranks.on_root(store)
     log_document(scores, writer, document.id)
+    return failed
 
 
 def assemble(everyone: list[Any], n_tokens: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
