@@ -22,6 +22,7 @@ from cpmpi.version import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "prefill": ("cpmpi.jobs.prefill", "Log-probabilities and KV cache of whole documents."),
     "score": ("cpmpi.jobs.score", "Log-probabilities of whole documents."),
+    "extend": ("cpmpi.jobs.extend", "Score what may follow stored documents."),
     "generate": ("cpmpi.jobs.generate", "Answer prompts from a stored document."),
     "demo": ("cpmpi.jobs.demo", "Run the main job on a small checkpoint and a long text."),
     "inspect": ("cpmpi.jobs.inspect", "What is in a run folder."),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from cpmpi.attention.layout import Layout
 from cpmpi.comm.ranks import Ranks, start
 from cpmpi.documents.continuations import Continuation, read_continuations, would_merge
 from cpmpi.documents.tokenization import load_tokenizer
@@ -25,8 +26,14 @@ from cpmpi.engine.contexts import (
 from cpmpi.engine.extend import Question, Scored
 from cpmpi.engine.options import ExtendOptions
 from cpmpi.engine.run import load_engine
+from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
+from cpmpi.run import folder
+from cpmpi.run.paths import RunPaths
+from cpmpi.run.publish import publish_text
 from cpmpi.run.reader import Run
+from cpmpi.run.scores import Row, scores_text
+from cpmpi.run.spec import DocumentSpec, RunSpec
 from cpmpi.text import counted, duration
 
 
@@ -40,11 +47,10 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Extended:
-    """What was found: of every line and answer its scores, on rank 0 only, and seconds of the whole."""
+    """What was found: a row for each continuation, on all ranks, and seconds of the whole."""
 
     job: ContextJob
-    continuations: Sequence[Continuation]
-    scores: dict[tuple[int, int], Scored] = field(repr=False)
+    rows: tuple[Row, ...]
     seconds: float
 
 
@@ -56,6 +62,7 @@ def extend(options: ExtendOptions) -> Extended:
     """
     ranks = start()
     began = time.perf_counter()
+    ranks.on_root(_check_output, options)
     run, checkpoint = open_stored(options, ranks)
     continuations = ranks.on_root(
         read_continuations, options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size
@@ -78,7 +85,8 @@ def extend(options: ExtendOptions) -> Extended:
                     for score in (s for each in everyone or () for s in each):
                         scores[batch[score.question][0], score.answer] = score
             job.progress.say(f"{i + 1} of {len(asked)} contexts, {duration(time.perf_counter() - began)}")
-    return Extended(job=job, continuations=continuations, scores=scores, seconds=time.perf_counter() - began)
+    rows = job.ranks.on_root(_store, job, continuations, scores)
+    return Extended(job=job, rows=rows, seconds=time.perf_counter() - began)
 
 
 def _by_context(run: Run, continuations: Sequence[Continuation]) -> list[Asked]:
@@ -148,3 +156,72 @@ def _introduce(job: ContextJob, asked: Sequence[Asked], continuations: Sequence[
             f"note: the tokenizer would have joined the first token of {counted(merging, 'text')} with the one before; "
             "they are scored as tokens of their own (give token_ids to say otherwise)"
         )
+
+
+def _check_output(options: ExtendOptions) -> None:
+    """Refuse an output folder that holds a run, unless it is to be overwritten: scores are made in one piece."""
+    folder.check_folder(options.output, overwrite=options.overwrite)
+    if options.output.resolve() == options.run.resolve():
+        raise UserError(f"--output {options.output} is the run with the stored documents; choose another folder")
+    if RunPaths(options.output).index.exists() and not options.overwrite:
+        raise UserError(f"{options.output}: holds a run already; choose another --output, or --overwrite")
+
+
+def _store(
+    job: ContextJob, continuations: Sequence[Continuation], scores: dict[tuple[int, int], Scored]
+) -> tuple[Row, ...]:  # fmt: skip
+    """Write the run of the continuations, on rank 0: a document for each, then the table."""
+    options, run = job.options, job.run
+    assert isinstance(options, ExtendOptions)
+    which = [(line, i) for line, c in enumerate(continuations) for i in range(len(c.answers))]
+    spec = RunSpec(
+        model=str(run.attributes["model"]), model_sha256=str(run.attributes["model_sha256"]), kv=None,
+        tokenizer_sha256=str(run.attributes["tokenizer_sha256"]), dtype=str(job.model.dtype).removeprefix("torch."),
+        world_size=job.ranks.size, hidden_size=int(run.attributes["hidden_size"]),
+        documents=tuple(_document_spec(run, continuations[line], i) for line, i in which),
+        topology=job.place.topology.to_json(), command=options.command,
+    )  # fmt: skip
+    with folder.only_writer(options.output):
+        index = folder.start_index(options.output, spec, overwrite=options.overwrite)
+        for n, (line, i) in enumerate(which):
+            found = scores[line, i]
+            index.write_outputs(
+                n, token_ids=continuations[line].answers[i], logprobs=found.logprobs, last_hidden=found.last_hidden,
+                greedy=found.greedy,
+            )  # fmt: skip
+        rows = rows_of(continuations, scores)
+        publish_text(RunPaths(options.output).scores, scores_text(rows))
+        index.finish()
+    return rows
+
+
+def _document_spec(run: Run, c: Continuation, i: int) -> DocumentSpec:
+    document, n_tokens = run.documents[c.document], len(c.answers[i])
+    follows: list[tuple[str, str | int]] = [
+        ("context_run_id", str(run.attributes["run_id"])), ("context_document", c.document),
+        ("context_tokens", document.n_tokens if c.upto is None else c.upto),
+    ]  # fmt: skip
+    if c.chosen:
+        follows += [("question", c.id), ("answer", i)]
+    return DocumentSpec(
+        id=c.names[i], source=c.source, n_tokens=n_tokens, layout=Layout(n_tokens=n_tokens, world=1),
+        continues=tuple(follows),
+    )  # fmt: skip
+
+
+def rows_of(continuations: Sequence[Continuation], scores: dict[tuple[int, int], Scored]) -> tuple[Row, ...]:
+    """The rows of all lines, in order."""
+    rows = []
+    for line, c in enumerate(continuations):
+        scored = [scores[line, i] for i in range(len(c.answers))]
+        sums = [float(np.sum(s.logprobs, dtype=np.float64)) for s in scored]
+        per_byte = [total / size if size else float("nan") for total, size in zip(sums, c.n_bytes, strict=True)]
+        most = max((value for value in per_byte if not np.isnan(value)), default=float("nan"))
+        for i, s in enumerate(scored):
+            row = Row(
+                id=c.names[i], question=c.id if c.chosen else "", answer=i, document=c.document,
+                n_tokens=len(s.logprobs), logprob=sums[i], per_token=sums[i] / len(s.logprobs), per_byte=per_byte[i],
+                greedy=bool(s.greedy.all()), best=sums[i] == max(sums), best_per_byte=per_byte[i] == most,
+            )  # fmt: skip
+            rows.append(row)
+    return tuple(rows)

@@ -5,7 +5,7 @@ Shapes: ``T`` tokens, ``G`` KV heads, ``D`` key dim, ``E`` value dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,8 @@ from cpmpi.errors import UserError
 from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
 from cpmpi.run.layer_reader import Source, read_layer
 from cpmpi.run.publish import saying
-from cpmpi.run.results import DIGESTS, OUTPUTS, Results, outputs_digest, result_digest
-from cpmpi.run.spec import DocumentSpec, KVGroup, KVShape, Origin
+from cpmpi.run.results import DIGESTS, GREEDY, Results, outputs_digest, read_outputs, result_digest
+from cpmpi.run.spec import CONTINUES, DocumentSpec, KVGroup, KVShape, Origin
 
 if TYPE_CHECKING:
     from cpmpi.run.reader import Run
@@ -101,8 +101,19 @@ class Document:
         return self._output("token_ids").astype(np.int32, copy=False)
 
     @property
+    def continues(self) -> Mapping[str, Any]:
+        """What a continuation follows: ``context_run_id``, ``context_document``, ``context_tokens``, and, of an answer,
+        ``question`` and ``answer``. Empty for documents that follow nothing."""
+        return {name: value for name, value in self._attributes.items() if name in CONTINUES}
+
+    @property
+    def greedy(self) -> npt.NDArray[np.bool_] | None:
+        """(T,) whether each token is the most probable one; kept of continuations alone."""
+        return self._output(GREEDY).astype(np.bool_) if GREEDY in self.group else None
+
+    @property
     def logprobs(self) -> npt.NDArray[np.float32]:
-        """(T,) log p(token i | tokens before i), in nats; the first is NaN."""
+        """(T,) log p(token i | tokens before i), in nats; the first is NaN, but in a continuation."""
         return self._output("logprobs").astype(np.float32, copy=False)
 
     @property
@@ -271,7 +282,7 @@ class Document:
     def outputs_are_sound(self) -> bool:
         """Whether the outputs have their checksum."""
         with saying(self._path, f"document {self.id!r} cannot be read"):
-            outputs = {name: np.asarray(self.group[name]) for name in OUTPUTS}
+            outputs = read_outputs(self.group)
         return outputs_digest(outputs) == int(self.group.attrs["outputs_xxh3"])
 
     def _output(self, name: str) -> RawArray:

@@ -18,7 +18,16 @@ from cpmpi.run.hdf5 import RawArray, changed_file, dataset_offset, open_file, pw
 from cpmpi.run.index_layout import REASON_BYTES, lay_out_index
 from cpmpi.run.paths import RunPaths, document_name
 from cpmpi.run.publish import publish_text, saying, sync_path
-from cpmpi.run.results import DIGESTS, Results, outputs_digest, perplexity, result_digest, sum_nll
+from cpmpi.run.results import (
+    DIGESTS,
+    GREEDY,
+    Results,
+    outputs_digest,
+    perplexity,
+    predicted,
+    result_digest,
+    sum_nll,
+)
 from cpmpi.run.spec import DocumentSpec, RunSpec, token_digest
 
 SUMMARY_COLUMNS = ("index", "id", "source", "n_tokens", "nll", "perplexity", "complete", "failed")
@@ -89,6 +98,7 @@ class RunIndex:
         token_ids: npt.ArrayLike,
         logprobs: npt.ArrayLike,
         last_hidden: npt.ArrayLike,
+        greedy: npt.ArrayLike | None = None,
         digests: Sequence[int] = (),
     ) -> None:
         """Write the outputs of a document, make them durable, then mark it complete.
@@ -96,8 +106,9 @@ class RunIndex:
         Args:
             document_index: place of the document in the run.
             token_ids: (T,) integers.
-            logprobs: (T,) natural logarithms; the first, which nothing predicts, is NaN.
+            logprobs: (T,) natural logarithms; the first, which nothing predicts, is NaN, but in a continuation.
             last_hidden: (hidden,) of the last token, after the final norm.
+            greedy: (T,) whether each token is the most probable one, of a continuation.
             digests: of every rank's shard (``ShardWriter.finish``), in rank order; empty without KV.
 
         Raises:
@@ -111,11 +122,13 @@ class RunIndex:
             "logprobs": np.asarray(logprobs, "<f4"),
             "last_hidden": np.asarray(last_hidden, "<f4"),
         }
+        if document.continues:
+            outputs[GREEDY] = np.asarray(greedy, np.uint8)
         if self.spec.kv is not None:
             outputs[DIGESTS] = np.array(digests, "<u8")
         _check_outputs(document, outputs)
         nll = sum_nll(outputs["logprobs"])
-        results = Results(arrays=outputs, nll=nll, perplexity=perplexity(nll, document.n_tokens))
+        results = Results(arrays=outputs, nll=nll, perplexity=perplexity(nll, len(predicted(outputs["logprobs"]))))
         self._write_datasets(document_name(document_index), outputs)
         self._write_results(document_index, results, complete=True)
         self._finished.add(document_index)
@@ -192,10 +205,11 @@ class RunIndex:
 
 def _check_outputs(document: DocumentSpec, outputs: dict[str, RawArray]) -> None:
     logprobs, who = outputs["logprobs"], f"document {document.id!r} ({document.source})"
-    bad = np.flatnonzero(~np.isfinite(logprobs[1:])) + 1
+    first = 0 if document.continues else 1
+    bad = np.flatnonzero(~np.isfinite(logprobs[first:])) + first
     if len(bad):
         raise NotFiniteError(f"{who}: {len(bad)} log-probabilities are not finite, the first at token {bad[0]}")
-    assert np.isnan(logprobs[0]), "nothing predicts the first token"
+    assert first == 0 or np.isnan(logprobs[0]), "nothing predicts the first token"
     if not np.isfinite(outputs["last_hidden"]).all():
         raise NotFiniteError(f"{who}: the last hidden state is not finite")
     digest = token_digest(outputs["token_ids"])

@@ -16,7 +16,7 @@ from h5py import h5t
 from cpmpi.run.hdf5 import VirtualBlock, create_contiguous, create_virtual, created_file, set_attribute
 from cpmpi.run.paths import RunPaths, document_name, shard_name
 from cpmpi.run.publish import make_folder
-from cpmpi.run.results import OUTPUTS, read_results, result_digest
+from cpmpi.run.results import GREEDY, OUTPUTS, read_results, result_digest
 from cpmpi.run.shard import LABELS
 from cpmpi.run.spec import DocumentSpec, RunSpec, ShardSet
 
@@ -39,7 +39,7 @@ def lay_out_index(folder: Path, spec: RunSpec, finished: Mapping[str, Any]) -> N
     make_folder(folder)
     groups = {document_name(i): (i, document) for i, document in enumerate(spec.documents)}
     groups |= {document_name(i, set_aside=True): (i, document) for i, document in enumerate(spec.set_aside)}
-    places = 2 + len(spec.earlier_sets) + 1 + len(groups) * (len(WRITTEN_LATER) + len(OUTPUTS) + 1)
+    places = 2 + len(spec.earlier_sets) + 1 + len(groups) * (len(WRITTEN_LATER) + len(OUTPUTS) + 2)
     with created_file(RunPaths(folder).index, most_places=places, attributes=WRITTEN_LATER) as file:
         _lay_out_run(file, spec)
         for name, (index, document) in groups.items():
@@ -95,6 +95,7 @@ def _lay_out_document(group: Any, index: int, document: DocumentSpec, spec: RunS
         "head_groups": document.grid.head_groups, "nll": np.nan, "perplexity": np.nan,
         "outputs_xxh3": np.uint64(0), "result_xxh3": np.uint64(0), "complete": False,
     }  # fmt: skip
+    attributes |= dict(document.continues)
     if spec.kv is not None:
         attributes |= {"shard_set": shard_set.number, "shard_document": number}
     for name, value in attributes.items():
@@ -104,6 +105,8 @@ def _lay_out_document(group: Any, index: int, document: DocumentSpec, spec: RunS
     create_contiguous(group, "token_ids", (tokens,), h5t.STD_I32LE, fill=np.int32(-1), labels=("token",))
     create_contiguous(group, "logprobs", (tokens,), h5t.IEEE_F32LE, fill=nan, labels=("token",))
     create_contiguous(group, "last_hidden", (hidden,), h5t.IEEE_F32LE, fill=nan, labels=("hidden",))
+    if document.continues:
+        create_contiguous(group, GREEDY, (tokens,), h5t.STD_U8LE, fill=np.uint8(0), labels=("token",))
     if spec.kv is not None:
         _lay_out_kv(group.create_group("kv"), index, document, spec)
 

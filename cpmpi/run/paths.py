@@ -9,7 +9,7 @@ from pathlib import Path
 from cpmpi.run.publish import TEMPORARY_SUFFIX
 
 OURS = re.compile(
-    r"run\.h5|(topology|schedule)\.json|summary\.csv|shards/(\d{6}/)?rank-\d{5,}\.h5|report/surprisal-\d{6,}\.png"
+    r"run\.h5|(topology|schedule)\.json|(summary|scores)\.csv|shards/(\d{6}/)?rank-\d{5,}\.h5|report/surprisal-\d{6,}\.png"
 )
 
 
@@ -47,6 +47,11 @@ class RunPaths:
     def summary(self) -> Path:
         """A line per document, written when the run is complete."""
         return self.folder / "summary.csv"
+
+    @property
+    def scores(self) -> Path:
+        """A line per continuation, of a run of continuations."""
+        return self.folder / "scores.csv"
 
     @property
     def log(self) -> Path:

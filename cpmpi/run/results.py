@@ -17,6 +17,7 @@ import xxhash
 from cpmpi.run.hdf5 import RawArray
 
 OUTPUTS = ("token_ids", "logprobs", "last_hidden")
+GREEDY = "greedy"  # of continuations alone
 DIGESTS = "kv/shard_digest"
 
 
@@ -33,7 +34,7 @@ class Results:
 
 def read_results(group: Any) -> Results:
     """The results in the group of a document."""
-    names = [*OUTPUTS, *([DIGESTS] if DIGESTS in group else [])]
+    names = [*OUTPUTS, *(name for name in (GREEDY, DIGESTS) if name in group)]
     return Results(
         arrays={name: np.asarray(group[name]) for name in names},
         nll=float(group.attrs["nll"]),
@@ -42,9 +43,14 @@ def read_results(group: Any) -> Results:
     )
 
 
+def read_outputs(group: Any) -> dict[str, RawArray]:
+    """The outputs in the group of a document."""
+    return {name: np.asarray(group[name]) for name in (*OUTPUTS, GREEDY) if name in group or name in OUTPUTS}
+
+
 def outputs_digest(outputs: Mapping[str, RawArray]) -> int:
     """xxh3_64 of the bytes of a document's outputs as they are stored."""
-    return xxhash.xxh3_64_intdigest(b"".join(outputs[name].tobytes() for name in OUTPUTS))
+    return xxhash.xxh3_64_intdigest(b"".join(outputs[name].tobytes() for name in (*OUTPUTS, GREEDY) if name in outputs))
 
 
 def result_digest(results: Results, outputs: int | None = None) -> int:
@@ -56,11 +62,16 @@ def result_digest(results: Results, outputs: int | None = None) -> int:
     return xxhash.xxh3_64_intdigest(start + digests.tobytes() + numbers.tobytes() + results.failed)
 
 
+def predicted(logprobs_T: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The log-probabilities of tokens that something predicts: all but the first, and that too in a continuation."""
+    return logprobs_T[1:] if np.isnan(logprobs_T[0]) else logprobs_T
+
+
 def sum_nll(logprobs_T: npt.NDArray[Any]) -> float:
-    """The negative log-likelihood of tokens 1 .. T-1, summed in float64; 0, and not -0, of a single token."""
-    return 0.0 - float(np.sum(logprobs_T[1:], dtype=np.float64))
+    """The negative log-likelihood of the predicted tokens, summed in float64; 0, and not -0, where there are none."""
+    return 0.0 - float(np.sum(predicted(logprobs_T), dtype=np.float64))
 
 
-def perplexity(nll: float, n_tokens: int) -> float:
-    """exp(nll / (T - 1)); NaN for a single token, of which nothing is predicted."""
-    return float(np.exp(np.float64(nll) / (n_tokens - 1))) if n_tokens > 1 else float("nan")
+def perplexity(nll: float, n_predicted: int) -> float:
+    """exp(nll / predicted tokens); NaN where nothing is predicted."""
+    return float(np.exp(np.float64(nll) / n_predicted)) if n_predicted else float("nan")

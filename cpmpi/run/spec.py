@@ -27,6 +27,8 @@ DATASET_METADATA_BYTES = 1 << 10
 VIRTUAL_BLOCK_METADATA_BYTES = 512
 # A read checks whole blocks: little enough for a slice of a few tokens, enough that checksums are few.
 BLOCK_TOKENS = 1024
+# Attributes of a continuation of a stored document.
+CONTINUES = ("context_run_id", "context_document", "context_tokens", "question", "answer")
 
 
 class KVShape(NamedTuple):
@@ -146,12 +148,15 @@ class DocumentSpec:
     """``token_digest`` of the token ids; empty: unknown, so that it cannot be found finished."""
     origin: Origin | None = None
     """None: it is for this job to do."""
+    continues: tuple[tuple[str, str | int], ...] = ()
+    """Of a continuation: what it follows, as the attributes of ``CONTINUES`` with their values."""
 
     def __post_init__(self) -> None:
         if self.n_tokens < 1:
             raise UserError(f"document {self.id!r} ({self.source}) has no tokens")
         assert self.layout.n_tokens == self.n_tokens, (self.layout, self.n_tokens)
         assert self.layout.start == 0, self.layout
+        assert {name for name, _ in self.continues} <= {*CONTINUES}, self.continues
 
     @property
     def n_ranks(self) -> int:
@@ -258,7 +263,7 @@ def index_bytes(spec: RunSpec) -> int:
     total = FILE_METADATA_BYTES + len(spec.model) + len(spec.topology) + len(spec.command)
     total += 64 * sum(one.world_size for one in (*spec.earlier_sets, spec.shard_set))
     for document in (*spec.documents, *spec.set_aside):
-        total += 8 * document.n_tokens + 4 * spec.hidden_size + DOCUMENT_METADATA_BYTES + 3 * ALIGNMENT_BYTES
+        total += 9 * document.n_tokens + 4 * spec.hidden_size + DOCUMENT_METADATA_BYTES + 3 * ALIGNMENT_BYTES
         if spec.kv is not None:
             blocks = document.n_ranks * document.layout.segments
             each = blocks * VIRTUAL_BLOCK_METADATA_BYTES + DATASET_METADATA_BYTES

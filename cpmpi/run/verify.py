@@ -21,7 +21,7 @@ from cpmpi.run.document import Document
 from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
 from cpmpi.run.index import summary_text
 from cpmpi.run.reader import Run, open_run
-from cpmpi.run.results import DIGESTS, OUTPUTS, perplexity, sum_nll
+from cpmpi.run.results import DIGESTS, perplexity, predicted, read_outputs, sum_nll
 from cpmpi.run.shard import ShardDocument, ShardFile
 from cpmpi.run.spec import KVGroup, token_digest
 
@@ -100,22 +100,23 @@ def _state_problems(run: Run, sound: list[Document]) -> Iterator[str]:
 def output_problems(document: Document) -> Iterator[str]:
     """What is wrong with the outputs of a complete document."""
     who = f"{document.run.paths.index}: document {document.id!r}"
-    outputs = {name: np.asarray(document.group[name]) for name in OUTPUTS}
+    outputs = read_outputs(document.group)
     logprobs = outputs["logprobs"]
     if not document.outputs_are_sound:
         yield f"{who}: its outputs do not have the checksum that was recorded"
     expected = document.spec.token_ids_sha256
     if expected and token_digest(outputs["token_ids"]) != expected:
         yield f"{who}: its token ids are not those that it was started with"
-    if not np.isnan(logprobs[0]):
+    if not np.isnan(logprobs[0]) and not document.continues:
         yield f"{who}: logprobs[0] is {logprobs[0]}, not NaN"
-    wrong = np.flatnonzero(~(logprobs[1:] <= LOGPROB_ROUNDING) | np.isinf(logprobs[1:])) + 1
+    found = predicted(logprobs)
+    wrong = np.flatnonzero(~(found <= LOGPROB_ROUNDING) | np.isinf(found)) + len(logprobs) - len(found)
     if len(wrong):
         yield f"{who}: {len(wrong)} log-probabilities are not finite or above 0, the first at token {wrong[0]}"
     nll = sum_nll(logprobs)
     if not np.isclose(document.nll, nll, rtol=1e-12, atol=1e-12):
         yield f"{who}: nll is {document.nll}, but its log-probabilities sum to {nll}"
-    if not np.isclose(document.perplexity, perplexity(document.nll, document.n_tokens), rtol=1e-12, equal_nan=True):
+    if not np.isclose(document.perplexity, perplexity(document.nll, len(found)), rtol=1e-12, equal_nan=True):
         yield f"{who}: perplexity is {document.perplexity}, not exp(nll / (T - 1)) of nll {document.nll}"
     if not np.isfinite(outputs["last_hidden"]).all():
         yield f"{who}: last_hidden is not finite"
