@@ -5,6 +5,10 @@ Tolerance: as in test_exact, float32 sums in another order, 1e-4 a log-probabili
 
 from __future__ import annotations
 
+import csv
+import json
+import re
+
 import numpy as np
 import pytest
 
@@ -187,3 +191,143 @@ def test_greedy_tokens_are_those_of_transformers(ranks, tmp_path):
             one.context.close()
         assert drawn[0] == drawn[1] == drawn[2]
         assert drawn[0] != expected
+
+
+def save_context(folder):
+    save_llama(folder / "model", 2)
+    np.save(folder / "context.npy", ids_of(CONTEXT, 5))
+    lines = [
+        {"document": "context.npy", "id": "whole", "choices": [ids_of(n, n).tolist() for n in (4, 9, 2)]},
+        {"document": "context.npy", "id": "alone", "token_ids": ids_of(30, 3).tolist()},
+        {"document": "context.npy", "id": "early", "token_ids": ids_of(5, 4).tolist(), "upto": 17},
+        {"document": "context.npy", "id": "first", "token_ids": ids_of(5, 6).tolist(), "upto": 1},
+    ]
+    (folder / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+@pytest.mark.mpi(2)
+def test_the_job_scores_lines_into_a_run_of_its_own(tmp_path):
+    """Whole and partial contexts, answers, tensor parallelism, mapped keys: against one transformers process."""
+    import torch
+    from mpi4py import MPI
+    from transformers import AutoModelForCausalLM
+
+    import cpmpi
+    from cpmpi.engine.continuations import extend
+    from cpmpi.engine.options import ExtendOptions
+    from cpmpi.run.verify import verify_run
+
+    comm = MPI.COMM_WORLD
+    folder = shared_folder(tmp_path)
+    if comm.rank == 0:
+        save_context(folder)
+    comm.Barrier()
+    model = folder / "model"
+    cpmpi.prefill(model=model, inputs=folder / "context.npy", output=folder / "run", kv_dtype="float32").close()
+    given = {"model": model, "run": folder / "run", "inputs": folder / "lines.jsonl", "quiet": True}
+    ways = {"auto": {}, "mapped": {"kv": "mapped", "attention": "tree"}, "tp": {"tp": 2, "weights": "stream"}}
+    for name, options in ways.items():
+        extend(ExtendOptions.of(**given, **options, output=folder / name))
+    comm.Barrier()
+    if comm.rank:
+        return
+    lines = [json.loads(line) for line in (folder / "lines.jsonl").read_text().splitlines()]
+    truth = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").eval()
+    for name in ways:
+        assert verify_run(folder / name).problems == []
+        with cpmpi.open_run(folder / name) as run:
+            assert [d.id for d in run.documents] == ["whole/0", "whole/1", "whole/2", "alone", "early", "first"]
+            for line in lines:
+                context = ids_of(CONTEXT, 5)[: line.get("upto")]
+                for i, answer in enumerate(line.get("choices") or [line["token_ids"]]):
+                    d = run.documents[f"{line['id']}/{i}" if "choices" in line else line["id"]]
+                    logprobs, greedy = scratch(truth, context, ids_of(0, 0), np.array(answer))
+                    assert np.abs(d.logprobs - logprobs).max() <= 1e-4, (name, d.id)
+                    assert (d.greedy == greedy).all()
+                    assert d.nll == pytest.approx(-logprobs.sum(dtype=np.float64), abs=1e-4 * len(answer))
+                    assert d.perplexity == pytest.approx(np.exp(d.nll / len(answer)), rel=1e-12)
+                    assert d.continues["context_tokens"] == len(context)
+            rows = list(csv.DictReader((folder / name / "scores.csv").open()))
+            sums = [float(row["logprob"]) for row in rows[:3]]
+            assert [row["best"] for row in rows[:3]] == ["yes" if s == max(sums) else "no" for s in sums]
+            assert float(rows[3]["per_token"]) == pytest.approx(-run.documents["alone"].nll / 30, rel=1e-12)
+
+
+@pytest.mark.parametrize("writers", [1, 2, 3, 5])
+def test_stored_keys_reach_any_number_of_ranks(writers, tmp_path):
+    """Every position of every world gets exactly its tokens' rows, bit for bit, whoever wrote them."""
+    import torch
+
+    import cpmpi
+    from cpmpi.attention.execute import Heads
+    from cpmpi.attention.layout import Layout
+    from cpmpi.run.cache import StoredKeys
+    from tests.runs import KV, kv_of, make_run, make_spec
+
+    tokens = 50
+    make_run(tmp_path, make_spec(lengths=(tokens,), world=writers))
+    shape = KV.shapes[0]
+    heads = Heads(
+        query_heads=shape.heads, kv_heads=shape.heads, key_dim=shape.key_dim, value_dim=shape.value_dim,
+        dtype=torch.float32,
+    )  # fmt: skip
+    with cpmpi.open_run(tmp_path) as run:
+        for readers in (1, 2, 3, 5):
+            layout = Layout(n_tokens=tokens, world=readers, segments=3)
+            for position in range(readers):
+                with StoredKeys(
+                    run.documents[0], layout, position, group=0, heads=(heads,) * KV.layers,
+                    device=torch.device("cpu"), resident=bool(readers % 2),
+                ) as stored:  # fmt: skip
+                    rows = [i for piece in layout.pieces(position) for i in range(piece.start, piece.stop)]
+                    for layer in range(KV.layers):
+                        expected = kv_of(0, layer, tokens)
+                        for got, want in zip(stored.layer(layer)[2:], expected, strict=True):
+                            assert torch.equal(got, want[rows].to(torch.bfloat16).float()), (readers, position, layer)
+
+
+@pytest.mark.mpi(2)
+def test_what_cannot_be_continued_is_refused(tmp_path, capsys):
+    from mpi4py import MPI
+
+    from .test_bad_input import call
+
+    comm = MPI.COMM_WORLD
+    folder = shared_folder(tmp_path)
+    line = {"document": "context.npy", "id": "a", "token_ids": [1]}
+    lines = {
+        "unknown": ({**line, "document": "contxt.npy"}, "no document 'contxt.npy' in .*; the closest: 'context.npy'"),
+        "far": ({**line, "upto": CONTEXT + 1}, f'"upto" is {CONTEXT + 1}, but document .* has {CONTEXT} tokens'),
+        "vocabulary": ({**line, "token_ids": [300]}, "token id 300: the vocabulary has 300 tokens"),
+        "long": ({**line, "token_ids": [1] * 8000}, "more than the 8192 positions"),
+    }
+    if comm.rank == 0:
+        save_context(folder)
+        save_llama(folder / "other", 1)
+        for name, (content, _) in lines.items():
+            (folder / f"{name}.jsonl").write_text(json.dumps(content))
+    comm.Barrier()
+    prefill = ["prefill", "--quiet", "--input", f"{folder}/context.npy", "--model", f"{folder}/model", "--output"]
+    assert call([*prefill, f"{folder}/run"], capsys)[0] == 0
+    assert call(["score", *prefill[1:], f"{folder}/bare"], capsys)[0] == 0
+    expected = [(f"{name}.jsonl", "model", "run", reason) for name, (_, reason) in lines.items()]
+    expected += [
+        ("lines.jsonl", "other", "run", "its model has the digest .* was made with another one"),
+        ("lines.jsonl", "model", "bare", r"keeps no keys and values \(it was made by `cpmpi score`\)"),
+        ("lines.jsonl", "model", "absent", "no run here"),
+    ]
+    for file, model, run, reason in expected:
+        words = ["--input", f"{folder}/{file}", "--model", f"{folder}/{model}", "--run", f"{folder}/{run}"]
+        status, told = call(["extend", "--quiet", *words, "--output", f"{folder}/out"], capsys)
+        assert status == 1, (file, model, run)
+        if comm.rank == 0:
+            assert re.match(f"error: .*{reason}", told), told
+            assert told.count("\n") == 1
+            assert not (folder / "out").exists()
+    words = ["generate", "--quiet", "--model", f"{folder}/model", "--run", f"{folder}/run", "--prompt", "x"]
+    for more, reason in ((["--top-p", "2"], "--top-p 2.0: must be above 0 and at most 1"), ([], "no tokenizer there")):
+        status, told = call([*words, *more], capsys)
+        assert status == 1
+        if comm.rank == 0:
+            assert f"error: {reason}" in told or reason in told

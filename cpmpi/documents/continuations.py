@@ -12,8 +12,9 @@ A line is ``{"document": ID, "id": NAME, ...}`` with one of
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,9 @@ def read_continuations(files: Sequence[str], *, checkpoint: Path, vocab_size: in
     Raises:
         UserError: a line is broken or an id occurs twice; file, line and choices are named.
     """
-    found, tokenizer, seen = [], None, dict[str, str]()
+    found, seen = [], dict[str, str]()
+    tokenizer = cache(lambda: load_tokenizer(checkpoint))  # token ids need none
     for source, record in _records(files):
-        if tokenizer is None and ("text" in record or "choices" in record):
-            tokenizer = load_tokenizer(checkpoint)
         continuation = _read(record, source, tokenizer, vocab_size)
         for name in continuation.names:
             if name in seen:
@@ -106,7 +106,7 @@ def _parse(line: str, source: str) -> dict[str, Any]:
     return record
 
 
-def _read(record: dict[str, Any], source: str, tokenizer: Any, vocab_size: int) -> Continuation:
+def _read(record: dict[str, Any], source: str, tokenizer: Callable[[], Any], vocab_size: int) -> Continuation:
     for key in ("document", "id"):
         if not isinstance(record.get(key), str) or not record[key]:
             raise UserError(f'{source}: "{key}" must be a string that is not empty')
@@ -132,10 +132,10 @@ def _read(record: dict[str, Any], source: str, tokenizer: Any, vocab_size: int) 
     )  # fmt: skip
 
 
-def _ids(given: Any, source: str, tokenizer: Any, vocab_size: int) -> TokenIds:
+def _ids(given: Any, source: str, tokenizer: Callable[[], Any], vocab_size: int) -> TokenIds:
     """The token ids of a text or of a list of them; no special tokens are added in the middle of a document."""
     if isinstance(given, str):
-        ids = tokenize(tokenizer, given, special_tokens=False).astype(np.int64)
+        ids = tokenize(tokenizer(), given, special_tokens=False).astype(np.int64)
     elif isinstance(given, list) and all(type(i) is int for i in given):
         ids = np.array(given, np.int64)
     else:
