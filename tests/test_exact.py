@@ -118,6 +118,7 @@ def test_every_schedule_gives_the_same_result(tmp_path):
     from cpmpi.attention.layout import Layout
     from cpmpi.attention.schedule import Schedule
     from cpmpi.comm.progress import Progress
+    from cpmpi.comm.ranks import Ranks
     from cpmpi.comm.transport import MPITransport
     from cpmpi.engine.run import assemble
     from cpmpi.engine.score import Engine
@@ -142,7 +143,7 @@ def test_every_schedule_gives_the_same_result(tmp_path):
             engine = Engine(
                 rank=comm.rank, weights=weights, layers=layers, transport=transport, device=device,
                 schedule=Schedule(kind=kind, nodes=[[0], [1, 2, 3], [4, 5]], parents=[1, None, 1]),
-                backends=backends_of(layers, device), progress=Progress(enabled=False), chunk_tokens=100,
+                backends=backends_of(layers, device, Ranks(comm)), progress=Progress(enabled=False), chunk_tokens=100,
             )  # fmt: skip
             scores = engine.score(token_ids, Layout(n_tokens=n_tokens, world=comm.size), "document")
             everyone = comm.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, 0))

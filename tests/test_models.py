@@ -68,6 +68,7 @@ def scores(comm, folder, stream=False, dtype="float32", make=document, keep_of=l
     from cpmpi.attention.layout import Layout
     from cpmpi.attention.schedule import Schedule
     from cpmpi.comm.progress import Progress
+    from cpmpi.comm.ranks import Ranks
     from cpmpi.comm.transport import MPITransport
     from cpmpi.engine.run import assemble
     from cpmpi.engine.score import Engine
@@ -83,7 +84,7 @@ def scores(comm, folder, stream=False, dtype="float32", make=document, keep_of=l
     engine = Engine(
         rank=comm.rank, layers=layers, weights=weights, device=device,
         schedule=Schedule(kind="ring", nodes=[list(range(comm.size))], parents=[None]), transport=transport,
-        backends=backends_of(layers, device), progress=Progress(enabled=False), chunk_tokens=20,
+        backends=backends_of(layers, device, Ranks(comm)), progress=Progress(enabled=False), chunk_tokens=20,
     )  # fmt: skip
     found = []
     for n_tokens in LENGTHS:
