@@ -7,6 +7,7 @@ of their own, with a timeout, without the MPI and Slurm variables of whoever sta
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,9 +65,15 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if not n or INNER in os.environ:
         return None
     done = mpirun(
-        n, "-m", "mpi4py", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", pyfuncitem.nodeid,
-        environment={INNER: "1"},
+        n, "-m", "mpi4py", "-m", "pytest", "-x", "-q", "--color=no", "-p", "no:cacheprovider", "-m", "",
+        pyfuncitem.nodeid, environment={INNER: "1"},
     )  # fmt: skip
     if done.returncode:
         pytest.fail(f"on {n} ranks:\n{done.stdout}", pytrace=False)
+    ends = re.findall(r"\b1 (passed|skipped)\b", done.stdout)
+    if len(ends) != n:
+        pytest.fail(f"{len(ends)} of {n} ranks say how the test ended:\n{done.stdout}", pytrace=False)
+    if "passed" not in ends:
+        reason = re.search(r"SKIPPED \[1\] \S+ (.*)", done.stdout)
+        pytest.skip(f"on {n} ranks: {reason[1] if reason else 'no reason given'}")
     return True
