@@ -19,6 +19,7 @@ from . import blocked, fused
 from .backend import Contribution
 from .mask import Mask
 from .partial import NEVER
+from .products import onednn_linear
 from .softmax import LOG2_E, RunningSoftmax
 
 TILE = fused.Tile(queries=4096, keys=4096)
@@ -105,19 +106,13 @@ def _attend(
     for start, k_SD, v_ES in tiles:
         if last is not None and start > last:
             break
-        scores_RS = product(q_RD, k_SD)
+        scores_RS = onednn_linear(q_RD, k_SD)
         if softcap:
             scores_RS.div_(softcap).tanh_().mul_(softcap * LOG2_E)
         if first is not None and start + len(k_SD) - 1 > first:
             hidden_TS = torch.ones(tokens, len(k_SD), dtype=torch.bool).triu_(first - start + 1)
             scores_RS.view(r, tokens, -1).masked_fill_(hidden_TS, NEVER)
         weights_RS = softmax.weigh_(scores_RS)
-        softmax.out_RE.add_(product(weights_RS, v_ES))
+        softmax.out_RE.add_(onednn_linear(weights_RS, v_ES))
     out_RE, lse_R = softmax.finish()
     return out_RE.view(r, tokens, -1), lse_R.view(r, tokens)
-
-
-def product(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
-    """``a_MK @ b_NK.T`` (M, N) by oneDNN, whatever torch's own products use."""
-    ab_MN: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
-    return ab_MN

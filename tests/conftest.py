@@ -27,11 +27,12 @@ if INNER not in os.environ:  # rates that tests measure are kept among themselve
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """This environment without launcher variables, one compute thread a rank, Open MPI usable as root."""
+    """This environment without launcher variables, Open MPI usable as root, CPMPI_TEST_THREADS (1) threads a rank."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
     path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return {**kept, **as_root, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
+    threads = os.environ.get("CPMPI_TEST_THREADS", "1")
+    return {**kept, **as_root, "OMP_NUM_THREADS": threads, "PYTHONPATH": path, **more}
 
 
 def mpirun(
