@@ -60,7 +60,7 @@ def test_plain_float32_layers_change_where_every_rank_gains(monkeypatch: pytest.
     assert said == "products: oneDNN's, 2.00 times as fast as torch's own"
     assert taken(made) == ["plain"]
     seen: list[Any] = []
-    true = linear.onednn_linear
+    true = products.onednn_linear
 
     def watched(*tensors: Any) -> torch.Tensor:
         seen.append(tensors)
