@@ -49,7 +49,7 @@ def test_chosen_on_a_cpu(dtype: torch.dtype) -> None:
         assert backend.name in offered
         assert re.search(r"; [\d,.]+ GFLOP/s a rank( \(|; )", backend.reason)
         assert all(f"{other} " in backend.reason for other in offered if other != backend.name)
-        within = re.search(r"; within (\S+) of the float64 reference$", backend.reason)
+        within = re.search(r"; tested now: within (\S+) of the float64 reference$", backend.reason)
         assert within is not None
         assert 0 < float(within[1]) <= select.TOLERANCE[dtype]
 
@@ -76,14 +76,14 @@ def test_ranks_decide_alike() -> None:
 
     assert (
         decided((2e9, 3e9, 1e9))
-        == "b; 3 GFLOP/s a rank (cpu 2, blocked 1), noted; within 1.0e-06 of the float64 reference"
+        == "b; 3 GFLOP/s a rank (cpu 2, blocked 1), noted; tested now: within 1.0e-06 of the float64 reference"
     )
     assert decided((2e9, 3e9, 1e9), (2e9, 1.5e9, 1e9)).startswith("a; 2 GFLOP/s a rank (onednn 1.5, blocked 1)")
     assert decided((2e9, 2.05e9, 1e9)).startswith("a; ")
     refused = decided((2e9, 3e9, 1e9), (2e9, 3e9, 1e9), worst=float("nan"))
     assert refused.startswith("a; 2 GFLOP/s a rank (blocked 1)")
     assert refused.endswith(
-        "; within 2.0e-06 of the float64 reference; not onednn: nan from the reference, more than 1e-05"
+        "; tested now: within 2.0e-06 of the float64 reference; not onednn: nan from the reference, more than 1e-05"
     )
 
 
