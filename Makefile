@@ -4,7 +4,11 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format bench cluster-test docs wheel clean
+# Tests that compare numbers, which depend on the processor's instructions.
+NUMERIC := tests/kernels $(addprefix tests/test_,logprobs.py exact.py tensor_parallel.py models.py weights.py bf16.py \
+	demo_training.py)
+
+.PHONY: demo test test-isa test-slow lint format bench cluster-test docs wheel clean
 
 # The MPI wheel is installed where there is no mpirun.
 $(STAMP): setup.py constraints.txt
@@ -21,6 +25,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(RUN)/python -m pytest
+
+# The numeric tests as on a processor with AVX2 alone.
+test-isa: $(STAMP)
+	ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 $(RUN)/python -m pytest $(NUMERIC)
 
 test-slow: $(STAMP)
 	$(RUN)/python -m pytest -m "slow"

@@ -96,7 +96,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["rates"]:
-        rates_worker(sizes())
+        rates_worker(sizes(), "float32")
     elif sys.argv[1:2] == ["cpmpi"]:
         cpmpi_worker(Path(sys.argv[2]))
     else:

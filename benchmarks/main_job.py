@@ -1,9 +1,9 @@
 """The main job against one transformers process, against the arithmetic, and against itself on one rank.
 
-    python -m benchmarks.main_job [--tokens 8192 16384] [--pairs 3]
+    python -m benchmarks.main_job [--tokens 8192 16384] [--pairs 3] [--dtype float32]
 
-A Llama of 55 million parameters with random weights, float32, random tokens. Each figure is the time of one whole
-document, without starting Python and reading weights, after a short warm-up document. The two sides take turns in
+A Llama of 55 million parameters with random weights and tokens, both sides in one type. Each figure is the time of a
+whole document, without starting Python and reading weights, after a short warm-up document. The two sides take turns in
 processes of their own, so that a drifting machine hits both alike; ratios are taken pair by pair.
 """
 
@@ -21,6 +21,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,14 +66,14 @@ def make_inputs(folder: Path, lengths: list[int]) -> None:
         np.save(folder / f"{n}.npy", np.random.default_rng(n).integers(0, SIZES.vocabulary, n))
 
 
-def transformers_worker(folder: Path, tokens: int) -> None:
+def transformers_worker(folder: Path, tokens: int, dtype: str) -> None:
     """One process with sdpa, the decoder in one call as transformers does it, the head in chunks."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(2)
     model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.float32, attn_implementation="sdpa"
+        folder / "model", dtype=getattr(torch, dtype), attn_implementation="sdpa"
     ).eval()
 
     @torch.inference_mode()
@@ -83,14 +84,14 @@ def transformers_worker(folder: Path, tokens: int) -> None:
         for i in range(0, len(ids) - 1, HEAD_CHUNK):
             target = ids[i + 1 : i + 1 + HEAD_CHUNK]
             logits = model.lm_head(hidden[i : i + len(target)])
-            torch.nn.functional.cross_entropy(logits, target, reduction="none")
+            torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")
         return time.perf_counter() - began
 
     score(512)
     emit(seconds=score(tokens))
 
 
-def cpmpi_worker(folder: Path, tokens: int, tp: int) -> None:
+def cpmpi_worker(folder: Path, tokens: int, dtype: str, tp: int) -> None:
     """The job itself, KV written to disk included."""
     from cpmpi.comm.ranks import start
     from cpmpi.engine.options import JobOptions
@@ -99,33 +100,41 @@ def cpmpi_worker(folder: Path, tokens: int, tp: int) -> None:
     ranks = start()
     inputs = tuple(str(folder / f"{n}.npy") for n in (512, tokens))
     output = folder / f"run-{ranks.size}-{tp}"
-    options = JobOptions(model=folder / "model", inputs=inputs, output=output, tp=tp, overwrite=True, quiet=True)
+    options = JobOptions(
+        model=folder / "model", inputs=inputs, output=output, dtype=dtype, tp=tp, overwrite=True, quiet=True
+    )
     seconds = run(options).seconds
     peaks = ranks.comm.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     if ranks.is_root and peaks is not None:
         emit(seconds=seconds[1], peak_bytes=max(peaks))
 
 
-def rates_worker(sizes: Sizes) -> None:
-    """FLOP/s of float32 matrix products and of attention on one thread of each rank at once, in shapes of this model.
+def rates_worker(sizes: Sizes, dtype: str) -> None:
+    """FLOP/s of matrix products and of attention on one thread of each rank at once, in shapes of this model.
+
+    Attention is that of the kernel that a job takes.
 
     Measured on all ranks at the same time: a core alone may be faster than two that share a processor.
     """
     import torch
     from mpi4py import MPI
 
+    from cpmpi.kernels.mask import Mask
+    from cpmpi.kernels.select import select
+
     torch.set_num_threads(1)
-    x, w = torch.randn(1024, sizes.hidden), torch.randn(sizes.intermediate, sizes.hidden)
-    q = torch.randn(1, sizes.heads, 2048, sizes.head_dim)
-    k = torch.randn(1, sizes.kv_heads, 8192, sizes.head_dim)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    heads, kv_heads, dim, kind = sizes.heads, sizes.kv_heads, sizes.head_dim, getattr(torch, dtype)
+    x, w = torch.randn(1024, sizes.hidden).to(kind), torch.randn(sizes.intermediate, sizes.hidden).to(kind)
+    q_THD, k_SGD = torch.randn(2048, heads, dim).to(kind), torch.randn(8192, kv_heads, dim).to(kind)
+    backend = select("cpu", kind, head_dim=dim, heads=(heads, kv_heads))
+    options: dict[str, Any] = {"q_start": 8192, "k_start": 0, "mask": Mask(), "scale": dim**-0.5}
     rates: dict[str, list[float]] = {"matmul": [], "attention": []}
     MPI.COMM_WORLD.Barrier()
     ends = time.perf_counter() + 6
     while time.perf_counter() < ends:
         for name, work, count in (
             ("matmul", lambda: torch.nn.functional.linear(x, w), 2 * x.numel() * sizes.intermediate),
-            ("attention", lambda: flash(q, k, k, 0.0, False), 4 * q.numel() * k.shape[2]),
+            ("attention", lambda: backend.attend(q_THD, k_SGD, k_SGD, **options), 4 * q_THD.numel() * len(k_SGD)),
         ):
             began = time.perf_counter()
             work()
@@ -162,20 +171,20 @@ def summary(values: list[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def compare(folder: Path, tokens: int, pairs: int) -> None:
+def compare(folder: Path, tokens: int, pairs: int, dtype: str) -> None:
     theirs, ours, alone, shared, bounds, peaks = [], [], [], [], [], {1: [], 2: []}
     for _ in range(pairs):
-        rates = worker(["rates"], ranks=2)
-        theirs.append(worker(["transformers", str(folder), str(tokens)], threads=2)["seconds"])
+        rates = worker(["rates", dtype], ranks=2)
+        theirs.append(worker(["transformers", str(folder), str(tokens), dtype], threads=2)["seconds"])
         for n, times in ((2, ours), (1, alone)):
-            figures = worker(["cpmpi", str(folder), str(tokens), "1"], ranks=n)
+            figures = worker(["cpmpi", str(folder), str(tokens), dtype, "1"], ranks=n)
             times.append(figures["seconds"])
             peaks[n].append(figures["peak_bytes"])
-        shared.append(worker(["cpmpi", str(folder), str(tokens), "2"], ranks=2)["seconds"])
+        shared.append(worker(["cpmpi", str(folder), str(tokens), dtype, "2"], ranks=2)["seconds"])
         products, attention = SIZES.flops(tokens)
         bounds.append((products / rates["matmul"] + attention / rates["attention"]) / 2)
         print(f"  rates {rates['matmul'] / 1e9:.0f} and {rates['attention'] / 1e9:.0f} GFLOP/s a thread", flush=True)
-    print(f"{tokens} tokens, {pairs} pairs; median (least to most)")
+    print(f"{tokens} tokens, {dtype}, {pairs} pairs; median (least to most)")
     print(f"  transformers, 2 threads            {summary(theirs)} s")
     print(f"  cpmpi prefill, 2 ranks x 1 thread  {summary(ours)} s")
     print(f"  cpmpi prefill, 1 rank x 1 thread   {summary(alone)} s")
@@ -191,22 +200,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384])
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="cpmpi-bench-"))
     try:
         make_inputs(folder, arguments.tokens)
         for tokens in arguments.tokens:
-            compare(folder, tokens, arguments.pairs)
+            compare(folder, tokens, arguments.pairs, arguments.dtype)
     finally:
         shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["rates"]:
-        rates_worker(SIZES)
+        rates_worker(SIZES, sys.argv[2])
     elif sys.argv[1:2] == ["transformers"]:
-        transformers_worker(Path(sys.argv[2]), int(sys.argv[3]))
+        transformers_worker(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     elif sys.argv[1:2] == ["cpmpi"]:
-        cpmpi_worker(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+        cpmpi_worker(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
     else:
         main()

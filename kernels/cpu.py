@@ -48,13 +48,21 @@ def contributions(
 
 
 def kernel(
-    q_nHTD: torch.Tensor, k_nGSD: torch.Tensor, v_nGSE: torch.Tensor, *, causal: bool, scale: float
+    q_nHTD: torch.Tensor,
+    k_nGSD: torch.Tensor,
+    v_nGSE: torch.Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See fused.Kernel. No row is without a key here; the operator would return lse = 0 for it."""
+    """See fused.Kernel; computes in ``dtype``, by default in float32 (or float64) whatever the inputs.
+
+    No row is without a key here; the operator would return out = 0 and lse = 0 for it.
+    """
     n, heads, tokens, _ = q_nHTD.shape
     kv_heads, value_dim = v_nGSE.shape[1], v_nGSE.shape[3]
-    # Not in bf16 or fp16: where the processor lacks them, their products run a hundred times slower than float32.
-    dtype = accumulator_dtype(q_nHTD.dtype)
+    dtype = dtype or accumulator_dtype(q_nHTD.dtype)
     q, k, v = fused.pad_head_dims(q_nHTD, k_nGSD, v_nGSE)
     q = q.to(dtype)
     # Both calls are needed: to() may keep the strides where the dtype stays, contiguous() alone would copy twice.

@@ -7,6 +7,7 @@ of their own, with a timeout, without the MPI and Slurm variables of whoever sta
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,11 +27,12 @@ if INNER not in os.environ:  # rates that tests measure are kept among themselve
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """This environment without launcher variables, one compute thread a rank, Open MPI usable as root."""
+    """This environment without launcher variables, Open MPI usable as root, CPMPI_TEST_THREADS (1) threads a rank."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
     path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return {**kept, **as_root, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
+    threads = os.environ.get("CPMPI_TEST_THREADS", "1")
+    return {**kept, **as_root, "OMP_NUM_THREADS": threads, "PYTHONPATH": path, **more}
 
 
 def mpirun(
@@ -64,9 +66,15 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if not n or INNER in os.environ:
         return None
     done = mpirun(
-        n, "-m", "mpi4py", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", pyfuncitem.nodeid,
-        environment={INNER: "1"},
+        n, "-m", "mpi4py", "-m", "pytest", "-x", "-q", "--color=no", "-p", "no:cacheprovider", "-m", "",
+        pyfuncitem.nodeid, environment={INNER: "1"},
     )  # fmt: skip
     if done.returncode:
         pytest.fail(f"on {n} ranks:\n{done.stdout}", pytrace=False)
+    ends = re.findall(r"\b1 (passed|skipped)\b", done.stdout)
+    if len(ends) != n:
+        pytest.fail(f"{len(ends)} of {n} ranks say how the test ended:\n{done.stdout}", pytrace=False)
+    if "passed" not in ends:
+        reason = re.search(r"SKIPPED \[1\] \S+ (.*)", done.stdout)
+        pytest.skip(f"on {n} ranks: {reason[1] if reason else 'no reason given'}")
     return True

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from tests.families import DECODER, write_between
 from tests.tiny_models import VOCABULARY, save_tiny, tiny_config, truth
+from tests.tolerances import TOKEN
 
 MOST_PARAMETERS = 20_000_000  # a larger one is not tiny: its config has a field that `tiny_models.SMALL` lacks
 # Fields that the sizes of the other ones ask for.
@@ -166,7 +167,7 @@ def _examine(case: Case, folder: Path) -> Outcome:
         return Outcome(case, "crashes", f"{type(error).__name__}: {one_line(error)}")
     pairs = zip((*found, *streamed), (*expected, *found), strict=True)
     worst = max(np.abs(got - want)[1:].max() for got, want in pairs)
-    return Outcome(case, "runs" if worst <= 1e-4 else "wrong", f"{worst:.1e}")
+    return Outcome(case, "runs" if worst <= TOKEN else "wrong", f"{worst:.1e}")
 
 
 def is_supported(case: Case, folder: Path) -> bool:

@@ -1,6 +1,6 @@
 """The same job on a CUDA device: KV and messages go through host memory, the result equals transformers on the CPU.
 
-In float32 (torch keeps TF32 off for matrix products unless asked), so the tolerances are those of ``test_exact.py``.
+In float32 (torch keeps TF32 off for matrix products unless asked), so the tolerances are those of ``tolerances.py``.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ def extension_of(comm, folder, run, kind, resident):
     from cpmpi.attention.layout import Layout
     from cpmpi.attention.schedule import Schedule
     from cpmpi.comm.progress import Progress
+    from cpmpi.comm.ranks import Ranks
     from cpmpi.comm.transport import MPITransport
     from cpmpi.engine.extend import Extension
     from cpmpi.engine.score import Engine
@@ -67,7 +68,7 @@ def extension_of(comm, folder, run, kind, resident):
     engine = Engine(
         rank=comm.rank, weights=Weights(model), layers=layers, transport=MPITransport(comm), device=device,
         schedule=Schedule(kind=kind, nodes=nodes, parents=[None, 0][: len(nodes)]),
-        backends=backends_of(layers, device), progress=Progress(enabled=False), chunk_tokens=6,
+        backends=backends_of(layers, device, Ranks(comm)), progress=Progress(enabled=False), chunk_tokens=6,
     )  # fmt: skip
     document = run.documents[0]
     stored = StoredKeys(

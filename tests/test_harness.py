@@ -1,8 +1,12 @@
 """The multi-rank test harness itself."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from .conftest import mpirun
+from .conftest import INNER, mpirun
 
 
 @pytest.mark.mpi(3)
@@ -11,6 +15,26 @@ def test_an_mpi_test_runs_on_its_ranks():
 
     assert MPI.COMM_WORLD.size == 3
     assert MPI.COMM_WORLD.allreduce(MPI.COMM_WORLD.rank) == 3
+
+
+@pytest.mark.mpi(2)
+def test_skipped_on_some_ranks():
+    from mpi4py import MPI
+
+    if os.environ.get("CPMPI_SKIP") == "all" or MPI.COMM_WORLD.rank:
+        pytest.skip("for a test")
+
+
+@pytest.mark.parametrize(("which", "outcome"), [("some", "1 passed"), ("all", "1 skipped")])
+def test_a_test_that_no_rank_ran_counts_as_skipped(which, outcome):
+    outer = {name: value for name, value in os.environ.items() if name != INNER}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"{__file__}::test_skipped_on_some_ranks"],
+        env={**outer, "CPMPI_SKIP": which}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert f" {outcome} in " in done.stdout
+    assert ("on 2 ranks: for a test" in done.stdout) == (which == "all")
 
 
 def test_a_failing_rank_ends_all_ranks():

@@ -95,7 +95,9 @@ def test_score_keeps_no_kv_and_says_what_it_does(tmp_path):
     logs = sorted((tmp_path / "run" / "log").glob("rank-*.log"))
     assert len(logs) == 3
     for rank, log in enumerate(logs):
-        assert all(re.match(rf"\S+ \S+ {rank}/3 INFO ", line) for line in log.read_text().splitlines())
+        lines = log.read_text().splitlines()
+        assert lines
+        assert all(re.match(rf"\S+ \S+ {rank}/3 INFO ", line) for line in lines)
 
 
 def test_a_run_can_be_drawn(tmp_path):

@@ -1,6 +1,6 @@
 """Ranks that share the weights: the same results as one transformers process, two sums a layer, no key held twice.
 
-Tolerances as in ``test_exact.py``: both sides compute in float32 and differ in the order of summation alone.
+Tolerances: see ``tolerances.py``; both sides compute in float32 and differ in the order of summation alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from .families import FAMILIES, UNSHARED
 from .test_exact import LENGTHS, compare, save_documents, save_llama, shared_folder, truth
 from .tiny_models import VOCABULARY, save_tiny, tiny_config
 from .tiny_models import truth as tiny_truth
+from .tolerances import check_keys, check_logprobs
 
 KV_HEADS = (1, 2, 8)  # of 8 query heads
 HEADS, HEAD_DIM, HIDDEN, LAYERS = 8, 8, 64, 2
@@ -82,7 +83,7 @@ def compare_virtual(found, kv):
     for name, part in (("key", 0), ("value", 1)):
         stored = found.group[f"kv/{name}"][...]
         for layer, expected in enumerate(kv):
-            assert np.abs(stored[layer] - expected[part]).max() <= 1e-4 * np.abs(expected[part]).max()
+            check_keys(stored[layer], expected[part], name, layer)
 
 
 def stored_numbers(done):
@@ -180,7 +181,7 @@ def check_family(comm, folder, family):
         with open_run(folder / "resident") as resident, open_run(folder / "stream") as streamed:
             found = resident.documents[0].logprobs
             np.testing.assert_array_equal(found, streamed.documents[0].logprobs, err_msg=family.name)
-        assert np.abs(found - expected)[1:].max() <= 1e-4, family.name
+        check_logprobs(found, expected, family.name)
 
 
 @pytest.mark.mpi(2)

@@ -55,6 +55,7 @@ def test_the_trace_holds_every_interval_in_microseconds(intervals, tmp_path):
     longest = max(intervals, key=lambda i: i.stop_s)
     assert max(event["ts"] + event["dur"] for event in shown) == pytest.approx(longest.stop_s * 1e6, abs=0.01)
     arriving = [event for event in shown if event["name"] == "transfer"]
+    assert arriving
     assert all(event["args"]["bytes"] > 0 and event["args"]["from"] in range(8) for event in arriving)
     save_trace(intervals, tmp_path / "trace.json")
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"] == events

@@ -136,7 +136,7 @@ def prepare_contexts(
     model = inspect(options, ranks, inputs)
     ranks.together(_check_rotary, model, longest, new)
     place = find_place(options, ranks, inputs, model)
-    backends = backends_of(place.layers, model.device)
+    backends = backends_of(place.layers, model.device, place.ranks)
     schedule, reason = choose_schedule(
         place.ranks, place.topology, options.attention, place.layers, backends, tokens=at_once, stored=longest,
         segments=options.segments, device=model.device, grid=place.grid,

@@ -121,7 +121,7 @@ def find_place(options: ModelOptions, ranks: Ranks, inputs: Inputs, model: Model
 def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place, run_spec: spec.RunSpec) -> Decision:
     """Kernels, schedule, and where the weights stay. Collective."""
     ranks = place.ranks
-    backends = backends_of(place.layers, model.device)
+    backends = backends_of(place.layers, model.device, ranks)
     schedule, reason = choose_schedule(
         ranks, place.topology, options.attention, place.layers, backends, tokens=inputs.longest,
         segments=options.segments, device=model.device, grid=place.grid,

@@ -46,7 +46,7 @@ def introduce(job: Job) -> None:
     if job.options.tp > 1:
         say(str(place.grid))
     say(f"attention: {job.decision.reason}")
-    for backend in {b.name: b for b in job.decision.backends}.values():
+    for backend in dict.fromkeys(job.decision.backends):
         say(f"kernel {backend.name}: {backend.reason}")
     say(str(job.decision.memory))
     say(f"{counted(len(spec.documents), 'document')}, {counted(tokens, 'token')}")

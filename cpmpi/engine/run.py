@@ -25,6 +25,7 @@ from cpmpi.engine.score import Engine
 from cpmpi.engine.state import Job, Prepared
 from cpmpi.engine.watch import watched
 from cpmpi.model.forward import sum_outputs
+from cpmpi.model.linear import use_fast_products
 from cpmpi.run import folder
 from cpmpi.run.index import NotFiniteError, RunIndex
 from cpmpi.run.paths import RunPaths
@@ -152,6 +153,7 @@ def load_engine(job: Prepared, recorder: Recorder | None = None) -> Iterator[Eng
     options, place, decision = job.options, job.place, job.decision
     began = time.perf_counter()
     weights = place.ranks.together(job.inputs.checkpoint.weights, place.reader, stream=decision.memory.stream)
+    job.progress.say(use_fast_products(weights.model, job.model.device, place.ranks))
     job.progress.say(f"weights read in {duration(time.perf_counter() - began)}")
     group, sharers = split(place.ranks, place.grid)
     with ExitStack() as stack:
@@ -171,7 +173,9 @@ def _publish_circumstances(job: Job) -> None:
     """Write beside the results on what machine and by which schedule they were made."""
     paths, decision = RunPaths(job.options.output), job.decision
     summary = {**asdict(decision.schedule), "askers": "all", **asdict(job.place.grid), "segments": job.options.segments}
-    publish_text(paths.schedule, json.dumps({**summary, "reason": decision.reason}, indent=1) + "\n")
+    kernels = [f"{backend.name}: {backend.reason}" for backend in dict.fromkeys(decision.backends)]
+    text = json.dumps({**summary, "reason": decision.reason, "kernels": kernels}, indent=1)
+    publish_text(paths.schedule, text + "\n")
     publish_text(paths.topology, job.spec.topology + "\n")
 
 

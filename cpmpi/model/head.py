@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from cpmpi.kernels.softmax import LOG2_E
+
 CACHED_BYTES = 1 << 20  # of logits that are worked on at a time on a CPU, so that they stay in the cache of a core
 
 
@@ -120,6 +122,6 @@ def token_logprobs(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Te
 
 
 def _logsumexp_(block_TV: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exp of each row, overwriting the block."""
+    """Log-sum-exp of each row, overwriting the block; in powers of 2, which are faster than those of e."""
     largest_T1 = block_TV.amax(1, keepdim=True)
-    return block_TV.sub_(largest_T1).exp_().sum(1).log_().add_(largest_T1[:, 0])
+    return block_TV.sub_(largest_T1).mul_(LOG2_E).exp2_().sum(1).log_().add_(largest_T1[:, 0])

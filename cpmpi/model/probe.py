@@ -21,9 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cpmpi.attention.execute import Heads, Rule
 from cpmpi.attention.layout import Piece
+from cpmpi.comm.ranks import Ranks
 from cpmpi.errors import UserError
+from cpmpi.kernels import rate_cache, select
 from cpmpi.kernels.backend import Backend
-from cpmpi.kernels.select import select
+from cpmpi.kernels.select import Shape
 from cpmpi.model.attention_call import Call, Visible, heads_of, rule_of
 from cpmpi.model.forward import cut, layer_major
 from cpmpi.model.head import decoder_of
@@ -44,16 +46,47 @@ class Layer(NamedTuple):
     module: str
 
 
-def backends_of(layers: Sequence[Layer], device: torch.device) -> tuple[Backend, ...]:
-    """The attention kernel of each layer; layers of the same shape share one."""
-    shapes = [(heads.dtype, heads.key_dim, heads.value_dim, rule.softcap) for heads, rule, _ in layers]
-    chosen = {
-        (dtype, key_dim, value_dim, softcap): select(
-            device, dtype, head_dim=key_dim, value_head_dim=value_dim, softcap=softcap
+def backends_of(layers: Sequence[Layer], device: torch.device, ranks: Ranks) -> tuple[Backend, ...]:
+    """The attention kernel of each layer, the same on all ranks; layers of the same shape share one. Collective.
+
+    Raises:
+        UserError: no kernel agrees with the reference on every rank.
+    """
+    shapes = [
+        Shape(
+            dtype=heads.dtype, query_heads=heads.query_heads, kv_heads=heads.kv_heads, key_dim=heads.key_dim,
+            value_dim=heads.value_dim, softcap=rule.softcap,
         )
-        for dtype, key_dim, value_dim, softcap in dict.fromkeys(shapes)
-    }
+        for heads, rule, _ in layers
+    ]  # fmt: skip
+    chosen = {shape: _backend_of(shape, device, ranks) for shape in dict.fromkeys(shapes)}
     return tuple(chosen[shape] for shape in shapes)
+
+
+def _backend_of(shape: Shape, device: torch.device, ranks: Ranks) -> Backend:
+    """A kernel that every rank has compared with the reference; timed on all, unless rank 0 finds the rates kept."""
+    everyone = ranks.comm.gather((select.probe_all(shape, device), rate_cache.machine(device))) or []
+    probes, machines = [probes for probes, _ in everyone], [machine for _, machine in everyone]
+
+    def passing() -> tuple[tuple[str, ...], dict[str, float] | None]:
+        try:
+            names = select.passing(shape, probes)
+        except RuntimeError as error:
+            raise UserError(str(error)) from error
+        return names, rate_cache.load(machines, str(shape), names)
+
+    def decide() -> Backend:
+        if kept is not None:
+            return select.decide(shape, probes, [kept], note=", measured by an earlier job")
+        backend = select.decide(shape, probes, measured)
+        rate_cache.save(machines, str(shape), select.slowest(measured))
+        return backend
+
+    names, kept = ranks.on_root(passing)
+    measured = []
+    if kept is None:
+        measured = ranks.comm.gather(select.rates(shape, device, names, ranks.comm.Barrier)) or []
+    return ranks.on_root(decide)
 
 
 @torch.inference_mode()

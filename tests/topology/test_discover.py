@@ -177,6 +177,7 @@ def test_the_sample_grows_like_the_nodes_and_rounds_do_not_collide():
         assert len(pairs) <= 41 * len(topology.nodes)
         assert len(rounds) <= 15
         assert len(set(pairs)) == len(pairs)
+        assert pairs
         assert all(a < b for a, b in pairs)
         for at_once in rounds:
             busy = [rank for pair in at_once for rank in pair]
