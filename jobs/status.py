@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from cpmpi.text import duration
 MOST_JOBS = 8  # shown one by one
 LAST_LINES = 4  # of the log of a failure
 LOST_S = 60  # after so long without a word a job that Slurm does not speak of is taken for dead
-RANK_ERROR = re.compile(r"error: rank \d+/\d+ on \S+: ")
+OUR_ERROR = "error: "  # begins our own line, which names the rank where one failed; Slurm's begin with a program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +186,7 @@ def failure_lines(log: Path, jobs: Sequence[QueuedJob], entries: Sequence[record
     with file.open("rb") as opened:
         opened.seek(max(0, file.stat().st_size - (1 << 16)))
         lines = [line for line in opened.read().decode(errors="replace").splitlines() if line.strip()]
-    first = next((line for line in lines if RANK_ERROR.match(line)), None)
+    first = next((line for line in lines if line.startswith(OUR_ERROR)), None)
     yield from [str(file), *([first] if first else []), *(line for line in lines[-LAST_LINES:] if line != first)]
 
 

@@ -225,6 +225,17 @@ def test_the_site_is_looked_at(slurm_cluster, tmp_path):
     assert sorted(json.loads(line) for line in told.splitlines()) == [[[2, 1], 2, cores] for cores in (2, 4, 4)]
 
 
+def test_a_launcher_that_does_not_match_is_told_with_its_log(jobs):
+    """srun with a PMI that Open MPI does not speak: ranks that are each alone; the job fails, and status says why."""
+    jobs.documents(1, tokens=50)
+    job = jobs.submit("--tasks-per-node", "2", "--launcher", "srun --mpi=pmi2 -K1")
+    wait_for(lambda: jobs.ended(job))
+    printed = jobs.status()
+    assert f"{job}: failed" in printed
+    assert "error: srun started 2 ranks (SLURM_STEP_NUM_TASKS=2), but MPI sees a world of 1" in printed
+    assert not (jobs.run / "run.h5").exists()
+
+
 @pytest.mark.slow
 def test_a_time_limit_of_a_minute_on_a_job_of_three(jobs):
     """Slurm tells the batch shell 30 s before the end, or up to a minute earlier; it comes back until it is done."""
@@ -234,3 +245,45 @@ def test_a_time_limit_of_a_minute_on_a_job_of_three(jobs):
     jobs.check_whole(job)
     assert len(jobs.ends()) > 1
     assert all(how == "stopped" for how, _ in jobs.ends()[:-1])
+
+
+@pytest.mark.slow
+def test_one_task_of_an_array_comes_back(jobs):
+    """It is requeued by its own number; the other task is not touched."""
+    for task in (1, 2):
+        jobs.documents(4, tokens=20_000)
+        (jobs.folder / "documents.jsonl").rename(jobs.folder / f"documents-{task}.jsonl")
+    jobs.input, jobs.run = jobs.folder / "documents-%a.jsonl", jobs.folder / "run-%a"
+    job = jobs.submit("--array", "1-2")
+    told, other = (jobs.folder / f"run-{task}" for task in (1, 2))
+    wait_for(lambda: record.read_status(told / "log"))
+    jobs.slurm("scancel", "--signal=USR1", "--batch", f"{job}_1")
+    wait_for(lambda: set(jobs.state(job).split()) <= {"COMPLETED", "FAILED"}, 240)
+    assert jobs.state(job).split() == ["COMPLETED"] * 2
+    starts = [[e["restarts"] for e in record.entries(run / "log") if "started" in e] for run in (told, other)]
+    assert starts == [[0, 1], [0]]
+    for run in (told, other):
+        assert verify_run(run).problems == []
+
+
+@pytest.mark.slow
+def test_uneven_and_heterogeneous_jobs(slurm_cluster, tmp_path):
+    """3 tasks on 2 nodes, and a job of two parts that differ in tasks a node: one world each, the same result."""
+    (tmp_path / "book.txt").write_text("def f(x):\n    return x\n" * 40)
+    words = [
+        *CPMPI,
+        "score",
+        "--model",
+        str(DEMO),
+        "--input",
+        f"{tmp_path}/book.txt",
+        "--attention",
+        "ring",
+        "--output",
+    ]
+    slurm_cluster.slurm("srun", "--mpi=pmix", "-K1", "-N2", "-n3", *words, f"{tmp_path}/uneven", timeout_s=120)
+    parts = ["srun", "--mpi=pmix", "-K1", "-N1", "-n1", *words, f"{tmp_path}/parts", ":", "-N1", "-n2"]
+    slurm_cluster.slurm(*parts, *words, f"{tmp_path}/parts", timeout_s=120)
+    with open_run(tmp_path / "uneven") as uneven, open_run(tmp_path / "parts") as parts_run:
+        assert uneven.world_size == parts_run.world_size == 3
+        np.testing.assert_allclose(uneven.documents[0].logprobs, parts_run.documents[0].logprobs, rtol=1e-4, atol=1e-4)
