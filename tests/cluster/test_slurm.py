@@ -238,9 +238,9 @@ def test_a_launcher_that_does_not_match_is_told_with_its_log(jobs):
 
 @pytest.mark.slow
 def test_a_time_limit_of_a_minute_on_a_job_of_three(jobs):
-    """Slurm tells the batch shell 30 s before the end, or up to a minute earlier; it comes back until it is done."""
-    jobs.documents(60, tokens=20_000)
-    job = jobs.submit("--time", "1", "--signal", "30")
+    """Slurm tells the batch shell 10 s before the end, or half a minute earlier; it comes back until it is done."""
+    jobs.documents(120, tokens=8_000)
+    job = jobs.submit("--time", "1", "--signal", "10")
     wait_for(lambda: jobs.ended(job), 900)
     jobs.check_whole(job)
     assert len(jobs.ends()) > 1
