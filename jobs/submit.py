@@ -59,6 +59,7 @@ class Made:
     scripts: list[Script]
     notes: list[str]
     output: str
+    overwrite: bool
 
 
 def request_options(command: Any) -> Any:
@@ -166,7 +167,9 @@ def make(
     size = _largest_index() if request.array is not None else None
     with told_to_the_user():
         made, more = scripts(request, words, output=output, folder=Path.cwd(), head=head, array_size=size)
-    return Made(request=request, scripts=made, notes=[*notes, *more], output=output)
+    return Made(
+        request=request, scripts=made, notes=[*notes, *more], output=output, overwrite=bool(params.get("overwrite"))
+    )
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
@@ -235,7 +238,7 @@ def hand_in(made: Made) -> Submission:
     from cpmpi.run.folder import check_folder
 
     if made.request.array is None:
-        check_folder(Path(made.output))
+        check_folder(Path(made.output), overwrite=made.overwrite)
     with told_to_the_user():
         jobs = hand_over(made.scripts, made.request)
     folder = made.scripts[0].path.parent

@@ -115,7 +115,9 @@ def test_told_preempted_and_a_node_lost_the_run_is_whole(jobs):
     assert "stopped before, will go on; waiting: until its begin time" in jobs.status()
 
     jobs.wait_for_start(2)
-    urgent = jobs.slurm("sbatch", "--parsable", "-p", "urgent", "-N4", "--exclusive", "--wrap", "sleep 2").strip()
+    urgent = jobs.slurm(
+        "sbatch", "--parsable", "-p", "urgent", "-N4", "--exclusive", "-o/dev/null", "--wrap", "sleep 2"
+    ).strip()
     wait_for(lambda: jobs.state(job) != "RUNNING")
     assert "failed" not in jobs.status()
     wait_for(lambda: jobs.ended(urgent))

@@ -178,8 +178,13 @@ def test_more_time_or_nodes_than_asked_for_is_told_with_numbers(here):
     assert "warning: time: the longest" in forced.stderr
 
 
-def test_a_folder_that_is_no_run_is_refused(here):
-    Path("RUN").mkdir()
-    Path("RUN/thesis.tex").write_text("years")
-    assert "is not a run folder (it holds thesis.tex)" in error(submit(*SCORE))
+def test_a_folder_that_no_run_can_be_in_is_refused(here):
+    """What the job would refuse is refused before it waits in the queue; --overwrite allows what it deletes."""
+    Path("RUN").write_text("years of work")
+    assert "RUN: is a file, not a folder" in error(submit(*SCORE))
+    Path("RUN").unlink()
+    Path("RUN/shards").mkdir(parents=True)
+    Path("RUN/shards/rank-00000.h5").touch()
+    assert "but no run.h5" in error(submit(*SCORE))
     assert here.calls("sbatch") == []
+    assert submit(*SCORE, "--overwrite").exit_code == 0
