@@ -126,12 +126,7 @@ def prepare_contexts(
     """
     if options.dtype == "auto":
         options = replace(options, dtype=str(run.attributes["dtype"]))
-    limit = checkpoint.max_positions
-    if limit is not None and longest + new > limit and not options.allow_longer:
-        raise UserError(
-            f"{longest} stored tokens and up to {new} after them are more than the {limit} positions that "
-            f"{checkpoint.folder} was made for (max_position_embeddings); --allow-longer goes on all the same"
-        )
+    ranks.together(_check_positions, options, checkpoint, longest, new)
     inputs = Inputs(checkpoint=checkpoint, documents=(), longest=longest + new)
     model = inspect(options, ranks, inputs)
     ranks.together(_check_rotary, model, longest, new)
@@ -147,6 +142,15 @@ def prepare_contexts(
         options=options, run=run, inputs=inputs, model=model, place=place, decision=decision, resident=resident,
         progress=progress_of(options, place.ranks),
     )  # fmt: skip
+
+
+def _check_positions(options: ContextOptions, checkpoint: Checkpoint, longest: int, new: int) -> None:
+    limit = checkpoint.max_positions
+    if limit is not None and longest + new > limit and not options.allow_longer:
+        raise UserError(
+            f"{longest} stored tokens and up to {new} after them are more than the {limit} positions that "
+            f"{checkpoint.folder} was made for (max_position_embeddings); --allow-longer goes on all the same"
+        )
 
 
 def _check_rotary(model: Model, longest: int, new: int) -> None:

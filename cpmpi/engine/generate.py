@@ -81,7 +81,8 @@ def generate(options: GenerateOptions, show: Show = lambda _, __: None) -> Answe
         UserError: something the user can mend; before any work where it can be known then.
     """
     ranks = start()
-    sampling = Sampling(**{each.name: getattr(options, each.name) for each in fields(Sampling)})
+    wanted = {each.name: getattr(options, each.name) for each in fields(Sampling)}
+    sampling = ranks.together(Sampling, **wanted)
     run, checkpoint = open_stored(options, ranks)
     document = ranks.together(find_document, run, ranks.together(_document_id, options, run), "--document")
     tokenizer = ranks.together(load_tokenizer, checkpoint.folder)
