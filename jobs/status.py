@@ -27,9 +27,10 @@ OUR_ERROR = "error: "  # begins our own line, which names the rank where one fai
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """Documents of a run, or of all runs of an array, that are finished, and of how many."""
+    """Documents of a run, or of all runs of an array: how many are finished and have failed, and of how many."""
 
     finished: int
+    failed: int
     of: int
     runs: int = 1
 
@@ -98,23 +99,22 @@ def documents_of(folder: Path) -> Documents | None:
         folders = [p for p in sorted(folder.iterdir()) if RunPaths(p).index.exists()]
     if not folders:
         return None
-    finished = of = 0
-    for one in folders:
-        done, all_of_it = _count(one)
-        finished, of = finished + done, of + all_of_it
-    return Documents(finished=finished, of=of, runs=len(folders))
+    counts = [_count(one) for one in folders]
+    finished, failed, of = (sum(column) for column in zip(*counts, strict=True))
+    return Documents(finished=finished, failed=failed, of=of, runs=len(folders))
 
 
-def _count(folder: Path) -> tuple[int, int]:
-    """Finished documents of a run, and all; the job may be writing to ``run.h5`` just now: then by its last word."""
+def _count(folder: Path) -> tuple[int, int, int]:
+    """Finished and failed documents of a run, and all; by its last word where the job just writes ``run.h5``."""
     try:
         with open_run(folder) as opened:
-            return sum(document.complete for document in opened.documents), len(opened.documents)
-    except OSError as problem:
+            ends = [(document.complete, bool(document.failed)) for document in opened.documents]
+    except (OSError, UserError):
         last = record.read_status(RunPaths(folder).log)
         if last is None:
-            raise UserError(f"{folder}: cannot read its run.h5 ({problem})") from None
-        return last["finished"], last["of"]
+            raise
+        return last["finished"], 0, last["of"]
+    return sum(complete for complete, _ in ends), sum(failed for _, failed in ends), len(ends)
 
 
 def job_lines(jobs: Sequence[QueuedJob], entries: Sequence[record.Entry], missing: str | None) -> Iterator[str]:
@@ -157,15 +157,14 @@ def document_lines(
         yield "none yet: the run has not begun"
         return
     last = next((e for e in reversed(entries) if "started" in e or "ended" in e), {})
-    running = int(alive and status is not None and "started" in last and documents.finished < documents.of)
-    failed = int(last.get("how") == "failed" and documents.finished < documents.of)
-    waiting = documents.of - documents.finished - running - failed
+    left_over = documents.of - documents.finished - documents.failed
+    running = int(alive and status is not None and "started" in last and left_over > 0)
     runs = f" in {documents.runs} runs" if documents.runs > 1 else ""
     counts = f"{documents.finished} of {documents.of} finished{runs}"
-    others = ((running, "running"), (waiting, "waiting"), (failed, "failed"))
+    others = ((running, "running"), (left_over - running, "waiting"), (documents.failed, "failed"))
     yield counts + "".join(f", {count} {word}" for count, word in others if count)
     if running and status is not None:
-        left = f", {duration(status['left_s'])} left" if status.get("left_s") is not None else ""
+        left = f", {duration(status['left_s'])} left for all" if status.get("left_s") is not None else ""
         yield (
             f"{status['document']}: layer {status['layer']} of {status['layers']}, {status['tokens']:,} tokens, "
             f"{status['tokens_per_s']:,.0f} tokens/s{left} (told {_ago(status['at'])})"

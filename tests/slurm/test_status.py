@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from cpmpi.jobs.cli import cli
+from cpmpi.run.folder import start_index
 from cpmpi.slurm import record
 from cpmpi.slurm.queue import ENDED, REASONS, STATES, QueuedJob
 
@@ -120,7 +121,9 @@ def test_documents_and_the_running_one(run):
     squeue(run, line())
     printed = status(run)
     assert "documents  1 of 3 finished, 1 running, 1 waiting\n" in printed
-    assert re.search(r"d1: layer 2 of 3, 66,015 tokens, 2,638 tokens/s, 15 s left \(told 2\.\d s ago\)", printed)
+    assert re.search(
+        r"d1: layer 2 of 3, 66,015 tokens, 2,638 tokens/s, 15 s left for all \(told 2\.\d s ago\)", printed
+    )
 
 
 def test_from_the_run_folder_alone(run, monkeypatch):
@@ -140,7 +143,8 @@ def test_from_the_run_folder_alone(run, monkeypatch):
 
 
 def test_a_failure_shows_the_rank_that_failed(run):
-    make_run(run, stop_after=1)
+    spec = make_run(run, stop_after=1)
+    start_index(run, spec).mark_failed(1, "layer 2: not finite")
     started(run)
     ended(run, "failed", why="disk on fire")
     log = ["first lines", "error: rank 5/8 on n3: disk on fire", *(f"noise {i}" for i in range(9))]
