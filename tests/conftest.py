@@ -1,13 +1,13 @@
-"""Multi-rank tests from a plain ``pytest``: ``@pytest.mark.mpi(n)`` starts the test under ``mpirun -n n``.
+"""Multi-rank tests from a plain ``pytest``: ``@pytest.mark.mpi(n)`` runs the test under ``mpirun -n n``.
 
-The parent process never imports mpi4py; the ranks run ``python -m mpi4py -m pytest`` on the one test, in a session
-of their own, with a timeout, without the MPI and Slurm variables of whoever started pytest.
+The parent process never imports mpi4py; the ranks run ``python -m mpi4py -m pytest`` on the tests of their number, in a
+session of their own, with a timeout, without the MPI and Slurm variables of whoever started pytest.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,6 +18,7 @@ import pytest
 
 INNER = "CPMPI_TEST_RANK"
 ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT_S, LATER_TEST_S = 300.0, 60.0  # of a launch with one test, and more for each further one
 LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "MPI_", "SLURM_", "HYDRA_", "MPIR_")
 sys.path.insert(0, str(ROOT))
 
@@ -60,21 +61,76 @@ def ranks_of(item: pytest.Item) -> int:
     return marker.args[0] if marker else 0
 
 
+class Launches:
+    """All tests of a session that want the same number of ranks share a launch: starting the ranks is most of it.
+
+    A rank that fails a test ends the launch, as everywhere; those after it get another one. What each rank says of each
+    test lies in a file of its own.
+    """
+
+    def __init__(self) -> None:
+        self.said: dict[str, list[dict[str, str]]] = {}
+        self.printed: dict[str, str] = {}
+
+    def run(self, item: pytest.Item) -> tuple[list[dict[str, str]], str]:
+        """What the ranks say of a test, one entry a rank that came to its end, and what the launch printed."""
+        n = ranks_of(item)
+        waiting = [i.nodeid for i in item.session.items if ranks_of(i) == n and i.nodeid not in self.printed]
+        if item.nodeid in waiting:
+            waiting = [item.nodeid, *(i for i in waiting if i != item.nodeid)]
+            self._launch(n, waiting)
+        return self.said.get(item.nodeid, []), self.printed[item.nodeid]
+
+    def _launch(self, n: int, tests: list[str]) -> None:
+        with tempfile.TemporaryDirectory(prefix="cpmpi-ranks-") as folder:
+            done = mpirun(
+                n, "-m", "mpi4py", "-m", "pytest", "-x", "-q", "--color=no", "-p", "no:cacheprovider", "-m", "",
+                *tests, environment={INNER: folder}, timeout_s=TIMEOUT_S + LATER_TEST_S * (len(tests) - 1),
+            )  # fmt: skip
+            lines = [line for file in sorted(Path(folder).iterdir()) for line in file.read_text().splitlines()]
+        for entry in map(json.loads, lines):
+            self.said.setdefault(entry["test"], []).append(entry)
+        for test in tests:  # up to the one that did not go well on all ranks
+            self.printed[test] = done.stdout
+            if len(ended_well(self.said.get(test, []))) < n:
+                break
+
+
+def ended_well(said: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [entry for entry in said if entry["outcome"] != "failed"]
+
+
+LAUNCHES = Launches()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     n = ranks_of(pyfuncitem)
     if not n or INNER in os.environ:
         return None
-    done = mpirun(
-        n, "-m", "mpi4py", "-m", "pytest", "-x", "-q", "--color=no", "-p", "no:cacheprovider", "-m", "",
-        pyfuncitem.nodeid, environment={INNER: "1"},
-    )  # fmt: skip
-    if done.returncode:
-        pytest.fail(f"on {n} ranks:\n{done.stdout}", pytrace=False)
-    ends = re.findall(r"\b1 (passed|skipped)\b", done.stdout)
-    if len(ends) != n:
-        pytest.fail(f"{len(ends)} of {n} ranks say how the test ended:\n{done.stdout}", pytrace=False)
-    if "passed" not in ends:
-        reason = re.search(r"SKIPPED \[1\] \S+ (.*)", done.stdout)
-        pytest.skip(f"on {n} ranks: {reason[1] if reason else 'no reason given'}")
+    said, printed = LAUNCHES.run(pyfuncitem)
+    if failed := [entry for entry in said if entry["outcome"] == "failed"]:
+        texts = "\n".join(f"{entry['rank']}: {entry['text']}" for entry in failed)
+        pytest.fail(f"on {n} ranks:\n{texts}\n{printed}", pytrace=False)
+    if len(said) != n:
+        pytest.fail(f"{len(said)} of {n} ranks say how the test ended:\n{printed}", pytrace=False)
+    if all(entry["outcome"] == "skipped" for entry in said):
+        pytest.skip(f"on {n} ranks: {said[0]['text']}")
     return True
+
+
+if INNER in os.environ:
+    _rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or str(os.getpid())
+    _ended: dict[str, dict[str, str]] = {}
+
+    def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+        """On a rank: write down how a test ended, once it is torn down."""
+        entry = _ended.setdefault(
+            report.nodeid, {"test": report.nodeid, "rank": _rank, "outcome": "passed", "text": ""}
+        )
+        if report.outcome == "failed" or (report.skipped and entry["outcome"] == "passed"):
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+            entry.update(outcome=report.outcome, text=reason.removeprefix("Skipped: "))
+        if report.when == "teardown":
+            with open(Path(os.environ[INNER]) / f"rank-{_rank}", "a") as file:
+                file.write(json.dumps(entry) + "\n")
