@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 NUMERIC := tests/kernels $(addprefix tests/test_,logprobs.py exact.py tensor_parallel.py models.py weights.py bf16.py \
 	demo_training.py)
 
-.PHONY: demo test test-isa test-slow lint format bench cluster-test docs wheel clean
+.PHONY: demo test test-isa test-slow chaos lint format bench cluster-test docs wheel clean
 
 # The MPI wheel is installed where there is no mpirun.
 $(STAMP): setup.py constraints.txt
@@ -36,6 +36,9 @@ test-slow: $(STAMP)
 cluster-test: $(STAMP)
 	$(RUN)/python -m pytest -m "cluster and not slow" tests/cluster
 
+chaos: $(STAMP)
+	$(RUN)/python -m tests.chaos --kills 200
+
 lint: $(STAMP)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
@@ -51,6 +54,7 @@ bench: $(STAMP)
 	$(RUN)/python -m benchmarks.long_document
 	$(RUN)/python benchmarks/memory.py
 	$(RUN)/python -m benchmarks.weights
+	$(RUN)/python -m benchmarks.checkpoints
 
 docs: $(STAMP)
 	$(RUN)/python docs/make_cli.py

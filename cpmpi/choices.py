@@ -13,6 +13,7 @@ DEVICES = ("cpu", "cuda")
 RESIDENCES = ("resident", "stream")
 KV_RESIDENCES = ("memory", "mapped")
 AUTO = "auto"
+OFF = "off"
 MOST_SEGMENTS = 1024
 
 

@@ -44,6 +44,8 @@ class Stopped(UserError):
 
     status = 75
     """Exit status of the job (EX_TEMPFAIL): the same command goes on. 1 where that would not help."""
+    saved = False
+    """Whether a document in work was saved: then the next start gets further."""
 
     def give_up(self, why: str) -> None:
         """Say that starting it again would end in the same way."""

@@ -42,10 +42,10 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def starts_in_vain(record: Sequence[Entry]) -> int:
-    """How many of the last starts were told to stop before they had finished a document."""
+    """How many of the last starts were told to stop before they had finished a document, or saved a part of one."""
     count = 0
     for entry in reversed([entry for entry in record if "ended" in entry]):
-        if entry.get("how") != "stopped" or entry.get("finished_here"):
+        if entry.get("how") != "stopped" or entry.get("finished_here") or entry.get("saved"):
             break
         count += 1
     return count

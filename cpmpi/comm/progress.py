@@ -39,6 +39,7 @@ class Progress:
         self._began = self._shown = self._started = time.perf_counter()
         self._documents, self._work, self._per_pair = 1, 0.0, 0.0
         self._documents_done, self._tokens_done, self._work_done, self._done = 0, 0, 0.0, 0.0
+        self._first = self._kept_work = self._kept_tokens = 0.0
 
     def job(self, lengths: Sequence[int], per_pair: float = 0.0) -> None:
         """The whole job's work begins.
@@ -51,14 +52,18 @@ class Progress:
         self._per_pair = per_pair
         self._documents, self._work = len(lengths), sum(map(self._cost, lengths))
         self._documents_done, self._tokens_done, self._work_done = 0, 0, 0.0
+        self._kept_work = self._kept_tokens = 0.0
         self._began = self._shown = time.perf_counter()
 
-    def start(self, name: str, tokens: int, layers: int) -> None:
-        """A document's work begins."""
-        self.name, self.tokens, self.layers, self._done = name, tokens, layers, 0.0
+    def start(self, name: str, tokens: int, layers: int, first: int = 0) -> None:
+        """A document's work begins, or goes on with layer ``first``."""
+        self.name, self.tokens, self.layers, self._done = name, tokens, layers, float(first)
         self._started = time.perf_counter()
         if not self._work:
             self.job([tokens])
+        self._first = first / max(1, layers)
+        self._kept_work += self._first * self._cost(tokens)
+        self._kept_tokens += self._first * tokens
 
     def update(self, layers_done: float) -> None:
         """``layers_done`` layers are done, a fraction of the current one included."""
@@ -96,13 +101,13 @@ class Progress:
     @property
     def rate(self) -> float:
         """Tokens of the document per second."""
-        return self.part * self.tokens / max(time.perf_counter() - self._started, 1e-9)
+        return (self.part - self._first) * self.tokens / max(time.perf_counter() - self._started, 1e-9)
 
     @property
     def left_s(self) -> float | None:
         """Seconds until the document is done; None while it is too early to tell."""
-        elapsed = time.perf_counter() - self._started
-        return elapsed / self.part - elapsed if self.part > 0.01 else None
+        elapsed, here = time.perf_counter() - self._started, self.part - self._first
+        return elapsed * (1 - self.part) / here if here > 0.01 else None
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -114,7 +119,7 @@ class Progress:
         """The job is over: what it did, where it did several documents."""
         seconds = time.perf_counter() - self._began
         if self._documents_done > 1:
-            rate = f"{self._tokens_done / max(seconds, 1e-9):,.0f} tokens/s"
+            rate = f"{(self._tokens_done - self._kept_tokens) / max(seconds, 1e-9):,.0f} tokens/s"
             documents = f"{self._documents_done:,} documents, {self._tokens_done:,} tokens"
             self.say(f"{documents} in {duration(seconds)}, {rate}")
         end_line()
@@ -125,9 +130,10 @@ class Progress:
     def _line(self) -> str:
         share = (self._work_done + self.part * self._cost(self.tokens)) / max(self._work, 1e-9)
         elapsed = time.perf_counter() - self._began
-        left = f"{duration(elapsed / share - elapsed)} left" if share > 0.002 else "..."
+        here = share - self._kept_work / max(self._work, 1e-9)  # what this start of the job did
+        left = f"{duration(elapsed * (1 - share) / here)} left" if here > 0.002 else "..."
         tokens = self._tokens_done + self.part * self.tokens
-        rate = f"{tokens / max(elapsed, 1e-9):,.0f} tokens/s"
+        rate = f"{(tokens - self._kept_tokens) / max(elapsed, 1e-9):,.0f} tokens/s"
         layer = f"layer {self.layer}/{self.layers}"
         name = shown(self.name, NAME_WIDTH)
         if self._documents == 1:

@@ -48,7 +48,7 @@ class Memory:
 
 def parts_of(
     shape: AttentionShape, *, tokens: int, resident: int, hidden: int, inner: int, vocabulary: int,
-    chunk_tokens: int, stored_itemsize: int,
+    chunk_tokens: int, stored_itemsize: int, checkpoint_token_bytes: int,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes that a document takes on a rank, by part; weights and the program itself are not among them.
 
@@ -66,6 +66,8 @@ def parts_of(
         chunk_tokens: tokens that go through the model at a time.
         stored_itemsize: bytes of a number of the keys and values that are written, while the next layer's are made; 0
             where they are not.
+        checkpoint_token_bytes: bytes of a token's hidden state that is written as a checkpoint, while the next layer's
+            are made; 0 without checkpoints.
     """
     size, chunk = shape.itemsize, min(tokens, chunk_tokens)
     kept = -(-tokens // shape.copies)
@@ -75,6 +77,7 @@ def parts_of(
         "attention of a layer": resident,
         "chunks' keys, values and outputs": tokens * (shape.key_bytes + shape.partial_bytes),
         "KV writer": kept * (shape.key_bytes + stored) if stored else 0,
+        "checkpoint": tokens * checkpoint_token_bytes,
         "one chunk": chunk * (3 * inner + 4 * hidden) * size,
         "logits": min(tokens, HEAD_TOKENS) * vocabulary * (size + 2 * PARTIAL_ITEMSIZE),
     }
@@ -112,7 +115,7 @@ def choose_residence(
 
 def document_memory(
     model: torch.nn.Module, layers: Sequence[Layer], schedule: Schedule, *, tokens: int, segments: int, grid: Grid,
-    vocabulary: int, hidden: int, chunk_tokens: int, stored_itemsize: int,
+    vocabulary: int, hidden: int, chunk_tokens: int, stored_itemsize: int, checkpoint_token_bytes: int,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes that a document of ``tokens`` tokens takes on the fullest rank, by part; see `parts_of`."""
     shapes = {shape_of(layer._replace(module=""), tokens, segments, grid) for layer in layers}
@@ -121,4 +124,5 @@ def document_memory(
     return parts_of(
         shape, tokens=max(map(layout.size, range(schedule.world))), resident=resident, hidden=hidden,
         inner=inner_width(model), vocabulary=vocabulary, chunk_tokens=chunk_tokens, stored_itemsize=stored_itemsize,
+        checkpoint_token_bytes=checkpoint_token_bytes,
     )  # fmt: skip

@@ -215,6 +215,7 @@ def _memory(model: ModelSize, request: Request, hardware: Hardware, rank_tokens:
         shape, tokens=rank_tokens, resident=resident, hidden=model.hidden, inner=model.inner // request.tp,
         vocabulary=model.vocabulary, chunk_tokens=request.chunk_tokens,
         stored_itemsize=DTYPES[request.kv_dtype].itemsize if request.kv_dtype else 0,
+        checkpoint_token_bytes=model.hidden * shape.itemsize,
     )  # fmt: skip
     program = {"program": int(hardware.program_bytes)} if hardware.program_bytes else {}
     return {"weights": _weights(model, request.tp) * shape.itemsize, **program, **parts}

@@ -12,6 +12,7 @@ from cpmpi.choices import (
     DEVICES,
     DTYPES,
     KV_RESIDENCES,
+    OFF,
     RESIDENCES,
     SCHEDULES,
     STORED_DTYPES,
@@ -104,6 +105,11 @@ class JobOptions(ModelOptions):
         None, "Whether the tokenizer adds its special tokens.  [default: as the tokenizer does]"
     )
     fail_fast: bool = option(False, "End the job with the first document that fails, instead of going on.", flag=True)
+    checkpoint: str = option(
+        AUTO, "Minutes between checkpoints inside a document (0: as often as can be), off, or auto: by their cost.",
+        metavar="auto|MINUTES|off",
+    )  # fmt: skip
+    grace: int = option(100, "Seconds from SIGTERM or SIGUSR1 until the job must have ended.", least=0)
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
 
 
@@ -146,6 +152,23 @@ class GenerateOptions(ContextOptions):
     chat: bool = option(False, "Put prompts into the checkpoint's chat template.", flag=True)
 
 
+def minutes_between(checkpoint: str) -> float | None:
+    """The minutes of ``--checkpoint``; None for ``auto``, and endless for ``off``.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if checkpoint in (AUTO, OFF):
+        return None if checkpoint == AUTO else float("inf")
+    try:
+        minutes = float(checkpoint)
+    except ValueError:
+        minutes = -1.0
+    if not 0 <= minutes < float("inf"):
+        raise UserError(f"--checkpoint {checkpoint}: choose auto, off, or minutes such as 15")
+    return minutes
+
+
 def spelled(name: str) -> str:
     """An option's name on the command line."""
     return f"--{name.replace('_', '-')}"
@@ -159,6 +182,8 @@ def _as_declared(each: Field[Any], value: Any) -> Any:
         return Path(value)
     if each.name == "memory_limit":
         return parse_bytes(value, spelled(each.name)) if isinstance(value, str) else value
+    if each.name == "checkpoint":
+        return str(value)
     if each.type.startswith("tuple"):
         return (str(value),) if isinstance(value, str | Path) else tuple(map(str, value))
     return value
@@ -172,5 +197,7 @@ def _check(each: Field[Any], value: Any) -> None:
         raise UserError(f"{spelled(each.name)} must be at least {known['least']}, not {value}")
     if each.name == "segments":
         check_segments(value)
+    if each.name == "checkpoint":
+        minutes_between(value)
     if known.get("needed") and value is None:
         raise UserError(f"{spelled(each.name)} is missing")

@@ -12,6 +12,7 @@ import torch
 from cpmpi.attention.execute import Heads
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout
+from cpmpi.choices import OFF
 from cpmpi.comm.device import available_bytes, choose_device, resident_set_bytes, set_threads
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
@@ -22,6 +23,7 @@ from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.engine.placement import check_grid, number_ranks
 from cpmpi.engine.report import introduce
 from cpmpi.engine.state import Decision, Inputs, Job, Model, Place
+from cpmpi.model.blocks import blocks_of
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.fingerprint import model_sha256, tokenizer_sha256
 from cpmpi.model.probe import Layer, backends_of, probe
@@ -114,7 +116,7 @@ def find_place(options: ModelOptions, ranks: Ranks, inputs: Inputs, model: Model
     )
     return Place(
         ranks=ranks, topology=topology, threads=threads, sharing=sharing, layers=layers,
-        skeleton=skeleton, reader=reader,
+        skeleton=skeleton, reader=reader, blocks=blocks_of(skeleton, layers),
     )  # fmt: skip
 
 
@@ -130,6 +132,7 @@ def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place, run_
         place.skeleton, place.layers, schedule, tokens=inputs.longest, segments=options.segments, grid=place.grid,
         hidden=run_spec.hidden_size, vocabulary=inputs.checkpoint.vocab_size, chunk_tokens=options.chunk_tokens,
         stored_itemsize=run_spec.kv.stored.itemsize if run_spec.kv else 0,
+        checkpoint_token_bytes=place.blocks.token_bytes if options.checkpoint != OFF and place.blocks.whole else 0,
     )  # fmt: skip
     memory = ranks.together(
         choose_residence, parts, weight_bytes(place.reader), choice=options.weights, limit=options.memory_limit,

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cpmpi.choices import OFF
 from cpmpi.engine.results_table import results_text
 from cpmpi.engine.score import Scores
 from cpmpi.engine.state import Job
@@ -48,6 +49,10 @@ def introduce(job: Job) -> None:
     say(f"attention: {job.decision.reason}")
     for backend in dict.fromkeys(job.decision.backends):
         say(f"kernel {backend.name}: {backend.reason}")
+    if place.blocks.reason and job.options.checkpoint != OFF:
+        after = [block + 1 for block in sorted(place.blocks.whole)]
+        where = f"only after layers {after[0]} to {after[-1]}" if after else "none"
+        say(f"checkpoints inside a document: {where}: {place.blocks.reason}")
     say(str(job.decision.memory))
     say(f"{counted(len(spec.documents), 'document')}, {counted(tokens, 'token')}")
 

@@ -17,16 +17,19 @@ from cpmpi.comm.log import rank_log
 from cpmpi.comm.ranks import start
 from cpmpi.comm.stop import Stop, listening
 from cpmpi.comm.transport import MPITransport
+from cpmpi.engine.checkpoint import Checkpoints, InWork
 from cpmpi.engine.options import JobOptions
+from cpmpi.engine.pace import ASSUMED_BYTES_PER_S, Pace
 from cpmpi.engine.placement import split
 from cpmpi.engine.prepare import prepare
 from cpmpi.engine.report import Outcome, log_document
+from cpmpi.engine.resume import Seeker
 from cpmpi.engine.score import Engine
 from cpmpi.engine.state import Job, Prepared
 from cpmpi.engine.watch import watched
 from cpmpi.model.forward import sum_outputs
 from cpmpi.model.linear import use_fast_products
-from cpmpi.run import folder
+from cpmpi.run import checkpoint, folder
 from cpmpi.run.index import NotFiniteError, RunIndex
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.publish import publish_text
@@ -37,18 +40,16 @@ from cpmpi.text import duration
 from cpmpi.timeline.files import save_files
 from cpmpi.timeline.intervals import Recorder
 
-GRACE_S = 30.0  # what batch systems leave between SIGTERM and SIGKILL, by default
-
 
 def run(options: JobOptions) -> Outcome:
     """Run the job. Collective.
 
     Raises:
         UserError: something the user can mend; before any work where it can be known then.
-        Stopped: on all ranks, once a rank was told to stop and its document is finished.
+        Stopped: on all ranks, once a rank was told to stop and what is done is saved.
     """
     ranks = start()
-    with listening(GRACE_S, speaks=ranks.is_root) as stop:
+    with listening(options.grace, speaks=ranks.is_root) as stop:
         return run_prepared(prepare(options, ranks), stop)
 
 
@@ -56,7 +57,7 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
     """Run a job that nothing was found against, until it is told to stop, if it is. Collective.
 
     Raises:
-        Stopped: on all ranks, once a rank was told to stop and its document is finished.
+        Stopped: on all ranks, once a rank was told to stop and what is done is saved.
     """
     seconds: dict[int, float] = {}
     with ExitStack() as stack:
@@ -65,19 +66,22 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
         failed = dict(files.failed)
         todo = [i for i in range(len(files.spec.documents)) if i not in files.finished and i not in failed]
         of, finished = len(files.spec.documents), len(files.finished)
-        watch = stack.enter_context(watched(job, stop or Stop(GRACE_S), documents=of, finished=finished))
+        stop = stop or Stop(job.options.grace)
+        watch = stack.enter_context(watched(job, stop, documents=of, finished=finished))
+        identities = [checkpoint.identity_of(files.spec, files.spec.documents[i]) for i in todo]
+        job.ranks.on_root(checkpoint.delete_others, job.options.output, identities)
         if todo:
-            engine = stack.enter_context(load_engine(job, recorder))
+            checkpoints = stack.enter_context(make_checkpoints(job, files, stop).opened())
+            engine = stack.enter_context(load_engine(job, recorder, checkpoints))
             if files.index is not None:
                 _publish_circumstances(job)
             job.progress.job([files.spec.documents[i].n_tokens for i in todo])
             for i in todo:
                 watch.go_on()
-                began = time.perf_counter()
                 if reason := score_document(job, engine, files, i):
                     failed[i] = reason
                     job.progress.say(f"failed: {reason}; the others go on")
-                seconds[i] = time.perf_counter() - began
+                seconds[i] = checkpoints.spent_s
                 job.progress.done(files.spec.documents[i].n_tokens)
                 watch.document_done()
             job.progress.close()
@@ -147,8 +151,22 @@ def open_writer(
     return ShardWriter(path, spec, ranks.rank, queue_bytes=0, recorder=recorder)
 
 
+def make_checkpoints(job: Job, files: Files, stop: Stop) -> Checkpoints:
+    """The checkpoints of a job. Collective."""
+    options, place = job.options, job.place
+    share = max(d.n_tokens for d in files.spec.documents) / place.ranks.size
+    guess_s = share * place.blocks.token_bytes / ASSUMED_BYTES_PER_S
+    return Checkpoints(
+        folder=options.output, ranks=place.ranks, grid=place.grid, blocks=place.blocks,
+        writer=files.writer, stop=stop, progress=job.progress,
+        pace=Pace(choice=options.checkpoint, nodes=len(place.topology.nodes), write_s=guess_s),
+    )  # fmt: skip
+
+
 @contextmanager
-def load_engine(job: Prepared, recorder: Recorder | None = None) -> Iterator[Engine]:
+def load_engine(
+    job: Prepared, recorder: Recorder | None = None, checkpoints: Checkpoints | None = None
+) -> Iterator[Engine]:  # fmt: skip
     """The weights read and the transports open. Collective."""
     options, place, decision = job.options, job.place, job.decision
     began = time.perf_counter()
@@ -165,7 +183,8 @@ def load_engine(job: Prepared, recorder: Recorder | None = None) -> Iterator[Eng
             rank=place.ranks.rank, weights=weights, layers=place.layers, schedule=decision.schedule,
             transport=stack.enter_context(closing(MPITransport(group))), backends=decision.backends,
             device=job.model.device, progress=job.progress, grid=place.grid, summing=summing,
-            recorder=recorder, chunk_tokens=options.chunk_tokens, check_finite=options.check_finite,
+            checkpoints=checkpoints, recorder=recorder, chunk_tokens=options.chunk_tokens,
+            check_finite=options.check_finite,
         )  # fmt: skip
 
 
@@ -180,7 +199,8 @@ def _publish_circumstances(job: Job) -> None:
 
 
 def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None:
-    """One document: compute, store, mark as finished; or as failed, then the reason. Collective."""
+    """One document, from where it was left: compute, store, mark as finished; or as failed, then the reason.
+    Collective."""
     document, ranks, index, writer = files.spec.documents[i], job.ranks, files.index, files.writer
     token_ids = ranks.spread(job.inputs.documents[i].token_ids if ranks.is_root else None)
 
@@ -188,7 +208,18 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
         assert writer is not None
         writer.put(i, layer, k_TGD.cpu(), v_TGE.cpu())
 
-    scores = engine.score(token_ids, document.layout, document.id, keep if writer is not None else None)
+    seeker = Seeker(
+        folder=job.options.output, ranks=ranks, blocks=job.place.blocks, writer=writer, progress=job.progress
+    )  # fmt: skip
+    identity = checkpoint.identity_of(files.spec, document)
+    with seeker.find(i, document, identity) as resume:
+        if engine.checkpoints is not None:
+            spent_s = resume.spent_s if resume is not None else 0.0
+            engine.checkpoints.document = InWork(
+                index=i, identity=identity, name=document.id, n_tokens=document.n_tokens,
+                began_s=time.monotonic() - spent_s,
+            )  # fmt: skip
+        scores = engine.score(token_ids, document.layout, document.id, keep if writer is not None else None, resume)
     digest = writer.finish(i) if writer is not None else 0
     everyone = ranks.comm.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
 
@@ -204,6 +235,8 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
                 raise
             index.mark_failed(i, str(problem))
             return str(problem)
+        finally:
+            checkpoint.delete(job.options.output, identity)
         return None
 
     failed = ranks.on_root(store)

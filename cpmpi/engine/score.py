@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,8 +21,11 @@ from cpmpi.attention.layout import Layout, Piece
 from cpmpi.attention.schedule import Program, Schedule
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.transport import Transport
+from cpmpi.engine.checkpoint import Checkpoints
+from cpmpi.engine.resume import Resume
 from cpmpi.kernels.backend import Backend
 from cpmpi.model.attention_call import Call, rule_of
+from cpmpi.model.blocks import done_up_to
 from cpmpi.model.finite import finite, finite_layers
 from cpmpi.model.forward import chunked, cut, layer_major
 from cpmpi.model.head import Head, decoder_of
@@ -85,6 +88,7 @@ class Engine:
         backends: the attention kernel of each layer.
         grid: how ranks share heads and tokens.
         summing: among the ranks that share the weights, where they do; the model's own sums go over it.
+        checkpoints: taken on the way, where that is wanted.
         recorder: notes what happens when, where a timeline is wanted.
         chunk_tokens: tokens that go through the model at a time.
         check_finite: whether layers are searched for NaN and infinities.
@@ -100,6 +104,7 @@ class Engine:
     progress: Progress
     grid: Grid = field(default_factory=Grid)
     summing: Transport | None = None
+    checkpoints: Checkpoints | None = None
     recorder: Recorder | None = None
     chunk_tokens: int = 1024
     check_finite: bool = False
@@ -111,8 +116,9 @@ class Engine:
 
     @torch.inference_mode()
     def score(
-        self, token_ids: npt.NDArray[np.integer], layout: Layout, name: str, keep: KeepKeys | None = None
-    ) -> Scores:
+        self, token_ids: npt.NDArray[np.integer], layout: Layout, name: str, keep: KeepKeys | None = None,
+        resume: Resume | None = None,
+    ) -> Scores:  # fmt: skip
         """Log-probabilities of this rank's share of a document. Collective.
 
         Args:
@@ -120,16 +126,18 @@ class Engine:
             layout: which position of a head group holds which tokens.
             name: the document's name, for progress.
             keep: takes each finished layer's number and this rank's keys (T, G, D) and values (T, G, E), and owns them.
+            resume: where the document goes on; None: it begins.
         """
         started = time.perf_counter()
         way = self._begin(token_ids, layout, keep, started)
-        self.progress.start(name, layout.n_tokens, len(self.layers))
-        self.weights.enter(0)
+        first = resume.attention if resume is not None else 0
+        self.progress.start(name, layout.n_tokens, len(self.layers), first)
+        self.weights.begin(first, resume.done if resume is not None else ())
         decoder = decoder_of(self.weights.model)
         # A rank without tokens walks along with the first token, whose result nobody takes.
         chunks = cut(way.ids_T, way.parts or [Piece(0, 1)])
-        with finite_layers(decoder) if self.check_finite else nullcontext():
-            states = layer_major(decoder, chunks, layout.n_tokens, partial(self.attend, way))
+        with finite_layers(decoder) if self.check_finite else nullcontext(), self._from(resume), self._watched(way):
+            states = layer_major(decoder, chunks, layout.n_tokens, partial(self.attend, way), first)
         self.weights.close()
         decoded = time.perf_counter()
         positions, logprobs, last_hidden = self._head(way, states)
@@ -147,6 +155,8 @@ class Engine:
         """
         begun = time.perf_counter()
         self._note_layers(layer, way.gone_on, begun)
+        if self.checkpoints is not None:
+            self.checkpoints.meet(layer)
         self._check(way, layer, calls)
         self.weights.leave(layer)
         keys = self._gather_keys(way, layer, calls)
@@ -156,11 +166,29 @@ class Engine:
         out_THE = self._execution(way, layer, calls).run(Queries(tuple(runs)), keys)
         self.weights.enter(layer + 1)
         self.progress.update(layer + 1)
+        if self.checkpoints is not None:
+            self.checkpoints.leave(layer)
         way.gone_on = time.perf_counter()
         way.attending += way.gone_on - begun
         if not way.parts:
             return [out_THE.new_zeros(1, *out_THE.shape[1:])]
         return torch.split(out_THE, [part.size for part in way.parts])
+
+    def _tick(self, layers_done: float) -> None:
+        """A part of a layer's attention is done."""
+        self.progress.update(layers_done)
+        if self.checkpoints is not None:
+            self.checkpoints.check_grace()
+
+    def _watched(self, way: Pass) -> AbstractContextManager[None]:
+        """Within it checkpoints are taken."""
+        return nullcontext() if self.checkpoints is None else self.checkpoints.watching(self.weights.model, way.parts)
+
+    def _from(self, resume: Resume | None) -> AbstractContextManager[None]:
+        """Within it the model goes on where the document does."""
+        if resume is None:
+            return nullcontext()
+        return done_up_to(self.weights.model, resume.blocks, resume.last, resume.saved)
 
     def _begin(self, token_ids: npt.NDArray[np.integer], layout: Layout, keep: KeepKeys | None, started: float) -> Pass:
         """This rank's way through a document."""
@@ -186,7 +214,7 @@ class Engine:
             rank=self.position, program=way.program, transport=self.transport, backend=self.backends[layer],
             heads=self.layers[layer].heads, rule=rule_of(calls[0], way.layout.n_tokens), query_layout=way.computed,
             key_layouts=(way.layout,), device=self.device, recorder=self.recorder,
-            tick=lambda done: self.progress.update(layer + done),
+            tick=lambda done: self._tick(layer + done),
         )  # fmt: skip
 
     def _check(self, way: Pass, layer: int, calls: list[Call]) -> None:

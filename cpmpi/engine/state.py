@@ -14,6 +14,7 @@ from cpmpi.cost.memory import Memory
 from cpmpi.documents.read import Document
 from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.kernels.backend import Backend
+from cpmpi.model.blocks import Blocks
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.probe import Layer
 from cpmpi.model.tensor_parallel import Sharing
@@ -55,6 +56,7 @@ class Place:
         layers: with this rank's share of the heads.
         skeleton: the model without weights, of this rank's share.
         reader: of its weights.
+        blocks: where a document can go on after a stop.
     """
 
     ranks: Ranks
@@ -64,6 +66,7 @@ class Place:
     layers: tuple[Layer, ...]
     skeleton: torch.nn.Module
     reader: WeightReader
+    blocks: Blocks
 
     @property
     def grid(self) -> Grid:

@@ -1,7 +1,7 @@
 """What is told of a job while it runs, and what tells it to stop: the record of a run's jobs, its status, signals.
 
-A job that is told to stop does so between documents, on all ranks together: what is finished is safe in the run folder,
-and the same command goes on.
+A job that is told to stop does so on all ranks together, between documents or inside one that can be saved
+(`cpmpi.engine.checkpoint`): what is finished is safe in the run folder, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ def watched(job: Job, stop: Stop, *, documents: int, finished: int) -> Iterator[
                 ranks=job.ranks.size, node=node_name())  # fmt: skip
     status = record.StatusFile(folder)
     job.progress.listener = lambda progress: _tell(status, progress, watch, name)
-    how, why = "failed", ""
+    how, why, saved = "failed", "", False
     try:
         yield watch
         how = "complete"
     except Stopped as told:
-        how, why = "stopped", one_line(told)
-        if not watch.finished_here and record.starts_in_vain(record.entries(folder)) + 1 >= MOST_IN_VAIN:
+        how, why, saved = "stopped", one_line(told), told.saved
+        if not (watch.finished_here or saved) and record.starts_in_vain(record.entries(folder)) + 1 >= MOST_IN_VAIN:
             told.give_up(f"{MOST_IN_VAIN} starts in a row ended before a document did: more time or nodes are needed")
         raise
     except BaseException as problem:
@@ -87,7 +87,7 @@ def watched(job: Job, stop: Stop, *, documents: int, finished: int) -> Iterator[
     finally:
         job.progress.listener = None
         record.note(folder, **common, ended=int(time.time()), how=how, why=why, finished=watch.finished,
-                    finished_here=watch.finished_here)  # fmt: skip
+                    finished_here=watch.finished_here, saved=saved)  # fmt: skip
 
 
 def _tell(status: record.StatusFile, progress: Progress, watch: Watch, name: str | None) -> None:

@@ -56,11 +56,27 @@ def cut(token_ids_T: torch.Tensor, parts: Sequence[Piece]) -> list[Chunk]:
     return [Chunk(token_ids_T[part.start : part.stop], part.start) for part in parts]
 
 
+class Walker(greenlet.greenlet):
+    """The coroutine of a chunk."""
+
+    def __init__(self, chunk: Chunk) -> None:
+        super().__init__(_walk)
+        self.chunk = chunk
+
+
+def current_chunk() -> Chunk:
+    """The chunk whose forward is running, for hooks of modules."""
+    walker = greenlet.getcurrent()
+    assert isinstance(walker, Walker), "no chunk is on its way"
+    return walker.chunk
+
+
 def layer_major(
     model: torch.nn.Module,
     chunks: Sequence[Chunk],
     n_tokens: int,
     attend: Callable[[int, list[Call]], Sequence[torch.Tensor]],
+    first: int = 0,
 ) -> list[torch.Tensor]:
     """The hidden states after the final norm, (C, hidden) for each chunk.
 
@@ -69,11 +85,12 @@ def layer_major(
         chunks: what to compute, on the model's device.
         n_tokens: of the whole document, for what depends on its length.
         attend: given a layer's number (0, 1, ...) and the chunks' calls, the attention output of each, (C, H, E).
+        first: number of the first attention that is called: more than 0 where the layers before it do not run.
     """
-    walkers = [greenlet.greenlet(_walk) for _ in chunks]
+    walkers = [Walker(chunk) for chunk in chunks]
     with document_length(model, n_tokens):
         states = _walk_on(walkers, [(model, chunk) for chunk in chunks])
-        layer = 0
+        layer = first
         while isinstance(states[0], Call):
             assert all(isinstance(call, Call) and call.module is states[0].module for call in states)
             outputs = attend(layer, states)

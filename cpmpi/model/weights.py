@@ -35,6 +35,10 @@ class Weights:
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
 
+    def begin(self, stage: int, done: Sequence[str] = ()) -> None:
+        """A document begins with ``stage``, whose weights are in place when this returns; those of the modules in
+        ``done`` are not needed."""
+
     def enter(self, stage: int) -> None:
         """The weights of ``stage`` are in place when this returns."""
 
@@ -58,7 +62,16 @@ class StreamedWeights(Weights):
         self._thread = ThreadPoolExecutor(1, "cpmpi-weights", torch.set_num_threads, (1,))  # the cores are computing
         self._coming: Future[dict[str, torch.Tensor]] | None = None
         self._left: torch.cuda.Event | None = None
+        self._done: tuple[str, ...] = ()
         reader.load([group for group in reader.groups if group.stages is None])
+
+    def begin(self, stage: int, done: Sequence[str] = ()) -> None:
+        """See `Weights`; what is used from an earlier stage on is read now, too."""
+        self._done = tuple(f"{name}." for name in done)
+        lasting = [g for g in self._needed() if g.stages and g.stages.first < stage <= g.stages.last]
+        self._reader.install(self._thread.submit(self._reader.read, lasting).result())
+        self._coming = None
+        self.enter(stage)
 
     def enter(self, stage: int) -> None:
         """The weights of ``stage`` are in place when this returns, and those of the next are being read."""
@@ -83,8 +96,12 @@ class StreamedWeights(Weights):
     def _free(self, groups: Sequence[Group]) -> None:
         self._reader.install({name: self._reader.meta[name] for group in groups for name in group.targets})
 
+    def _needed(self) -> list[Group]:
+        """The groups of this document: not those of modules that do not run."""
+        return [g for g in self._reader.groups if not all(name.startswith(self._done) for name in g.targets)]
+
     def _read(self, stage: int) -> Future[dict[str, torch.Tensor]]:
-        groups = [group for group in self._reader.groups if group.stages and group.stages.first == stage]
+        groups = [group for group in self._needed() if group.stages and group.stages.first == stage]
         return self._thread.submit(self._reader.read, groups)
 
 

@@ -160,7 +160,7 @@ def delete_run(folder: Path) -> None:
     if folder.is_dir():
         for path in sorted(paths.contents(), key=lambda path: (path != paths.index, path.is_relative_to(paths.shards))):
             path.unlink(missing_ok=True)
-        _remove_if_empty(*paths.shards.glob("[0-9]" * 6), paths.shards, paths.report)
+        _remove_if_empty(*paths.shards.glob("[0-9]" * 6), paths.shards, paths.report, paths.checkpoints)
 
 
 def _delete_shards_but(folder: Path, sets: set[int]) -> None:

@@ -8,8 +8,12 @@ from pathlib import Path
 
 from cpmpi.run.publish import TEMPORARY_SUFFIX
 
+# A checkpoint's manifest, or with a rank its part of one; the document by the first digits of its identity.
+IDENTITY_DIGITS = 12
+CHECKPOINT = re.compile(r"(?P<document>[0-9a-f]{12})-layer-(?P<layer>\d{5,})(\.json|-rank-(?P<rank>\d{5,})\.h5)")
 OURS = re.compile(
     r"run\.h5|(topology|schedule)\.json|(summary|scores)\.csv|shards/(\d{6}/)?rank-\d{5,}\.h5|report/surprisal-\d{6,}\.png"
+    rf"|checkpoints/{CHECKPOINT.pattern}"
 )
 
 
@@ -32,6 +36,19 @@ class RunPaths:
     def shard(self, rank: int, shard_set: int = 0) -> Path:
         """The file of ``rank`` in a set of shards."""
         return self.folder / shard_name(rank, shard_set)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints inside documents."""
+        return self.folder / "checkpoints"
+
+    def checkpoint(self, identity: str, layer: int) -> Path:
+        """The manifest of the checkpoint of a document after a layer."""
+        return self.checkpoints / f"{identity[:IDENTITY_DIGITS]}-layer-{layer:05d}.json"
+
+    def checkpoint_part(self, identity: str, layer: int, rank: int) -> Path:
+        """The part of ``rank`` in it."""
+        return self.checkpoints / f"{identity[:IDENTITY_DIGITS]}-layer-{layer:05d}-rank-{rank:05d}.h5"
 
     @property
     def topology(self) -> Path:
@@ -70,7 +87,7 @@ class RunPaths:
 
     def contents(self) -> list[Path]:
         """The files in the folder that runs put there, or a killed one left behind, sorted; logs are none of them."""
-        within = (self.shards, self.report, *self.shards.glob("[0-9]" * 6))
+        within = (self.shards, self.report, self.checkpoints, *self.shards.glob("[0-9]" * 6))
         found = [path for folder in (self.folder, *within) if folder.is_dir() for path in folder.iterdir()]
         names = ((path, path.relative_to(self.folder).as_posix().removesuffix(TEMPORARY_SUFFIX)) for path in found)
         return sorted(path for path, name in names if OURS.fullmatch(name))

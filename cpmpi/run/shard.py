@@ -231,9 +231,10 @@ class ShardFile:
         marked: npt.NDArray[np.bool_] = done == 1
         return marked
 
-    def digest(self, number: int) -> int:
-        """xxh3_64 of a document's checksum table: ties all its bytes in this shard to ``run.h5``."""
-        return xxhash.xxh3_64_intdigest(self.checksums(number).tobytes())
+    def digest(self, number: int, layers: int | None = None) -> int:
+        """xxh3_64 of a document's checksum table: ties all its bytes in this shard to ``run.h5``, or those of its first
+        ``layers`` layers to a checkpoint."""
+        return xxhash.xxh3_64_intdigest(self.checksums(number)[:layers].tobytes())
 
 
 def _places(group: Any) -> ShardDocument:

@@ -89,7 +89,7 @@ class ShardWriter:
         self._descriptor = os.open(path, os.O_WRONLY)
         self._buffer = torch.empty(0, dtype=self._dtype)
         self._queue: deque[_Layer] = deque()
-        self._waiting = 0
+        self._waiting = self._taken = 0
         self._waiting_bytes = 0
         self._closing = False
         self._error: BaseException | None = None
@@ -127,27 +127,40 @@ class ShardWriter:
             self._wait(self._queue_bytes - item.nbytes)
             self._queue.append(item)
             self._waiting += 1
+            self._taken += 1
             self._waiting_bytes += item.nbytes
             self._changed.notify_all()
+
+    def digest(self, document_index: int, layers: int) -> int:
+        """xxh3_64 of the checksums of a document's first ``layers`` layers in this shard, once they are written."""
+        return self._shard.digest(document_index, layers)
 
     def layers_done(self, document_index: int) -> npt.NDArray[np.bool_]:
         """Which layers (L,) of a document were written in full, also by an earlier job that was killed."""
         return self._shard.layers_done(document_index)
 
-    def sync(self) -> None:
-        """Return when everything handed over so far is on disk (fsync).
+    @property
+    def taken(self) -> int:
+        """How many layers were handed over so far."""
+        return self._taken
+
+    def sync(self, first: int | None = None) -> None:
+        """Return when everything handed over so far, or the ``first`` layers of it, are on disk (fsync).
+
+        May be called by another thread than the one that hands over.
 
         Raises:
             UserError: something could not be written; a network file system may say so only now.
         """
         with self._changed:
-            self._wait(-1)
+            self._wait(-1, first)
         began = time.perf_counter()
         try:
             os.fsync(self._descriptor)
         except OSError as problem:
             raise self._explain(problem) from problem
-        self.stats.blocked_s += time.perf_counter() - began
+        if first is None:
+            self.stats.blocked_s += time.perf_counter() - began
 
     def finish(self, document_index: int) -> int:
         """Make a document durable and return its digest for ``run.h5``.
@@ -190,15 +203,22 @@ class ShardWriter:
                 self._error = None
         self.close()
 
-    def _wait(self, limit: int) -> None:
-        """Wait until no layer waits, or no more than ``limit`` bytes do. The lock is held.
+    def _wait(self, limit: int, first: int | None = None) -> None:
+        """Wait until no layer waits, or no more than ``limit`` bytes do, or the ``first`` layers are written. The lock
+        is held.
 
         Layers are counted too, since those of a rank without tokens have no bytes.
         """
         began = time.perf_counter()
         assert not self._closing, "the writer is closed"
-        self._changed.wait_for(lambda: self._error or not self._waiting or self._waiting_bytes <= limit)
-        self.stats.blocked_s += time.perf_counter() - began
+
+        def ready() -> bool:
+            written = first is not None and self._taken - self._waiting >= first
+            return bool(self._error) or not self._waiting or self._waiting_bytes <= limit or written
+
+        self._changed.wait_for(ready)
+        if first is None:
+            self.stats.blocked_s += time.perf_counter() - began
         self._raise_error()
 
     def _raise_error(self) -> None:

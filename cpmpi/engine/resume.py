@@ -1,0 +1,144 @@
+"""Go on inside a document: find its latest checkpoint that is whole, on every rank alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cpmpi.comm.progress import Progress
+from cpmpi.comm.ranks import Ranks
+from cpmpi.errors import UserError
+from cpmpi.model.blocks import Blocks
+from cpmpi.model.forward import Chunk
+from cpmpi.run import checkpoint
+from cpmpi.run.checkpoint import Manifest, SavedHidden
+from cpmpi.run.spec import DocumentSpec
+from cpmpi.run.writer import ShardWriter
+from cpmpi.text import duration
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Where a document goes on.
+
+    Attributes:
+        blocks: of the model.
+        last: number of the last block that is done.
+        attention: number of the attention that comes next.
+        spent_s: seconds of work before.
+        hidden: the hidden states after that block.
+    """
+
+    blocks: Blocks
+    last: int
+    attention: int
+    spent_s: float
+    hidden: SavedHidden
+
+    @property
+    def done(self) -> list[str]:
+        """The modules that do not run."""
+        return [block.name for block in self.blocks.blocks[: self.last + 1]]
+
+    def saved(self, chunk: Chunk) -> torch.Tensor:
+        """The hidden states (C, ...) of a chunk, on the CPU."""
+        return self.hidden.rows(chunk.start, chunk.stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeker:
+    """Looks for the checkpoints of documents.
+
+    Args:
+        folder: of the run.
+        ranks, blocks, writer, progress: see `cpmpi.engine.checkpoint.Checkpoints`.
+    """
+
+    folder: Path
+    ranks: Ranks
+    blocks: Blocks
+    writer: ShardWriter | None
+    progress: Progress
+
+    @contextmanager
+    def find(self, index: int, document: DocumentSpec, identity: str) -> Iterator[Resume | None]:
+        """The latest checkpoint of a document that is whole, open; None where it begins anew. Collective.
+
+        All other checkpoints of it are deleted.
+
+        Args:
+            index: the document's place in the run.
+            document: which it is.
+            identity: of the document, see `cpmpi.run.checkpoint.identity_of`.
+        """
+        chosen: Resume | None = None
+        for path, found in self.ranks.on_root(checkpoint.find, self.folder, identity):
+            problem, resume = self._open(found, index, document)
+            problems = [p for p in self.ranks.comm.allgather(problem) if p is not None]
+            if not problems:
+                chosen = resume
+                break
+            if resume is not None:
+                resume.hidden.close()
+            self.progress.say(f"{document.id}: the checkpoint {path} is not used: {problems[0]}")
+        keep = chosen.last if chosen is not None else None
+        self.ranks.on_root(checkpoint.delete, self.folder, identity, keep=keep)
+        if chosen is None:
+            yield None
+            return
+        self.progress.say(
+            f"{document.id}: goes on after layer {chosen.last + 1} of {len(self.blocks.blocks)}: "
+            f"{duration(chosen.spent_s)} of work are kept"
+        )
+        with closing(chosen.hidden):
+            yield chosen
+
+    def _open(
+        self, found: Manifest | UserError, index: int, document: DocumentSpec
+    ) -> tuple[str | None, Resume | None]:
+        """A checkpoint that is whole as far as this rank can see, or why it is not."""
+        if isinstance(found, UserError):
+            return str(found), None
+        try:
+            self._check(found, document.n_tokens)
+            if self.writer is not None:
+                self._check_kv(self.writer, index, found)
+            hidden = SavedHidden(self.folder, found)
+        except UserError as problem:
+            return str(problem), None
+        resume = Resume(
+            blocks=self.blocks, last=found.layer, attention=found.attention, spent_s=found.seconds, hidden=hidden
+        )
+        try:
+            hidden.check(self.ranks.rank, self.ranks.size)
+        except UserError as problem:
+            return str(problem), resume
+        return None, resume
+
+    def _check(self, found: Manifest, n_tokens: int) -> None:
+        blocks = self.blocks
+        if found.layer not in blocks.whole or blocks.blocks[found.layer].last + 1 != found.attention:
+            raise UserError(f"this model cannot go on after layer {found.layer + 1}")
+        dtype = str(blocks.dtype).removeprefix("torch.")
+        if (found.n_tokens, found.shape, found.dtype) != (n_tokens, blocks.shape, dtype):
+            raise UserError(
+                f"it holds {found.n_tokens} tokens x {found.shape} in {found.dtype}, "
+                f"the document has {n_tokens} x {blocks.shape} in {dtype}"
+            )
+
+    def _check_kv(self, writer: ShardWriter, index: int, found: Manifest) -> None:
+        """Whether this rank's KV of the finished layers is what the checkpoint was made with."""
+        rank = self.ranks.rank
+        if len(found.parts) != self.ranks.size:
+            raise UserError(
+                f"it was made by {len(found.parts)} ranks, and keys and values are kept by {self.ranks.size}"
+            )
+        undone = (~writer.layers_done(index)[: found.attention]).nonzero()[0]
+        if len(undone):
+            raise UserError(f"rank {rank}: KV of layers {undone.tolist()} is not whole")
+        if writer.digest(index, found.attention) != found.parts[rank].kv_digest:
+            raise UserError(f"rank {rank}: the KV in its shard is not that of the checkpoint")
