@@ -29,6 +29,7 @@ from cpmpi.engine.state import Job, Prepared
 from cpmpi.engine.watch import watched
 from cpmpi.model.forward import sum_outputs
 from cpmpi.model.linear import use_fast_products
+from cpmpi.model.size import pair_weight
 from cpmpi.run import checkpoint, folder
 from cpmpi.run.index import NotFiniteError, RunIndex
 from cpmpi.run.paths import RunPaths
@@ -75,7 +76,8 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
             engine = stack.enter_context(load_engine(job, recorder, checkpoints))
             if files.index is not None:
                 _publish_circumstances(job)
-            job.progress.job([files.spec.documents[i].n_tokens for i in todo])
+            weight = pair_weight(job.model.skeleton, job.inputs.checkpoint, job.model.layers)
+            job.progress.job([files.spec.documents[i].n_tokens for i in todo], weight)
             for i in todo:
                 watch.go_on()
                 if reason := score_document(job, engine, files, i):

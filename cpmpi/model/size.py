@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from cpmpi.kernels.mask import Mask
-from cpmpi.model.checkpoint import DTYPES, Blueprint
+from cpmpi.model.checkpoint import DTYPES, Blueprint, Checkpoint
 from cpmpi.model.head import decoder_of
-from cpmpi.model.probe import DOCUMENT_TOKENS, probe
+from cpmpi.model.probe import DOCUMENT_TOKENS, Layer, probe
 from cpmpi.model.stages import IN_LAYER
 
 
@@ -76,26 +77,34 @@ def model_size(blueprint: Blueprint, dtype: str = "bfloat16", tokens: int = DOCU
     kinds: Counter[LayerKind] = Counter()
     for heads, rule, _ in probe(causal_lm, tokens):
         kinds[LayerKind(heads.query_heads, heads.kv_heads, heads.key_dim, heads.value_dim, rule.mask)] += 1
-    decoder = decoder_of(causal_lm)
-    experts = next(
-        (n for k in ("num_local_experts", "num_experts", "n_routed_experts") if (n := blueprint.text_config_value(k))),
-        1,
-    )
-    chosen = blueprint.text_config_value("num_experts_per_tok") or experts
-    active = 0.0
-    tables = {id(m.weight) for m in causal_lm.modules() if isinstance(m, torch.nn.Embedding)}
-    for name, parameter in decoder.named_parameters():
-        if parameter.ndim >= 2 and id(parameter) not in tables:
-            active += parameter.numel() * (chosen / experts if ".experts." in name else 1.0)
     vocabulary, hidden = blueprint.vocab_size, int(blueprint.text_config_value("hidden_size"))
     largest = sorted(kinds.items(), key=lambda entry: (entry[0].mask != Mask(), -entry[0].query_heads))
     return ModelSize(
         name=f"{blueprint.config.model_type}, {sum(kinds.values())} layers", layers=tuple(largest),
-        parameters=sum(p.numel() for p in causal_lm.parameters()), active=round(active),
+        parameters=sum(p.numel() for p in causal_lm.parameters()), active=active_parameters(causal_lm, blueprint),
         outside=sum(p.numel() for name, p in causal_lm.named_parameters() if not IN_LAYER.search(name)),
         head=vocabulary * hidden, hidden=hidden, vocabulary=vocabulary, inner=inner_width(causal_lm),
         max_positions=blueprint.max_positions,
     )  # fmt: skip
+
+
+def active_parameters(causal_lm: torch.nn.Module, checkpoint: Checkpoint) -> int:
+    """Parameters that multiply each token's state in the decoder; of experts, those that a token goes to."""
+    counts = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((n for name in counts if (n := checkpoint.text_config_value(name))), 1)
+    chosen = checkpoint.text_config_value("num_experts_per_tok") or experts
+    tables = {id(m.weight) for m in causal_lm.modules() if isinstance(m, torch.nn.Embedding)}
+    active = 0.0
+    for name, parameter in decoder_of(causal_lm).named_parameters():
+        if parameter.ndim >= 2 and id(parameter) not in tables:
+            active += parameter.numel() * (chosen / experts if ".experts." in name else 1.0)
+    return round(active)
+
+
+def pair_weight(causal_lm: torch.nn.Module, checkpoint: Checkpoint, layers: Sequence[Layer]) -> float:
+    """Arithmetic of attention for a pair of tokens over that of everything else for one token, in all layers."""
+    pair = sum(2 * layer.heads.query_heads * (layer.heads.key_dim + layer.heads.value_dim) for layer in layers)
+    return pair / (2 * max(1, active_parameters(causal_lm, checkpoint)))
 
 
 def inner_width(causal_lm: torch.nn.Module) -> int:
