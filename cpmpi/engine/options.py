@@ -56,8 +56,6 @@ class ModelOptions:
     check_finite: bool = option(False, "Stop at NaN or infinities in weights or layers, by name.", flag=True)
     chunk_tokens: int = option(1024, "Tokens per pass through a layer.", least=1)
     allow_longer: bool = option(False, "Allow documents beyond the checkpoint's position limit.", flag=True)
-    trace: Path | None = option(None, "Write what every rank did when, for chrome://tracing.", metavar="FILE")
-    plot: Path | None = option(None, "Draw it: FILE.png, FILE.svg or FILE.pdf.", metavar="FILE")
     quiet: bool = option(False, "No progress, results only.", flag=True)
     command: str = option("", "The command line, for the record.", command_line=False)
 
@@ -110,6 +108,8 @@ class JobOptions(ModelOptions):
         metavar="auto|MINUTES|off",
     )  # fmt: skip
     grace: int = option(100, "Seconds from SIGTERM or SIGUSR1 until the job must have ended.", least=0)
+    trace: Path | None = option(None, "Write what every rank did when, for chrome://tracing.", metavar="FILE")
+    plot: Path | None = option(None, "Draw it: FILE.png, FILE.svg or FILE.pdf.", metavar="FILE")
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
 
 
