@@ -87,6 +87,7 @@ def test_answers_equal_the_whole_text_from_scratch(ranks, tmp_path):
     from transformers import AutoModelForCausalLM
 
     import cpmpi
+    from cpmpi.errors import UserError
 
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)
@@ -119,6 +120,14 @@ def test_answers_equal_the_whole_text_from_scratch(ranks, tmp_path):
                 for which, (logprobs, greedy) in expected.items():
                     assert np.abs(found[which].logprobs - logprobs).max() <= 1e-4, (kind, which)
                     assert (found[which].greedy == greedy).all(), (kind, which)
+        extension = extension_of(comm, folder, run, "tree", True)
+        extension.engine.check_finite = True
+        with torch.no_grad():
+            extension.engine.weights.model.model.layers[1].mlp.down_proj.weight.fill_(np.nan)
+        with pytest.raises(UserError, match=r"output of layers\.1: \d+ of \d+ numbers are NaN"):
+            extension.score(questions)
+        extension.engine.transport.close()
+        extension.context.close()
 
 
 def test_answers_are_dealt_evenly_and_stems_counted_once_a_holder():
@@ -326,6 +335,12 @@ def test_what_cannot_be_continued_is_refused(tmp_path, capsys):
             assert re.match(f"error: .*{reason}", told), told
             assert told.count("\n") == 1
             assert not (folder / "out").exists()
+    words = ["--input", f"{folder}/lines.jsonl", "--model", f"{folder}/model", "--run", f"{folder}/run/run.h5"]
+    status, told = call(["extend", "--quiet", *words, "--output", f"{folder}/run", "--overwrite"], capsys)
+    assert status == 1  # whatever name the stored run goes by, it is not deleted
+    if comm.rank == 0:
+        assert re.match("error: --output .* is the run with the stored documents", told), told
+        assert (folder / "run" / "run.h5").exists()
     words = ["generate", "--quiet", "--model", f"{folder}/model", "--run", f"{folder}/run", "--prompt", "x"]
     for more, reason in ((["--top-p", "2"], "--top-p 2.0: must be above 0 and at most 1"), ([], "no tokenizer there")):
         status, told = call([*words, *more], capsys)

@@ -14,7 +14,7 @@ import torch
 
 from cpmpi.attention.layout import Layout
 from cpmpi.comm.device import available_bytes, resident_set_bytes
-from cpmpi.comm.ranks import Ranks
+from cpmpi.comm.ranks import AgreedError, Ranks
 from cpmpi.cost.choose import choose_schedule
 from cpmpi.cost.memory import Memory, choose_residence
 from cpmpi.engine.extend import Extension
@@ -95,23 +95,29 @@ def context_of(document: Document, upto: int | None, source: str) -> Context:
     return Context(document=document.index, n_tokens=upto - 1, upto=upto)
 
 
-def open_stored(options: ContextOptions, ranks: Ranks) -> tuple[Run, Checkpoint]:
-    """The run, opened by every rank, and the checkpoint that made it. Collective."""
+@contextmanager
+def open_stored(options: ContextOptions, ranks: Ranks) -> Iterator[tuple[Run, Checkpoint]]:
+    """The run, opened by every rank, and the checkpoint that made it. Collective.
+
+    Raises:
+        UserError: there is no run, it keeps no keys and values, or it was made with another model or tokenizer.
+    """
     run: Run = ranks.together(open_run, options.run)
-    checkpoint = ranks.together(Checkpoint, options.model)
-
-    def check() -> None:
+    with run:
+        checkpoint = ranks.together(Checkpoint, options.model)
         if run.kv_dtype is None:
-            raise UserError(f"{options.run}: keeps no keys and values (it was made by `cpmpi score`); prefill it")
-        for name, digest in (("model", model_sha256), ("tokenizer", tokenizer_sha256)):
-            if (found := digest(checkpoint.folder)) != (made := run.attributes[f"{name}_sha256"]):
-                raise UserError(
-                    f"{options.model}: its {name} has the digest {found[:12]}, but {options.run} was made with another "
-                    f"one ({made[:12]})"
+            raise AgreedError(f"{options.run}: keeps no keys and values (it was made by `cpmpi score`); prefill it")
+        found = {
+            "tokenizer": ranks.on_root(tokenizer_sha256, checkpoint.folder),
+            "model": model_sha256(checkpoint.folder, ranks),  # the ranks read a share of the weights each
+        }
+        for name, digest in found.items():
+            if digest != (made := run.attributes[f"{name}_sha256"]):
+                raise AgreedError(
+                    f"{options.model}: its {name} has the digest {digest[:12]}, but {options.run} was made with "
+                    f"another one ({made[:12]})"
                 )
-
-    ranks.on_root(check)
-    return run, checkpoint
+        yield run, checkpoint
 
 
 def prepare_contexts(

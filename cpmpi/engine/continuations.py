@@ -63,7 +63,12 @@ def extend(options: ExtendOptions) -> Extended:
     ranks = start()
     began = time.perf_counter()
     ranks.on_root(_check_output, options)
-    run, checkpoint = open_stored(options, ranks)
+    with open_stored(options, ranks) as (run, checkpoint):
+        return _extend(options, ranks, run, checkpoint, began)
+
+
+def _extend(options: ExtendOptions, ranks: Ranks, run: Run, checkpoint: Checkpoint, began: float) -> Extended:
+    """Score the continuations of an open run. Collective."""
     continuations = ranks.on_root(
         read_continuations, options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size
     )
@@ -159,9 +164,12 @@ def _introduce(job: ContextJob, asked: Sequence[Asked], continuations: Sequence[
 
 
 def _check_output(options: ExtendOptions) -> None:
-    """Refuse an output folder that holds a run, unless it is to be overwritten: scores are made in one piece."""
+    """Refuse an output folder that holds a run, unless it is to be overwritten: scores are made in one piece.
+
+    The run with the stored documents is never overwritten, however it is named.
+    """
     folder.check_folder(options.output, overwrite=options.overwrite)
-    if options.output.resolve() == options.run.resolve():
+    if options.output.resolve() == RunPaths.of(options.run).folder.resolve():
         raise UserError(f"--output {options.output} is the run with the stored documents; choose another folder")
     if RunPaths(options.output).index.exists() and not options.overwrite:
         raise UserError(f"{options.output}: holds a run already; choose another --output, or --overwrite")

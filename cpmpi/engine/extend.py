@@ -10,6 +10,7 @@ Legend: C tokens of a branch, H query heads, G KV heads, D key head dim, E value
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -24,6 +25,7 @@ from cpmpi.attention.layout import Dealt, Piece
 from cpmpi.engine.score import Engine
 from cpmpi.kernels.partial import Partial
 from cpmpi.model.attention_call import Call, rule_of
+from cpmpi.model.finite import finite, finite_layers
 from cpmpi.model.forward import Chunk, layer_major
 from cpmpi.model.head import Head, decoder_of
 from cpmpi.run.cache import StoredKeys
@@ -174,9 +176,13 @@ class Extension:
             chunks = [Chunk(torch.zeros(1, dtype=torch.int64, device=device), self.n_tokens)]
         longest = max(run.stop for runs in placed.runs for run in runs)
         weights.enter(0)
-        attend = partial(self.attend, branches, placed, longest)
-        states = layer_major(decoder_of(weights.model), chunks, longest, attend)
+        attend, decoder = partial(self.attend, branches, placed, longest), decoder_of(weights.model)
+        with finite_layers(decoder) if self.engine.check_finite else nullcontext():
+            states = layer_major(decoder, chunks, longest, attend)
         weights.close()
+        if self.engine.check_finite:
+            for branch, hidden_CD in zip(branches, states, strict=False):
+                finite(hidden_CD, f"output of the final norm, tokens {branch.start} to {branch.run.stop - 1}")
         return states
 
     def attend(

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from cpmpi.comm.ranks import start
+from cpmpi.comm.ranks import Ranks, start
 from cpmpi.documents.tokenization import load_tokenizer, tokenize
 from cpmpi.engine.contexts import ContextJob, context_of, find_document, open_context, open_stored, prepare_contexts
 from cpmpi.engine.decode import Decoding, TokenIds
 from cpmpi.engine.options import GenerateOptions
 from cpmpi.engine.run import load_engine
 from cpmpi.errors import UserError
+from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.sampling import Sampling
 from cpmpi.run.reader import Run
 
@@ -83,7 +84,14 @@ def generate(options: GenerateOptions, show: Show = lambda _, __: None) -> Answe
     ranks = start()
     wanted = {each.name: getattr(options, each.name) for each in fields(Sampling)}
     sampling = ranks.together(Sampling, **wanted)
-    run, checkpoint = open_stored(options, ranks)
+    with open_stored(options, ranks) as (run, checkpoint):
+        return _generate(options, ranks, run, checkpoint, sampling, show)
+
+
+def _generate(
+    options: GenerateOptions, ranks: Ranks, run: Run, checkpoint: Checkpoint, sampling: Sampling, show: Show
+) -> Answered:
+    """Answer the prompts from a document of an open run. Collective."""
     document = ranks.together(find_document, run, ranks.together(_document_id, options, run), "--document")
     tokenizer = ranks.together(load_tokenizer, checkpoint.folder)
     prompts = ranks.together(_prompt_ids, options, tokenizer)
@@ -143,7 +151,7 @@ def _prompt_ids(options: GenerateOptions, tokenizer: Any) -> list[TokenIds]:
     return found
 
 
-def _end_tokens(checkpoint: Any) -> frozenset[int]:
+def _end_tokens(checkpoint: Checkpoint) -> frozenset[int]:
     """The tokens that end a text, as the checkpoint says."""
     from transformers import GenerationConfig
 

@@ -74,8 +74,7 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
         if todo:
             checkpoints = stack.enter_context(make_checkpoints(job, files, stop).opened())
             engine = stack.enter_context(load_engine(job, recorder, checkpoints))
-            if files.index is not None:
-                _publish_circumstances(job)
+            job.ranks.on_root(_publish_circumstances, job)
             weight = pair_weight(job.model.skeleton, job.inputs.checkpoint, job.model.layers)
             job.progress.job([files.spec.documents[i].n_tokens for i in todo], weight)
             for i in todo:
@@ -87,8 +86,7 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
                 job.progress.done(files.spec.documents[i].n_tokens)
                 watch.document_done()
             job.progress.close()
-        if files.index is not None:
-            files.index.finish()
+        job.ranks.on_root(lambda: files.index.finish() if files.index is not None else None)
     return Outcome(job=job, seconds=seconds, failed=failed)
 
 

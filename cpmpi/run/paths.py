@@ -28,6 +28,11 @@ class RunPaths:
         """``run.h5``: metadata, outputs and virtual datasets; what anyone opens."""
         return self.folder / "run.h5"
 
+    @classmethod
+    def of(cls, path: Path) -> RunPaths:
+        """Of a run that is named by its folder, or by the ``run.h5`` in it."""
+        return cls(path.parent if path.name == "run.h5" else path)
+
     @property
     def shards(self) -> Path:
         """The folder of the shard files; absent when the run keeps no KV."""

@@ -45,12 +45,11 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         """Open the run in the folder ``path``."""
-        folder = path.parent if path.name == "run.h5" else path
-        with saying(folder, "cannot be looked into"):
-            found = RunPaths(folder).index.exists()
+        self.paths = RunPaths.of(path)
+        with saying(self.paths.folder, "cannot be looked into"):
+            found = self.paths.index.exists()
         if not found:
-            raise UserError(f"{folder}: no run here (no run.h5)")
-        self.paths = RunPaths(folder)
+            raise UserError(f"{self.paths.folder}: no run here (no run.h5)")
         self.file = open_file(self.paths.index)
         self._shards: dict[tuple[int, int], ShardFile] = {}
         try:
