@@ -53,7 +53,7 @@ def job_scorer(folder: Path, dtype: str) -> Callable[[int], None]:
     from cpmpi.comm.transport import MPITransport
     from cpmpi.engine.score import Engine
     from cpmpi.model.checkpoint import Checkpoint
-    from cpmpi.model.linear import use_fast_products
+    from cpmpi.model.linear import choose_products, use_products
     from cpmpi.model.probe import backends_of, probe
 
     ranks, device = start(), torch.device("cpu")
@@ -63,7 +63,9 @@ def job_scorer(folder: Path, dtype: str) -> Callable[[int], None]:
     backends = backends_of(layers, device, ranks)
     print(f"{dtype}: kernel {backends[0].name}: {backends[0].reason}", flush=True)
     weights = checkpoint.weights(checkpoint.reader(skeleton, device), stream=False)
-    print(use_fast_products(weights.model, device, ranks))
+    chosen = choose_products(weights.model, device, ranks)
+    use_products(weights.model, chosen)
+    print(chosen)
     engine = Engine(
         rank=0, layers=layers, weights=weights,
         schedule=Schedule(kind="ring", nodes=[[0]], parents=[None]), transport=MPITransport(ranks.comm),

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear as torch_linear
 
+TORCH, ONEDNN = "torch", "oneDNN"
 TOKENS, LARGEST = 256, 2048  # of the products that are timed: rows, and at most so many inputs and outputs
 TURNS = 4  # the first one warms up, the fastest of the others counts
 TOLERANCE = 1e-5
@@ -26,24 +27,30 @@ def onednn_linear(x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Ten
     return y_TN
 
 
-def onednn_gain(inputs: int, outputs: int) -> float:
-    """How many times faster oneDNN multiplies than torch on this machine; 0 where it does not, or not exactly.
-
-    Takes turns on a product of this shape, or of the largest one that takes some milliseconds.
-    """
-    generator = torch.Generator().manual_seed(0)
-    x_TK = torch.randn(TOKENS, min(inputs, LARGEST), generator=generator)
-    weight_NK = torch.randn(min(outputs, LARGEST), x_TK.shape[1], generator=generator)
+def onednn_works(inputs: int, outputs: int) -> bool:
+    """Whether oneDNN multiplies on this machine, in float32 as it should."""
+    x_TK, weight_NK = _factors(inputs, outputs)
     try:
         error = onednn_linear(x_TK, weight_NK).double() - x_TK.double() @ weight_NK.double().T
     except (RuntimeError, NotImplementedError, AttributeError):
-        return 0.0
-    if not float(error.abs().max()) <= TOLERANCE * x_TK.shape[1] ** 0.5:
-        return 0.0
-    ways: tuple[Callable[..., torch.Tensor], ...] = (torch_linear, onednn_linear)
-    turns = [[_seconds(way, x_TK, weight_NK) for way in ways] for _ in range(TURNS)][1:]
-    theirs, ours = (min(times) for times in zip(*turns, strict=True))
-    return float(theirs / ours)
+        return False
+    return bool(error.abs().max() <= TOLERANCE * x_TK.shape[1] ** 0.5)
+
+
+def product_rates(inputs: int, outputs: int) -> dict[str, float]:
+    """FLOP/s of both libraries on this machine, which take turns."""
+    x_TK, weight_NK = _factors(inputs, outputs)
+    ways: dict[str, Callable[..., torch.Tensor]] = {TORCH: torch_linear, ONEDNN: onednn_linear}
+    turns = [[_seconds(way, x_TK, weight_NK) for way in ways.values()] for _ in range(TURNS)][1:]
+    flops = 2.0 * x_TK.numel() * len(weight_NK)
+    return {name: flops / min(times) for name, times in zip(ways, zip(*turns, strict=True), strict=True)}
+
+
+def _factors(inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a product of this shape, or of the largest one that takes some milliseconds; the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    x_TK = torch.randn(TOKENS, min(inputs, LARGEST), generator=generator)
+    return x_TK, torch.randn(min(outputs, LARGEST), x_TK.shape[1], generator=generator)
 
 
 def _seconds(way: Callable[..., torch.Tensor], x_TK: torch.Tensor, weight_NK: torch.Tensor) -> float:

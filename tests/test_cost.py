@@ -19,6 +19,7 @@ from cpmpi.cost.price import price
 from cpmpi.cost.rates import Rates
 from cpmpi.cost.shape import AttentionShape
 from cpmpi.cost.simulate import Sizes, attend_seconds, play
+from cpmpi.cost.workload import Workload
 from cpmpi.errors import UserError
 from cpmpi.kernels.mask import Mask
 from cpmpi.kernels.select import named
@@ -278,10 +279,11 @@ def test_a_bug_while_pricing_is_no_schedule_that_was_not_priced(monkeypatch):
     monkeypatch.setattr(module, "measure_together", lambda *_: GPU)
 
     def chosen(topology):
-        return module.choose_schedule(
-            Alone(), topology, "auto", (layer,), (named("reference"),), tokens=100, segments=2,
-            device=torch.device("cpu"), grid=Grid(),
+        work = Workload(
+            layers=(layer,), backends=(named("reference"),), tokens=100, segments=2, device=torch.device("cpu"),
+            grid=Grid(),
         )  # fmt: skip
+        return module.choose_schedule(Alone(), topology, "auto", work)
 
     known = synthetic("machine=cpu-2s,nodes=2,ranks=2")
     assert chosen(known)[1].endswith("(expected for each layer)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,22 +42,68 @@ def model() -> Any:
     )
 
 
-def ranks(*others: float) -> Any:
-    return SimpleNamespace(comm=SimpleNamespace(allgather=lambda mine: [mine, *others]))
+class Two:
+    """Two ranks seen from the first; the other has its own answer to what is asked of all."""
+
+    def __init__(self, *others: Any) -> None:
+        self.others, self.comm = others, self
+
+    def allgather(self, mine: Any) -> list[Any]:
+        return [mine, *self.others]
+
+    def gather(self, mine: Any) -> list[Any]:
+        return [mine, *([mine] if isinstance(mine, str) else self.others)]
+
+    def on_root(self, work: Any, *args: Any) -> Any:
+        return work(*args)
 
 
 def taken(made: Any) -> list[str]:
     return [name for name, module in made.items() if "forward" in module.__dict__]
 
 
-def test_plain_float32_layers_change_where_every_rank_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "onednn_gain", lambda inputs, outputs: 2.0)
+def rates(gain: float) -> dict[str, float]:
+    return {"torch": 1e9, "oneDNN": gain * 1e9}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
+    """The gains that are measured here, the next one last."""
+    gains: list[float] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(linear, "onednn_works", lambda *_: True)
+    monkeypatch.setattr(linear, "product_rates", lambda *_: rates(gains.pop()))
+    return gains
+
+
+def test_the_slowest_rank_decides_and_is_remembered(measured: list[float]) -> None:
+    measured += [2.0]
+    chosen = linear.choose_products(model(), CPU, Two(rates(1.1)))  # type: ignore[arg-type]
+    assert str(chosen) == "products: torch, oneDNN is 1.10 times as fast"
+    again = linear.choose_products(model(), CPU, Two(rates(9.0)))  # type: ignore[arg-type]
+    assert str(again) == "products: torch, oneDNN is 1.10 times as fast, measured by an earlier job"
+
+
+def test_a_run_goes_on_as_it_was_begun(measured: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in ("torch", "oneDNN"):  # nothing is measured
+        chosen = linear.choose_products(model(), CPU, Two(True), recorded=library)  # type: ignore[arg-type]
+        assert str(chosen) == f"products: {library}, as the run was begun"
+    measured += [3.0]
+    unknown = linear.choose_products(model(), CPU, Two(rates(3.0)), recorded="another")  # type: ignore[arg-type]
+    assert unknown.library == "oneDNN"
+    missing = linear.choose_products(model(), CPU, Two(False), recorded="oneDNN")  # type: ignore[arg-type]
+    assert missing.library == "torch"
+    assert missing.reason == "oneDNN is missing or not exact here; the run was begun with oneDNN"
+    other = linear.choose_products(model(), torch.device("meta"), Two())  # type: ignore[arg-type]
+    assert other.library == "torch"
+
+
+def test_plain_float32_layers_change(monkeypatch: pytest.MonkeyPatch) -> None:
     made, x = model(), torch.randn(3, 8)
     before = made["plain"](x)
-    assert linear.use_fast_products(made, CPU, ranks(1.1)) == "products: torch's own (oneDNN's: 1.10 times as fast)"
+    linear.use_products(made, linear.Products(library="torch", reason=""))
     assert taken(made) == []
-    said = linear.use_fast_products(made, CPU, ranks(3.0))
-    assert said == "products: oneDNN's, 2.00 times as fast as torch's own"
+    linear.use_products(made, linear.Products(library="oneDNN", reason=""))
     assert taken(made) == ["plain"]
     seen: list[Any] = []
     true = products.onednn_linear
@@ -72,11 +118,11 @@ def test_plain_float32_layers_change_where_every_rank_gains(monkeypatch: pytest.
     with torch.no_grad():
         made["plain"].weight = torch.nn.Parameter(torch.zeros(6, 8))  # as streamed weights come and go
         torch.testing.assert_close(made["plain"](x), made["plain"].bias.expand(3, 6))
-    assert linear.use_fast_products(model(), torch.device("meta"), ranks()) == "products: torch's own"
 
 
-def test_a_wrong_or_missing_library_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert products.onednn_gain(64, 48) > 0
+def test_a_wrong_or_missing_library_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert products.onednn_works(64, 48)
+    assert all(rate > 0 for rate in products.product_rates(64, 48).values())
 
     def missing(*_: Any) -> torch.Tensor:
         raise NotImplementedError("no such operator")
@@ -84,4 +130,4 @@ def test_a_wrong_or_missing_library_gains_nothing(monkeypatch: pytest.MonkeyPatc
     true = products.onednn_linear
     for wrong in (missing, lambda x, w: true(x.bfloat16().float(), w), lambda x, w: true(x, w) * float("nan")):
         monkeypatch.setattr(products, "onednn_linear", wrong)
-        assert products.onednn_gain(64, 48) == 0.0
+        assert not products.onednn_works(64, 48)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from cpmpi.comm.control_groups import CONTROL_GROUPS, cpu_limits, memory_limits
-from cpmpi.comm.device import available_bytes, choose_device, set_threads
+from cpmpi.comm.device import choose_device, private_bytes, resident_set_bytes, room_of, set_threads
 from cpmpi.comm.ranks import start
 from cpmpi.errors import UserError
 
@@ -75,7 +76,18 @@ def test_ranks_share_the_cores_and_the_memory(monkeypatch):
         pytest.skip("one core")
     assert set_threads(ranks) == len(cores) // 2
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < available_bytes(ranks, cpu) <= total / 2
+    free = int(re.search(r"MemFree:\s*(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    before, held = room_of(ranks, cpu), private_bytes()
+    assert free / 2 < before.bytes <= total / 2 or memory_limits(Path("/proc/self/cgroup").read_text())
+    assert before.host_bytes is None
+    assert held < before.program_bytes <= resident_set_bytes()
+    monkeypatch.setattr("cpmpi.comm.device.node_memory_bytes", lambda held: held)
+    taken = bytearray(1 << 28)  # what a rank takes is in what it can have as before: it is counted once
+    taken[:: 1 << 12] = b"x" * len(taken[:: 1 << 12])
+    alone = room_of(ranks, cpu).bytes
+    assert abs(alone - (held + (1 << 28))) < 1 << 26, (alone, held)
+    ranks.comm.Barrier()
+    del taken
     try:
         os.sched_setaffinity(0, cores[ranks.rank :: 2])
         assert set_threads(ranks) == len(cores[ranks.rank :: 2])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cpmpi.comm.device import Room
 from cpmpi.cost.memory import choose_residence
 from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
@@ -215,19 +216,39 @@ def load(folder, stream, **options):
 
 def test_the_plan_keeps_weights_where_they_fit():
     weights = WeightBytes(total=10**12, lasting=10**10, streamed=10**9)
-    plenty, little = 10**13, 10**11
-    assert not choose_residence({}, weights, choice="auto", limit=None, available=plenty).stream
-    assert choose_residence({}, weights, choice="auto", limit=None, available=little).stream
-    assert choose_residence({}, weights, choice="auto", limit=little, available=plenty).stream
-    assert choose_residence({}, weights, choice="stream", limit=None, available=plenty).stream
-    assert "warning: a rank can have 100.00 GB here" in str(
-        choose_residence({}, weights, choice="resident", limit=None, available=little)
-    )
-    assert "warning" not in str(choose_residence({}, weights, choice="auto", limit=None, available=little))
+    plenty, little = Room(bytes=10**13), Room(bytes=10**11)
+
+    def chosen(choice, limit, room, **parts):
+        return choose_residence(parts, weights, choice=choice, limit=limit, room=room)
+
+    assert not chosen("auto", None, plenty).stream
+    assert chosen("auto", None, little).stream
+    assert chosen("auto", little.bytes, plenty).stream
+    assert chosen("stream", None, plenty).stream
+    assert "warning: a rank can have 100.00 GB here" in str(chosen("resident", None, little))
+    assert "warning" not in str(chosen("auto", None, little))
     with pytest.raises(UserError, match=r"resident needs at least 100\d\.\d\d GB, --weights stream 11\.\d\d GB"):
-        choose_residence({}, weights, choice="resident", limit=little, available=plenty)
+        chosen("resident", little.bytes, plenty)
     with pytest.raises(UserError, match=r"--memory-limit 1\.00 GB .* stream needs at least 11\.\d\d GB"):
-        choose_residence({}, weights, choice="auto", limit=10**9, available=plenty)
+        chosen("auto", 10**9, plenty)
+
+
+def test_what_is_in_the_node_s_memory_does_not_count_against_a_device():
+    weights = WeightBytes(total=10**10, lasting=10**9, streamed=10**9)
+    parts = {"KV writer": 8 * 10**9, "logits": 10**9}
+    on_cpu = choose_residence(
+        parts, weights, choice="auto", limit=None, room=Room(bytes=20 * 10**9, program_bytes=2 * 10**9)
+    )  # fmt: skip
+    assert on_cpu.parts == {"program": 2 * 10**9, **parts, "weights": 2 * 10**9}
+    assert (on_cpu.stream, on_cpu.host_parts, on_cpu.total) == (True, {}, 13 * 10**9)
+    room = Room(bytes=12 * 10**9, host_bytes=9 * 10**9, program_bytes=2 * 10**9)
+    on_gpu = choose_residence(parts, weights, choice="auto", limit=None, room=room)
+    assert (on_gpu.stream, on_gpu.parts) == (False, {"logits": 10**9, "weights": 10**10})
+    assert on_gpu.host_parts == {"program": 2 * 10**9, "KV writer": 8 * 10**9}
+    assert str(on_gpu) == (
+        "memory per rank: about 11.00 GB (weights all in memory; logits 1.00, weights 10.00); of the node's: about "
+        "10.00 GB (program 2.00, KV writer 8.00); warning: a rank can have 9.00 GB here, use more ranks or nodes"
+    )
 
 
 def test_sizes():

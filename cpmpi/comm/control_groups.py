@@ -9,11 +9,15 @@ from pathlib import Path
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
-def node_memory_bytes() -> int:
-    """Memory for all ranks on this node together, the page cache that can be given up included."""
+def node_memory_bytes(held: int = 0) -> int:
+    """Memory for all ranks on this node together, the page cache that can be given up included.
+
+    Args:
+        held: bytes that they have already; what is available comes on top, but a control group's limit is of both.
+    """
     found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
     assert found is not None, "/proc/meminfo: no MemAvailable"
-    return min([int(found[1]) * 1024, *memory_limits(_own_groups())])
+    return min([int(found[1]) * 1024 + held, *memory_limits(_own_groups())])
 
 
 def node_cpus(most: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +50,36 @@ def set_threads(ranks: Ranks) -> int:
     return threads
 
 
-def available_bytes(ranks: Ranks, device: torch.device) -> int:
-    """What this rank can have of its device's memory, or of its node's where ranks compute on the CPU. Collective."""
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """Memory that a rank can have in all, what it holds already included, in bytes.
+
+    Attributes:
+        bytes: where it computes: its share of the node's memory, or of its device's.
+        host_bytes: its share of the node's, where a device has memory of its own; else None.
+        program_bytes: of the node's memory, what this process holds now.
+    """
+
+    bytes: int
+    host_bytes: int | None = None
+    program_bytes: int = 0
+
+
+def room_of(ranks: Ranks, device: torch.device) -> Room:
+    """What this rank can have of its node's memory, and of its device's. Collective."""
     cuda = device.type == "cuda"
-    mine = str(torch.cuda.get_device_properties(device).uuid) if cuda else "the node's"
+    mine = str(torch.cuda.get_device_properties(device).uuid) if cuda else ""
+    reserved = int(torch.cuda.memory_reserved(device)) if cuda else 0
     with node_of(ranks) as node:
-        sharers = node.allgather(mine).count(mine)
-    return (int(torch.cuda.mem_get_info(device)[0]) if cuda else node_memory_bytes()) // sharers
+        beside = node.allgather((private_bytes(), mine, reserved))
+    host = node_memory_bytes(held=sum(held for held, *_ in beside)) // len(beside)
+    if not cuda:
+        return Room(bytes=host, program_bytes=resident_set_bytes())
+    shared = [taken for _, name, taken in beside if name == mine]
+    free = int(torch.cuda.mem_get_info(device)[0])
+    return Room(
+        bytes=(free + sum(shared)) // len(shared), host_bytes=host, program_bytes=resident_set_bytes()
+    )  # fmt: skip
 
 
 @contextmanager
@@ -71,6 +95,21 @@ def node_of(ranks: Ranks) -> Iterator[MPI.Intracomm]:
 
 
 def resident_set_bytes() -> int:
-    """What this process holds in memory now."""
+    """What this process holds in memory now, pages of files that it has mapped included."""
+    return _pages()[0]
+
+
+def private_bytes() -> int:
+    """What this process holds in memory and nobody can take from it: files that it has mapped are not among it, which
+    the system counts as available."""
+    resident, shared = _pages()
+    return resident - shared
+
+
+def _pages() -> tuple[int, int]:
+    """Resident bytes of this process, and those of them that are files' or shared."""
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+    if not statm.exists():
+        return 0, 0
+    resident, shared = (int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in statm.read_text().split()[1:3])
+    return resident, shared

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.schedule import Schedule
@@ -19,10 +18,9 @@ from cpmpi.cost.price import Price, price
 from cpmpi.cost.rates import Rates
 from cpmpi.cost.shape import AttentionShape
 from cpmpi.cost.simulate import Seconds, attend_seconds
+from cpmpi.cost.workload import Workload
 from cpmpi.errors import UserError
-from cpmpi.kernels.backend import Backend
 from cpmpi.kernels.mask import Mask
-from cpmpi.model.probe import Layer
 from cpmpi.text import seconds_text
 from cpmpi.topology.derive import node_order, rings, tree
 from cpmpi.topology.describe import Node, Topology, UnknownBandwidthError
@@ -214,25 +212,23 @@ def head_group(topology: Topology, grid: Grid) -> Topology:
     return replace(topology, nodes=tuple(nodes), measured=tuple(measured))
 
 
-def choose_schedule(
-    ranks: Ranks, topology: Topology, kind: str, layers: tuple[Layer, ...], backends: tuple[Backend, ...], *,
-    tokens: int, segments: int, device: torch.device, grid: Grid, stored: int = 0,
-) -> tuple[Schedule, str]:  # fmt: skip
-    """The schedule of a head group for documents of up to ``tokens`` tokens, and one line that says why. Collective.
-
-    With ``stored`` tokens before them, whose keys and values are there already.
+def choose_schedule(ranks: Ranks, topology: Topology, kind: str, work: Workload) -> tuple[Schedule, str]:
+    """The schedule of a head group for a job's work, and one line that says why. Collective.
 
     ``auto`` prices every kind with this machine's measured links and kernel and takes the cheapest. Where a link's
     bandwidth could not be measured nothing can be priced, and it is the ring.
     """
+    grid, layers = work.grid, work.layers
     places = {grid.rank(0, position): position for position in range(ranks.size // grid.head_groups)}
     if kind != "auto":
         return schedule_on(kind, topology).of(places), f"{kind}: as asked for"
     if len(places) == 1:
         return schedule_on("ring", topology).of(places), f"ring: one rank{' a head group' * (grid.tp > 1)}"
     priced = min(range(len(layers)), key=lambda i: layers[i].rule.mask != Mask())  # one that sees all, where one does
-    shape = shape_of(layers[priced], tokens, segments, grid, stored)
-    measured = measure_together(ranks.comm, backends[priced], layers[priced].heads, device, shape.block(len(places)))
+    shape = work.shape(layers[priced])
+    measured = measure_together(
+        ranks.comm, work.backends[priced], layers[priced].heads, work.device, shape.block(len(places))
+    )  # fmt: skip
 
     def decide() -> tuple[str, str]:
         try:
@@ -243,13 +239,3 @@ def choose_schedule(
 
     kind, reason = ranks.on_root(decide)
     return schedule_on(kind, topology).of(places), reason
-
-
-def shape_of(layer: Layer, tokens: int, segments: int, grid: Grid, stored: int = 0) -> AttentionShape:
-    """A layer's attention over so many tokens, after some whose keys are stored, as a rank of a head group has it."""
-    heads, rule, _ = layer
-    return AttentionShape(
-        new=tokens, stored=stored, query_heads=heads.query_heads, kv_heads=heads.kv_heads, key_dim=heads.key_dim,
-        value_dim=heads.value_dim, itemsize=heads.dtype.itemsize, segments=segments,
-        stored_segments=segments, mask=rule.mask, copies=grid.copies,
-    )  # fmt: skip

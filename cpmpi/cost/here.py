@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cpmpi.comm.control_groups import node_cpus, node_memory_bytes
-from cpmpi.comm.device import resident_set_bytes
+from cpmpi.comm.device import private_bytes, resident_set_bytes
 from cpmpi.comm.ranks import node_name
 from cpmpi.cost.hardware import Hardware
 from cpmpi.errors import UserError
@@ -90,7 +90,9 @@ def hardware_here(work: Work, ranks: int | None, folder: Path) -> tuple[Hardware
         when = f"measured {found['date']} ({file}; without that file it is measured again)"
     if not gpus:  # what measures has no model; this process has
         found["program_bytes"] = max(found["program_bytes"], float(resident_set_bytes()))
-    memory = float(torch.cuda.get_device_properties(0).total_memory) if gpus else node_memory_bytes() / each
+    memory = node_memory_bytes(held=private_bytes()) / each
+    if gpus:
+        memory = float(torch.cuda.get_device_properties(0).total_memory)
     return (
         Hardware(
             name=f"{key['node']}, {found['processor']}", source=when, machine="dgx-h100" if gpus else "cpu-2s",

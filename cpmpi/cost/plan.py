@@ -15,9 +15,10 @@ from cpmpi.attention.grid import Grid, shares_heads
 from cpmpi.choices import AUTO, check_segments
 from cpmpi.cost.choose import Choice, NothingFitsError, choose, head_group
 from cpmpi.cost.hardware import Hardware
-from cpmpi.cost.memory import parts_of
+from cpmpi.cost.memory import apart, parts_of
 from cpmpi.cost.price import Price
 from cpmpi.cost.shape import AttentionShape
+from cpmpi.cost.workload import TokenSizes
 from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import DTYPES
 from cpmpi.model.size import LayerKind, ModelSize
@@ -67,7 +68,8 @@ class Plan:
             sums`` and ``KV writing`` (what of it is not hidden).
         weights_s: reading the weights, once for all documents.
         writing_s: writing keys and values, hidden or not.
-        memory: of the fullest rank by what it is for.
+        memory: of the fullest rank by what it is for, where it computes.
+        host_memory: of the node, for such a rank, where a device has memory of its own.
         kv_bytes, disk_bytes: of the document's keys and values; of all that is written.
         memory_bytes: what a rank has.
         flops: of the document's arithmetic.
@@ -81,6 +83,7 @@ class Plan:
     weights_s: float
     writing_s: float
     memory: dict[str, int]
+    host_memory: dict[str, int]
     kv_bytes: int
     disk_bytes: int
     memory_bytes: int
@@ -129,11 +132,12 @@ def make_plan(model: ModelSize, request: Request, topology: Topology, hardware: 
     last_layer = 1 / model.n_layers
     if kv_bytes:
         seconds["KV writing"] = max(writing_s * last_layer, writing_s - sum(seconds.values()) * (1 - last_layer))
+    memory, host_memory = _memory(model, request, hardware, _rank_tokens(request, topology), resident)
     shapes = [(attention_shape(kind, request), count) for kind, count in model.layers]
     pairs = sum(s.mask.pairs(range(request.tokens), range(request.tokens)) * s.pair_flops * n for s, n in shapes)
     return Plan(
         schedule=choice.schedule.kind, reason=choice.reason, seconds=seconds, writing_s=writing_s, kv_bytes=kv_bytes,
-        memory=_memory(model, request, hardware, _rank_tokens(request, topology), resident),
+        memory=memory, host_memory=host_memory,
         weights_s=model.parameters * DTYPES[request.dtype].itemsize / (hardware.disk_gb_per_s * 1e9),
         disk_bytes=kv_bytes + request.tokens * 8, memory_bytes=available, ranks=topology.world,
         flops=2.0 * (model.active + model.head) * request.tokens + pairs * request.tp, price=prices[0][0],
@@ -148,8 +152,8 @@ def _choose_for_all(
     groups = head_group(topology, grids[0])
     shapes = [(attention_shape(kind, request), count) for kind, count in model.layers]
     kinds = None if request.attention == AUTO else [request.attention]
-    taken = sum(_memory(model, request, hardware, _rank_tokens(request, topology), resident=0).values())
-    room = max(int(hardware.memory_bytes * (1 - DEVICE_SPARE)) - taken, 1)
+    taken, _ = _memory(model, request, hardware, _rank_tokens(request, topology), resident=0)
+    room = max(int(hardware.memory_bytes * (1 - DEVICE_SPARE)) - sum(taken.values()), 1)
     try:
         choice = choose(groups, shapes[0][0], hardware.rates, memory=room, kinds=kinds)
     except NothingFitsError:  # the plan says so, and what it would take
@@ -208,17 +212,21 @@ def grid_of(kind: LayerKind, tp: int) -> Grid:
     return Grid(tp=tp, head_groups=min(tp, kind.kv_heads))
 
 
-def _memory(model: ModelSize, request: Request, hardware: Hardware, rank_tokens: int, resident: int) -> dict[str, int]:
-    """Bytes of a rank by what they are for, as a job states them at its start."""
+def _memory(
+    model: ModelSize, request: Request, hardware: Hardware, rank_tokens: int, resident: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of a rank by what they are for, as a job states them at its start: where it computes, and of the node."""
     shape = max((attention_shape(kind, request) for kind, _ in model.layers), key=lambda s: s.key_bytes)
-    parts = parts_of(
-        shape, tokens=rank_tokens, resident=resident, hidden=model.hidden, inner=model.inner // request.tp,
-        vocabulary=model.vocabulary, chunk_tokens=request.chunk_tokens,
+    sizes = TokenSizes(
+        hidden=model.hidden, inner=model.inner // request.tp, vocabulary=model.vocabulary,
+        chunk_tokens=request.chunk_tokens,
         stored_itemsize=DTYPES[request.kv_dtype].itemsize if request.kv_dtype else 0,
-        checkpoint_token_bytes=model.hidden * shape.itemsize,
+        checkpoint_bytes=model.hidden * shape.itemsize,
     )  # fmt: skip
+    parts = parts_of(shape, sizes, tokens=rank_tokens, resident=resident)
+    own, host = apart(parts, on_device=hardware.device != "cpu")
     program = {"program": int(hardware.program_bytes)} if hardware.program_bytes else {}
-    return {"weights": _weights(model, request.tp) * shape.itemsize, **program, **parts}
+    return {"weights": _weights(model, request.tp) * shape.itemsize, **program, **own}, host
 
 
 def _weights(model: ModelSize, tp: int) -> int:
@@ -246,7 +254,7 @@ def mends(model: ModelSize, request: Request, topology: Topology, hardware: Hard
             # A ring's share of a layer: own queries, partials and keys, and four more shards of keys.
             shape = attention_shape(model.layers[0][0], asked)
             resident = tokens * (shape.query_bytes + shape.partial_bytes + 5 * shape.key_bytes)
-            memory = sum(_memory(model, asked, hardware, tokens, resident).values())
+            memory = sum(_memory(model, asked, hardware, tokens, resident)[0].values())
             if memory <= room:
                 break
             factor *= 2
@@ -282,6 +290,8 @@ def plan_text(p: Plan, model: ModelSize, request: Request, topology: Topology, h
     lines.append(f"  before it: reading the weights {seconds_text(p.weights_s)}{hidden}")
     lines.append(f"memory: {human_bytes(p.needed_bytes)} of {human_bytes(p.memory_bytes)} a rank")
     lines += [f"  {name:<21} {human_bytes(size):>9}" for name, size in p.memory.items()]
+    if on_host := sum(p.host_memory.values()):
+        lines.append(f"memory of the node: {human_bytes(on_host)} a rank ({', '.join(p.host_memory)}) and the program")
     lines.append(f"disk: {human_bytes(p.disk_bytes)}")
     if model.max_positions is not None and request.tokens > model.max_positions:
         lines.append(f"note: the model was made for {model.max_positions:,} positions; jobs need --allow-longer")

@@ -13,19 +13,20 @@ from dataclasses import dataclass, replace
 import torch
 
 from cpmpi.attention.layout import Layout
-from cpmpi.comm.device import available_bytes, resident_set_bytes
+from cpmpi.comm.device import Room, room_of
 from cpmpi.comm.ranks import AgreedError, Ranks
 from cpmpi.cost.choose import choose_schedule
 from cpmpi.cost.memory import Memory, choose_residence
+from cpmpi.engine.circumstances import recorded_products
 from cpmpi.engine.extend import Extension
 from cpmpi.engine.options import ContextOptions
-from cpmpi.engine.prepare import find_place, inspect, progress_of
+from cpmpi.engine.prepare import find_place, inspect, progress_of, workload
 from cpmpi.engine.score import Engine
 from cpmpi.engine.state import Decision, Inputs, Model, Place, Prepared
 from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.fingerprint import model_sha256, tokenizer_sha256
-from cpmpi.model.probe import backends_of
+from cpmpi.model.linear import choose_products
 from cpmpi.model.rotary import same_for
 from cpmpi.model.weights import weight_bytes
 from cpmpi.run.cache import StoredKeys
@@ -53,6 +54,23 @@ class Context:
     def again(self) -> bool:
         """Whether the last token goes through the model again."""
         return self.upto > self.n_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class New:
+    """How many tokens come after how many stored ones.
+
+    Attributes:
+        stored: of the longest context.
+        longest: after it, of one line.
+        at_once: that go through the model in a pass, of all ranks; for these the schedule is chosen.
+        sequences: lines whose new keys and values, of all layers, stay until the end.
+    """
+
+    stored: int
+    longest: int
+    at_once: int
+    sequences: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,76 +138,79 @@ def open_stored(options: ContextOptions, ranks: Ranks) -> Iterator[tuple[Run, Ch
         yield run, checkpoint
 
 
-def prepare_contexts(
-    options: ContextOptions, ranks: Ranks, run: Run, checkpoint: Checkpoint, *, longest: int, new: int, at_once: int
-) -> ContextJob:
-    """A job on contexts of up to ``longest`` tokens, with up to ``new`` after them. Collective.
-
-    A pass takes some ``at_once`` of these tokens through the model, for which the schedule is chosen.
+def prepare_contexts(options: ContextOptions, ranks: Ranks, run: Run, checkpoint: Checkpoint, work: New) -> ContextJob:
+    """A job on stored contexts. Collective.
 
     Raises:
         UserError: something the user can mend.
     """
     if options.dtype == "auto":
         options = replace(options, dtype=str(run.attributes["dtype"]))
-    ranks.together(_check_positions, options, checkpoint, longest, new)
-    inputs = Inputs(checkpoint=checkpoint, documents=(), longest=longest + new)
+    ranks.together(_check_positions, options, checkpoint, work)
+    inputs = Inputs(checkpoint=checkpoint, documents=(), longest=work.stored + work.longest)
     model = inspect(options, ranks, inputs)
-    ranks.together(_check_rotary, model, longest, new)
+    ranks.together(_check_rotary, model, work)
     place = find_place(options, ranks, inputs, model)
-    backends = backends_of(place.layers, model.device, place.ranks)
-    schedule, reason = choose_schedule(
-        place.ranks, place.topology, options.attention, place.layers, backends, tokens=at_once, stored=longest,
-        segments=options.segments, device=model.device, grid=place.grid,
+    computed = workload(options, model, place, tokens=work.at_once, stored=work.stored)
+    schedule, reason = choose_schedule(place.ranks, place.topology, options.attention, computed)
+    room = room_of(place.ranks, model.device)
+    memory, resident = place.ranks.together(_residence, options, place, work, room)
+    products = choose_products(
+        place.skeleton, model.device, place.ranks, recorded=place.ranks.on_root(recorded_products, options.run)
     )  # fmt: skip
-    memory, resident = place.ranks.together(_residence, options, model, place, longest, new)
-    decision = Decision(schedule=schedule, reason=reason, backends=backends, memory=memory)
+    decision = Decision(
+        schedule=schedule, reason=reason, backends=computed.backends, products=products, memory=memory
+    )  # fmt: skip
     return ContextJob(
         options=options, run=run, inputs=inputs, model=model, place=place, decision=decision, resident=resident,
         progress=progress_of(options, place.ranks),
     )  # fmt: skip
 
 
-def _check_positions(options: ContextOptions, checkpoint: Checkpoint, longest: int, new: int) -> None:
+def _check_positions(options: ContextOptions, checkpoint: Checkpoint, work: New) -> None:
     limit = checkpoint.max_positions
-    if limit is not None and longest + new > limit and not options.allow_longer:
+    if limit is not None and work.stored + work.longest > limit and not options.allow_longer:
         raise UserError(
-            f"{longest} stored tokens and up to {new} after them are more than the {limit} positions that "
+            f"{work.stored} stored tokens and up to {work.longest} after them are more than the {limit} positions that "
             f"{checkpoint.folder} was made for (max_position_embeddings); --allow-longer goes on all the same"
         )
 
 
-def _check_rotary(model: Model, longest: int, new: int) -> None:
-    if not same_for(model.skeleton, (longest, longest + new)):
+def _check_rotary(model: Model, work: New) -> None:
+    if not same_for(model.skeleton, (work.stored, work.stored + work.longest)):
         raise UserError(
-            f"the rotary embeddings of this model depend on the document's length: keys of {longest} tokens are not "
-            f"those of {longest + new}; prefill the whole text instead"
+            f"the rotary embeddings of this model depend on the document's length: keys of {work.stored} tokens are "
+            f"not those of {work.stored + work.longest}; prefill the whole text instead"
         )
 
 
-def _residence(options: ContextOptions, model: Model, place: Place, longest: int, new: int) -> tuple[Memory, bool]:
-    """What a rank needs, and whether stored keys and values stay in memory. Collective."""
+def _residence(options: ContextOptions, place: Place, work: New, room: Room) -> tuple[Memory, bool]:
+    """What a rank needs, and whether stored keys and values stay in memory."""
     positions = place.ranks.size // place.grid.head_groups
+    holders = place.ranks.size // place.grid.tp
+    stored, grown = -(-work.stored // positions), -(-work.sequences // holders) * work.longest
     token_bytes = [h.kv_heads * (h.key_dim + h.value_dim) * h.dtype.itemsize for h, *_ in place.layers]
-    available = available_bytes(place.ranks, model.device)
-    program = resident_set_bytes() if model.device.type == "cpu" else 0
+    two_layers = sum(sorted(token_bytes)[-2:])  # the one that is attended to, and the next, which is being read
 
-    def held(layers: list[int]) -> Memory:
+    def held(stored_bytes: int) -> Memory:
         parts = {
-            "stored keys and values": -(-longest // positions) * sum(layers),
-            "continuations": new * 4 * sum(sorted(token_bytes)[-2:]),
+            "stored keys and values": stored * stored_bytes,
+            "new keys and values": 4 * work.longest * two_layers + grown * sum(token_bytes),
         }
         return choose_residence(
-            parts, weight_bytes(place.reader), choice=options.weights, limit=options.memory_limit,
-            available=available, program=program,
+            parts, weight_bytes(place.reader), choice=options.weights, limit=options.memory_limit, room=room
         )  # fmt: skip
 
-    mapped = sorted(token_bytes)[-2:]
-    if options.kv == "auto":
-        whole = held(token_bytes) if options.memory_limit is None else held(mapped)
-        fits = whole.total <= available and options.memory_limit is None
-        return (whole, True) if fits else (held(mapped), False)
-    return held(token_bytes if options.kv == "memory" else mapped), options.kv == "memory"
+    if options.kv != "auto":
+        resident = options.kv == "memory"
+        return held(sum(token_bytes) if resident else two_layers), resident
+    mapped = held(two_layers)
+    more = stored * (sum(token_bytes) - two_layers)
+    most = room.bytes if options.memory_limit is None else options.memory_limit
+    weights = weight_bytes(place.reader)
+    least = mapped.total - mapped.parts["weights"] + more
+    least += weights.total if options.weights == "resident" else weights.lasting + weights.streamed
+    return (held(sum(token_bytes)), True) if least <= most else (mapped, False)
 
 
 @contextmanager

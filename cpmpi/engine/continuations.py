@@ -17,6 +17,7 @@ from cpmpi.engine.contexts import (
     BATCH_TOKENS,
     Context,
     ContextJob,
+    New,
     context_of,
     find_document,
     open_context,
@@ -77,7 +78,7 @@ def _extend(options: ExtendOptions, ranks: Ranks, run: Run, checkpoint: Checkpoi
     most = max(len(c.stem) + max(map(len, c.answers)) for c in continuations)
     whole = sum(len(c.stem) + sum(map(len, c.answers)) for c in continuations)
     at_once = max(most, min(whole, BATCH_TOKENS * ranks.size))
-    job = prepare_contexts(options, ranks, run, checkpoint, longest=longest, new=most, at_once=at_once)
+    job = prepare_contexts(options, ranks, run, checkpoint, New(stored=longest, longest=most, at_once=at_once))
     _introduce(job, asked, continuations, _merging(ranks, run, checkpoint, continuations))
     scores: dict[tuple[int, int], Scored] = {}
     with load_engine(job) as engine:

@@ -12,7 +12,15 @@ import torch
 
 from cpmpi.comm.ranks import Ranks, start
 from cpmpi.documents.tokenization import load_tokenizer, tokenize
-from cpmpi.engine.contexts import ContextJob, context_of, find_document, open_context, open_stored, prepare_contexts
+from cpmpi.engine.contexts import (
+    ContextJob,
+    New,
+    context_of,
+    find_document,
+    open_context,
+    open_stored,
+    prepare_contexts,
+)
 from cpmpi.engine.decode import Decoding, TokenIds
 from cpmpi.engine.options import GenerateOptions
 from cpmpi.engine.run import load_engine
@@ -97,8 +105,10 @@ def _generate(
     prompts = ranks.together(_prompt_ids, options, tokenizer)
     context = context_of(document, None, "--document")
     new = max(map(len, prompts)) + options.max_new_tokens
-    job = prepare_contexts(options, ranks, run, checkpoint, longest=context.n_tokens, new=new, at_once=len(prompts))
+    work = New(stored=context.n_tokens, longest=new, at_once=len(prompts), sequences=len(prompts))
+    job = prepare_contexts(options, ranks, run, checkpoint, work)
     job.progress.say(f"attention: {job.decision.reason}")
+    job.progress.say(str(job.decision.memory))
     answers = [Answer(prompt=prompt, tokenizer=tokenizer, stop=options.stop) for prompt in options.prompts]
     before = document.token_ids.tolist() if sampling.repetition_penalty != 1 else []
     ends = _end_tokens(checkpoint)

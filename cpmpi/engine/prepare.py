@@ -13,12 +13,14 @@ from cpmpi.attention.execute import Heads
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout
 from cpmpi.choices import OFF
-from cpmpi.comm.device import available_bytes, choose_device, resident_set_bytes, set_threads
+from cpmpi.comm.device import choose_device, room_of, set_threads
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
 from cpmpi.cost.choose import choose_schedule
 from cpmpi.cost.memory import choose_residence, document_memory
+from cpmpi.cost.workload import TokenSizes, Workload
 from cpmpi.documents.read import Document, ReadOptions, read_documents
+from cpmpi.engine.circumstances import recorded_products
 from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.engine.placement import check_grid, number_ranks
 from cpmpi.engine.report import introduce
@@ -26,7 +28,9 @@ from cpmpi.engine.state import Decision, Inputs, Job, Model, Place
 from cpmpi.model.blocks import blocks_of
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.fingerprint import model_sha256, tokenizer_sha256
+from cpmpi.model.linear import choose_products
 from cpmpi.model.probe import Layer, backends_of, probe
+from cpmpi.model.size import inner_width
 from cpmpi.model.tensor_parallel import WHOLE, Sharing, share
 from cpmpi.model.weights import weight_bytes
 from cpmpi.run import folder, spec
@@ -123,23 +127,28 @@ def find_place(options: ModelOptions, ranks: Ranks, inputs: Inputs, model: Model
 def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place, run_spec: spec.RunSpec) -> Decision:
     """Kernels, schedule, and where the weights stay. Collective."""
     ranks = place.ranks
-    backends = backends_of(place.layers, model.device, ranks)
-    schedule, reason = choose_schedule(
-        ranks, place.topology, options.attention, place.layers, backends, tokens=inputs.longest,
-        segments=options.segments, device=model.device, grid=place.grid,
-    )  # fmt: skip
-    parts = document_memory(
-        place.skeleton, place.layers, schedule, tokens=inputs.longest, segments=options.segments, grid=place.grid,
-        hidden=run_spec.hidden_size, vocabulary=inputs.checkpoint.vocab_size, chunk_tokens=options.chunk_tokens,
-        stored_itemsize=run_spec.kv.stored.itemsize if run_spec.kv else 0,
-        checkpoint_token_bytes=place.blocks.token_bytes if options.checkpoint != OFF and place.blocks.whole else 0,
+    work = workload(options, model, place, tokens=inputs.longest)
+    schedule, reason = choose_schedule(ranks, place.topology, options.attention, work)
+    sizes = TokenSizes(
+        hidden=run_spec.hidden_size, inner=inner_width(place.skeleton), vocabulary=inputs.checkpoint.vocab_size,
+        chunk_tokens=options.chunk_tokens, stored_itemsize=run_spec.kv.stored.itemsize if run_spec.kv else 0,
+        checkpoint_bytes=place.blocks.token_bytes if options.checkpoint != OFF and place.blocks.whole else 0,
     )  # fmt: skip
     memory = ranks.together(
-        choose_residence, parts, weight_bytes(place.reader), choice=options.weights, limit=options.memory_limit,
-        available=available_bytes(ranks, model.device),
-        program=resident_set_bytes() if model.device.type == "cpu" else 0,
+        choose_residence, document_memory(work, schedule, sizes), weight_bytes(place.reader), choice=options.weights,
+        limit=options.memory_limit, room=room_of(ranks, model.device),
     )  # fmt: skip
-    return Decision(schedule=schedule, reason=reason, backends=backends, memory=memory)
+    recorded = None if options.overwrite else ranks.on_root(recorded_products, options.output)
+    products = choose_products(place.skeleton, model.device, ranks, recorded=recorded)
+    return Decision(schedule=schedule, reason=reason, backends=work.backends, products=products, memory=memory)
+
+
+def workload(options: ModelOptions, model: Model, place: Place, *, tokens: int, stored: int = 0) -> Workload:
+    """What the ranks will compute, with the kernels chosen for it. Collective."""
+    return Workload(
+        layers=place.layers, backends=backends_of(place.layers, model.device, place.ranks), grid=place.grid,
+        device=model.device, tokens=tokens, segments=options.segments, stored=stored,
+    )  # fmt: skip
 
 
 def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place, digest: str) -> spec.RunSpec:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from cpmpi.comm.ranks import start
 from cpmpi.comm.stop import Stop, listening
 from cpmpi.comm.transport import MPITransport
 from cpmpi.engine.checkpoint import Checkpoints, InWork
+from cpmpi.engine.circumstances import publish_circumstances
 from cpmpi.engine.options import JobOptions
 from cpmpi.engine.pace import ASSUMED_BYTES_PER_S, Pace
 from cpmpi.engine.placement import split
@@ -28,12 +28,11 @@ from cpmpi.engine.score import Engine
 from cpmpi.engine.state import Job, Prepared
 from cpmpi.engine.watch import watched
 from cpmpi.model.forward import sum_outputs
-from cpmpi.model.linear import use_fast_products
+from cpmpi.model.linear import use_products
 from cpmpi.model.size import pair_weight
 from cpmpi.run import checkpoint, folder
 from cpmpi.run.index import NotFiniteError, RunIndex
 from cpmpi.run.paths import RunPaths
-from cpmpi.run.publish import publish_text
 from cpmpi.run.shard import prepare_shard
 from cpmpi.run.spec import RunSpec
 from cpmpi.run.writer import ShardWriter
@@ -74,7 +73,7 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
         if todo:
             checkpoints = stack.enter_context(make_checkpoints(job, files, stop).opened())
             engine = stack.enter_context(load_engine(job, recorder, checkpoints))
-            job.ranks.on_root(_publish_circumstances, job)
+            job.ranks.on_root(publish_circumstances, job)
             weight = pair_weight(job.model.skeleton, job.inputs.checkpoint, job.model.layers)
             job.progress.job([files.spec.documents[i].n_tokens for i in todo], weight)
             for i in todo:
@@ -171,7 +170,8 @@ def load_engine(
     options, place, decision = job.options, job.place, job.decision
     began = time.perf_counter()
     weights = place.ranks.together(job.inputs.checkpoint.weights, place.reader, stream=decision.memory.stream)
-    job.progress.say(use_fast_products(weights.model, job.model.device, place.ranks))
+    use_products(weights.model, decision.products)
+    job.progress.say(str(decision.products))
     job.progress.say(f"weights read in {duration(time.perf_counter() - began)}")
     group, sharers = split(place.ranks, place.grid)
     with ExitStack() as stack:
@@ -186,16 +186,6 @@ def load_engine(
             checkpoints=checkpoints, recorder=recorder, chunk_tokens=options.chunk_tokens,
             check_finite=options.check_finite,
         )  # fmt: skip
-
-
-def _publish_circumstances(job: Job) -> None:
-    """Write beside the results on what machine and by which schedule they were made."""
-    paths, decision = RunPaths(job.options.output), job.decision
-    summary = {**asdict(decision.schedule), "askers": "all", **asdict(job.place.grid), "segments": job.options.segments}
-    kernels = [f"{backend.name}: {backend.reason}" for backend in dict.fromkeys(decision.backends)]
-    text = json.dumps({**summary, "reason": decision.reason, "kernels": kernels}, indent=1)
-    publish_text(paths.schedule, text + "\n")
-    publish_text(paths.topology, job.spec.topology + "\n")
 
 
 def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None:

@@ -16,6 +16,7 @@ from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.kernels.backend import Backend
 from cpmpi.model.blocks import Blocks
 from cpmpi.model.checkpoint import Checkpoint
+from cpmpi.model.linear import Products
 from cpmpi.model.probe import Layer
 from cpmpi.model.tensor_parallel import Sharing
 from cpmpi.model.weight_reader import WeightReader
@@ -81,12 +82,14 @@ class Decision:
     Attributes:
         schedule, reason: of the attention among the ranks of a head group, and why it was chosen.
         backends: the attention kernel of each layer.
+        products: the library of linear layers.
         memory: what a rank needs, and whether weights are streamed.
     """
 
     schedule: Schedule
     reason: str
     backends: tuple[Backend, ...]
+    products: Products
     memory: Memory
 
 

@@ -23,12 +23,13 @@ from cpmpi.attention.execute import Heads, Rule
 from cpmpi.attention.layout import Piece
 from cpmpi.comm.ranks import Ranks
 from cpmpi.errors import UserError
-from cpmpi.kernels import rate_cache, select
+from cpmpi.kernels import select
 from cpmpi.kernels.backend import Backend
 from cpmpi.kernels.select import Shape
 from cpmpi.model.attention_call import Call, Visible, heads_of, rule_of
 from cpmpi.model.forward import cut, layer_major
 from cpmpi.model.head import decoder_of
+from cpmpi.model.kept_rates import rates_of
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 TOKENS = 4  # of the probe: enough for a convolution over tokens, which some hybrids have
@@ -64,29 +65,20 @@ def backends_of(layers: Sequence[Layer], device: torch.device, ranks: Ranks) -> 
 
 
 def _backend_of(shape: Shape, device: torch.device, ranks: Ranks) -> Backend:
-    """A kernel that every rank has compared with the reference; timed on all, unless rank 0 finds the rates kept."""
-    everyone = ranks.comm.gather((select.probe_all(shape, device), rate_cache.machine(device))) or []
-    probes, machines = [probes for probes, _ in everyone], [machine for _, machine in everyone]
+    """A kernel that every rank has compared with the reference; timed on all, unless rates of these were kept."""
+    probes = ranks.comm.gather(select.probe_all(shape, device)) or []
 
-    def passing() -> tuple[tuple[str, ...], dict[str, float] | None]:
+    def passing() -> tuple[str, ...]:
         try:
-            names = select.passing(shape, probes)
+            return select.passing(shape, probes)
         except RuntimeError as error:
             raise UserError(str(error)) from error
-        return names, rate_cache.load(machines, str(shape), names)
 
-    def decide() -> Backend:
-        if kept is not None:
-            return select.decide(shape, probes, [kept], note=", measured by an earlier job")
-        backend = select.decide(shape, probes, measured)
-        rate_cache.save(machines, str(shape), select.slowest(measured))
-        return backend
-
-    names, kept = ranks.on_root(passing)
-    measured = []
-    if kept is None:
-        measured = ranks.comm.gather(select.rates(shape, device, names, ranks.comm.Barrier)) or []
-    return ranks.on_root(decide)
+    names = ranks.on_root(passing)
+    flops, note = rates_of(
+        ranks, device, str(shape), names, lambda: select.rates(shape, device, names, ranks.comm.Barrier)
+    )  # fmt: skip
+    return ranks.on_root(lambda: select.decide(shape, probes, [flops], note=note))
 
 
 @torch.inference_mode()
