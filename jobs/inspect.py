@@ -26,15 +26,15 @@ NAME_WIDTH = 50
 def command(run: Path, as_json: bool, limit: int) -> None:
     """Print what RUN holds: the model, the documents and their results, the KV, the shards, and how far it is."""
     with open_run(run) as opened:
-        facts = describe(opened)
+        facts = facts_of(opened)
     click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts, limit))
 
 
-def describe(run: Run) -> dict[str, Any]:
+def facts_of(run: Run) -> dict[str, Any]:
     """A run as plain data for JSON; numbers that are not known yet are None."""
     attributes = run.attributes
     model = json.loads(attributes["model"])
-    documents = [_describe_document(document) for document in run.documents]
+    documents = [_document_facts(document) for document in run.documents]
     return {
         "run": str(run.paths.folder),
         "complete": run.complete,
@@ -48,18 +48,16 @@ def describe(run: Run) -> dict[str, Any]:
         "command": attributes["command"],
         "cpmpi_version": attributes["cpmpi_version"],
         "format_version": run.version,
-        "kv": _describe_kv(run),
+        "kv": _kv_facts(run),
         "shards": [
-            _describe_shard(run, number, rank)
-            for number, one in run.shard_sets.items()
-            for rank in range(one.world_size)
+            _shard_facts(run, number, rank) for number, one in run.shard_sets.items() for rank in range(one.world_size)
         ],
-        "unfinished": _describe_unfinished(run),
+        "unfinished": _unfinished_facts(run),
         "documents": documents,
     }
 
 
-def _describe_document(document: Document) -> dict[str, Any]:
+def _document_facts(document: Document) -> dict[str, Any]:
     return {
         "index": document.index,
         "id": document.id,
@@ -73,7 +71,7 @@ def _describe_document(document: Document) -> dict[str, Any]:
     }
 
 
-def _describe_kv(run: Run) -> dict[str, Any] | None:
+def _kv_facts(run: Run) -> dict[str, Any] | None:
     if run.kv_dtype is None:
         return None
     groups = run.documents[0].kv_groups
@@ -87,7 +85,7 @@ def _describe_kv(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _describe_shard(run: Run, shard_set: int, rank: int) -> dict[str, Any]:
+def _shard_facts(run: Run, shard_set: int, rank: int) -> dict[str, Any]:
     try:
         run.shard(rank, shard_set)
     except UserError as problem:
@@ -95,7 +93,7 @@ def _describe_shard(run: Run, shard_set: int, rank: int) -> dict[str, Any]:
     return {"set": shard_set, "rank": rank, "bytes": run.shard_size(rank, shard_set), "problem": None}
 
 
-def _describe_unfinished(run: Run) -> dict[str, Any] | None:
+def _unfinished_facts(run: Run) -> dict[str, Any] | None:
     """The first unfinished document and how many of its layers every rank has written; None when there is none."""
     document = next((document for document in run.documents if not document.complete and not document.failed), None)
     if document is None:
@@ -115,7 +113,7 @@ def _number(value: float) -> float | None:
 
 
 def as_text(facts: dict[str, Any], limit: int) -> str:
-    """The facts of ``describe``, for a terminal."""
+    """The facts of ``facts_of``, for a terminal."""
     model, kv, unfinished, documents = facts["model"], facts["kv"], facts["unfinished"], facts["documents"]
     name = (model.get("_name_or_path") or "").removesuffix("/config.json") or ", ".join(
         model.get("architectures") or [model.get("model_type", "?")]

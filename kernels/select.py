@@ -1,6 +1,6 @@
 """Choose a backend, once for a run: of those that agree with the reference on this machine, the fastest one.
 
-Trying and deciding are apart, so that every rank can try and one can decide for all: `probe_all`, then `rates`, then
+Trying and deciding are apart, so that every rank can try and one can decide for all: `try_all`, then `rates`, then
 `decide`. `select` does it for a process alone.
 
 Legend: T tokens, H query heads, G KV heads, D key head dim, E value head dim.
@@ -31,8 +31,8 @@ BACKENDS: dict[str, Contributions] = {
 }
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""How far a backend may be from the float64 reference in ``probe``, whose values are about 1: some units of rounding of
-the dtype. TF32, with 10 bits of mantissa, does not pass as float32."""
+"""How far a backend may be from the float64 reference in `worst_difference`, whose values are about 1: some units of
+rounding of the dtype. TF32, with 10 bits of mantissa, does not pass as float32."""
 
 TIMED_QUERIES, TIMED_KEYS = 512, 2048  # of a call by which backends are timed: at most, where heads are large
 TIMED_FLOPS = {"cpu": 1e9, "cuda": 1e11}  # of such a call for each thread: 10 ms on a core
@@ -53,7 +53,7 @@ class Shape:
     softcap: float | None = None
 
 
-class Probe(NamedTuple):
+class Trial(NamedTuple):
     """What a rank found of a candidate: how far from the reference it is at the most, or why it does not run."""
 
     name: str
@@ -69,7 +69,7 @@ class Probe(NamedTuple):
 
 
 def named(name: str, reason: str = "asked for by name") -> Backend:
-    """The backend called ``name``, unprobed.
+    """The backend called ``name``, untried.
 
     Raises:
         ValueError: no backend has that name; lists those that exist.
@@ -107,8 +107,8 @@ def select(
         dtype=dtype, query_heads=heads[0], kv_heads=heads[1], key_dim=head_dim, value_dim=value_head_dim or head_dim,
         softcap=softcap,
     )  # fmt: skip
-    probes = probe_all(shape, device)
-    return decide(shape, [probes], [rates(shape, device, passing(shape, [probes]))])
+    trials = try_all(shape, device)
+    return decide(shape, [trials], [rates(shape, device, passing(shape, [trials]))])
 
 
 def candidates(shape: Shape, device: torch.device) -> list[tuple[str, str]]:
@@ -160,7 +160,7 @@ def _on_a_cpu(dtype: torch.dtype, softcap: float | None) -> list[tuple[str, str]
     return [fused, products] if own == wide else [fused, products, half]
 
 
-def probe_all(shape: Shape, device: torch.device) -> tuple[Probe, ...]:
+def try_all(shape: Shape, device: torch.device) -> tuple[Trial, ...]:
     """Compare every candidate with the reference on this machine; a few milliseconds each.
 
     Raises:
@@ -169,21 +169,21 @@ def probe_all(shape: Shape, device: torch.device) -> tuple[Probe, ...]:
     found = []
     for name, why in candidates(shape, device):
         try:
-            worst = probe(named(name), device, shape.dtype, shape.key_dim, shape.value_dim, shape.softcap)
-            found.append(Probe(name, why, worst))
+            worst = worst_difference(named(name), device, shape.dtype, shape.key_dim, shape.value_dim, shape.softcap)
+            found.append(Trial(name, why, worst))
         except (RuntimeError, NotImplementedError, AttributeError) as error:
-            found.append(Probe(name, why, float("nan"), str(error).splitlines()[0]))
+            found.append(Trial(name, why, float("nan"), str(error).splitlines()[0]))
     return tuple(found)
 
 
-def passing(shape: Shape, everyone: Sequence[Sequence[Probe]]) -> tuple[str, ...]:
-    """The candidates that agree with the reference on every rank, given each rank's probes.
+def passing(shape: Shape, everyone: Sequence[Sequence[Trial]]) -> tuple[str, ...]:
+    """The candidates that agree with the reference on every rank, given each rank's trials.
 
     Raises:
         RuntimeError: there is none; names each and what was wrong with it.
     """
     refused = _refused(shape, everyone)
-    names = [p.name for p in everyone[0] if all(p.name in {q.name for q in probes} for probes in everyone)]
+    names = [p.name for p in everyone[0] if all(p.name in {q.name for q in trials} for trials in everyone)]
     passed = tuple(name for name in names if name not in refused)
     if not passed:
         told = "; ".join(f"{name}: {why}" for name, why in refused.items()) or "ranks have no candidate in common"
@@ -191,10 +191,10 @@ def passing(shape: Shape, everyone: Sequence[Sequence[Probe]]) -> tuple[str, ...
     return passed
 
 
-def _refused(shape: Shape, everyone: Sequence[Sequence[Probe]]) -> dict[str, str]:
+def _refused(shape: Shape, everyone: Sequence[Sequence[Trial]]) -> dict[str, str]:
     """Why candidates are out of the question, on the first rank that says so."""
     reasons: dict[str, str] = {}
-    for p in (p for probes in everyone for p in probes):
+    for p in (p for trials in everyone for p in trials):
         if reason := p.refusal(shape.dtype):
             reasons.setdefault(p.name, reason)
     return reasons
@@ -240,13 +240,13 @@ def slowest(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def decide(
-    shape: Shape, everyone: Sequence[Sequence[Probe]], measured: Sequence[Mapping[str, float]], note: str = ""
+    shape: Shape, everyone: Sequence[Sequence[Trial]], measured: Sequence[Mapping[str, float]], note: str = ""
 ) -> Backend:
     """The backend for all ranks: the fastest of those that pass on every rank, by its slowest rank.
 
     Args:
         shape: the layer's.
-        everyone: each rank's probes.
+        everyone: each rank's trials.
         measured: each rank's FLOP/s of the candidates that pass.
         note: on where the rates come from, for the reason.
 
@@ -256,7 +256,7 @@ def decide(
     names, flops = passing(shape, everyone), slowest(measured)
     enough = ALIKE * max(flops[name] for name in names)
     name = next(name for name in names if flops[name] >= enough)
-    found = [p for probes in everyone for p in probes if p.name == name]
+    found = [p for trials in everyone for p in trials if p.name == name]
     others = ", ".join(
         f"{other} {rate / 1e9:,.3g}" for other, rate in flops.items() if other != name and other in names
     )
@@ -268,7 +268,7 @@ def decide(
     )
 
 
-def probe(
+def worst_difference(
     backend: Backend,
     device: torch.device,
     dtype: torch.dtype,

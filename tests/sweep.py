@@ -130,7 +130,7 @@ def _examine(case: Case, folder: Path) -> Outcome:
     from cpmpi.errors import UserError, one_line
     from cpmpi.model.checkpoint import Checkpoint
     from cpmpi.model.probe import probe
-    from cpmpi.model.stages import spans_of
+    from cpmpi.model.stages import stages_of
     from tests.test_models import LENGTHS, scores, weightless
 
     folder.mkdir()
@@ -146,7 +146,7 @@ def _examine(case: Case, folder: Path) -> Outcome:
         weightless(folder)
         skeleton = Checkpoint(folder).skeleton(torch.float32)
         probe(skeleton)
-        spans_of(skeleton)
+        stages_of(skeleton)
     except UserError as refusal:
         return Outcome(case, "refused", str(refusal).removeprefix(f"{folder}: "))
     except Exception as error:

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cpmpi.documents.read import Document, Reading, ReadOptions, read_documents
+from cpmpi.documents.read import InputDocument, Reading, ReadOptions, read_documents
 from cpmpi.documents.tokenization import load_tokenizer, tokenize
 from cpmpi.errors import UserError
 
@@ -53,7 +53,7 @@ def write(path: str, content: str | bytes | list[object]) -> None:
     Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def read_tokens(*inputs: str) -> list[Document]:
+def read_tokens(*inputs: str) -> list[InputDocument]:
     """Inputs that need no tokenizer, from a checkpoint that has none."""
     return reading(*inputs).documents
 

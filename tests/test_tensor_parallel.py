@@ -246,7 +246,7 @@ def test_plans_that_need_more_are_refused_by_name(model_type):
     def shared():
         sharing = share(whole, layers, 2, 0)
         sharing.narrow(narrow)
-        return sharing.probe(narrow, layers, 1000)
+        return sharing.layers(narrow, layers, 1000)
 
     with pytest.raises(UserError, match=rf"--tp.*{type(whole).__name__}.*({REFUSED[model_type]})"):
         shared()

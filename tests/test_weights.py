@@ -12,7 +12,7 @@ from cpmpi.cost.memory import choose_residence
 from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.probe import probe
-from cpmpi.model.stages import spans_of
+from cpmpi.model.stages import stages_of
 from cpmpi.model.weight_reader import WeightReader
 from cpmpi.model.weights import WeightBytes, weight_bytes
 from cpmpi.text import parse_bytes
@@ -95,7 +95,7 @@ def test_what_a_layer_used_is_gone_when_its_keys_are_kept(checkpoint):
 
 
 def test_stages_lie_between_attentions(checkpoint):
-    spans = spans_of(Checkpoint(checkpoint).skeleton(torch.float32))
+    spans = stages_of(Checkpoint(checkpoint).skeleton(torch.float32))
     assert spans["model.layers.2.self_attn.q_proj"] == (2, 2)
     assert spans["model.layers.2.self_attn"] == (2, 3)
     assert spans["model.layers.2.mlp.down_proj"] == (3, 3)
@@ -191,7 +191,7 @@ def test_what_is_made_together_must_all_have_a_place(tmp_path):
     mlp = next(module for name, module in model.named_modules() if name.endswith(".mlp"))
     mlp.up_proj = torch.nn.Identity()
     with pytest.raises(UserError, match=r"1 tensors of the weights have no place .*mlp\.gate_up_proj\.weight; is it"):
-        WeightReader(model, tmp_path, checkpoint.stored, CPU, spans_of(skeleton))
+        WeightReader(model, tmp_path, checkpoint.stored, CPU, stages_of(skeleton))
 
 
 def test_a_missing_shard_is_named(checkpoint):

@@ -19,12 +19,12 @@ from cpmpi.documents.tokenization import load_tokenizer, tokenize
 from cpmpi.errors import UserError
 from cpmpi.text import counted, shown
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 MOST_PROBLEMS = 20  # lines of a report
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Document:
+class InputDocument:
     """One document of a run."""
 
     id: str
@@ -75,7 +75,7 @@ class ReadOptions:
 class Reading:
     """What the inputs of a job gave."""
 
-    documents: list[Document] = field(default_factory=list)
+    documents: list[InputDocument] = field(default_factory=list)
     """In the order of the inputs."""
     problems: list[str] = field(default_factory=list)
     """What was wrong with the others, a line each."""
@@ -89,7 +89,7 @@ def read_documents(
     checkpoint: Path,
     vocab_size: int,
     options: ReadOptions | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Reading:
     """All documents of ``inputs``, in the order given; every file is checked before the first text is tokenized.
 
@@ -125,7 +125,7 @@ def read_documents(
     for one in found:
         try:
             token_ids = _token_ids(one, tokenizer, options, checkpoint, vocab_size)
-            reading.documents.append(Document(id=one.id, source=one.source, token_ids=token_ids))
+            reading.documents.append(InputDocument(id=one.id, source=one.source, token_ids=token_ids))
         except UserError as problem:
             reading.problems.append(str(problem))
         if isinstance(one.content, str):

@@ -19,7 +19,7 @@ from cpmpi.comm.ranks import Ranks
 from cpmpi.cost.choose import choose_schedule
 from cpmpi.cost.memory import choose_residence, document_memory
 from cpmpi.cost.workload import TokenSizes, Workload
-from cpmpi.documents.read import Document, ReadOptions, read_documents
+from cpmpi.documents.read import InputDocument, ReadOptions, read_documents
 from cpmpi.engine.circumstances import recorded_products
 from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.engine.placement import check_grid, number_ranks
@@ -67,13 +67,13 @@ def read(options: JobOptions, ranks: Ranks) -> Inputs:
     ranks.on_root(folder.check_folder, options.output, overwrite=options.overwrite)
     ranks.on_root(check_files, plot=options.plot, trace=options.trace, run_folder=options.output)
     checkpoint = ranks.together(Checkpoint, options.model)
-    documents: list[Document] = []
+    documents: list[InputDocument] = []
     ranks.on_root(lambda: documents.extend(_read_documents(options, checkpoint, progress_of(options, ranks))))
     longest: int = ranks.on_root(lambda: max(len(d.token_ids) for d in documents))
     return Inputs(checkpoint=checkpoint, documents=tuple(documents), longest=longest)
 
 
-def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progress) -> list[Document]:
+def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progress) -> list[InputDocument]:
     def tokenized(done: int, characters: int) -> None:
         progress.count("tokenized {done} of {of} characters", done, characters)
 
@@ -111,7 +111,7 @@ def find_place(options: ModelOptions, ranks: Ranks, inputs: Inputs, model: Model
         check_grid(topology, options.tp)
         sharing = share(model.skeleton, model.layers, options.tp, ranks.rank % options.tp)
         narrow = inputs.checkpoint.skeleton(model.dtype, sharing=sharing)
-        return sharing, narrow, sharing.probe(narrow, model.layers, inputs.longest)
+        return sharing, narrow, sharing.layers(narrow, model.layers, inputs.longest)
 
     if options.tp > 1:
         sharing, skeleton, layers = ranks.together(take_share)
@@ -173,7 +173,7 @@ def _kv_spec(options: JobOptions, heads: list[Heads]) -> spec.KVSpec:
     return spec.KVSpec(shapes=shapes, dtype=options.kv_dtype)
 
 
-def _document_spec(document: Document, world: int, segments: int, grid: Grid) -> spec.DocumentSpec:
+def _document_spec(document: InputDocument, world: int, segments: int, grid: Grid) -> spec.DocumentSpec:
     n_tokens = len(document.token_ids)
     return spec.DocumentSpec(
         id=document.id,

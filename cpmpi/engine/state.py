@@ -11,7 +11,7 @@ from cpmpi.attention.schedule import Schedule
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
 from cpmpi.cost.memory import Memory
-from cpmpi.documents.read import Document
+from cpmpi.documents.read import InputDocument
 from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.kernels.backend import Backend
 from cpmpi.model.blocks import Blocks
@@ -34,7 +34,7 @@ class Inputs:
     """
 
     checkpoint: Checkpoint
-    documents: tuple[Document, ...]
+    documents: tuple[InputDocument, ...]
     longest: int
 
 

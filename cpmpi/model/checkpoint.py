@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from cpmpi.errors import UserError, one_line
 from cpmpi.model.attention_call import ATTENTION
 from cpmpi.model.forward import register
-from cpmpi.model.stages import spans_of
+from cpmpi.model.stages import stages_of
 from cpmpi.model.tensor_parallel import WHOLE, Sharing
 from cpmpi.model.transformers_private import is_causal_lm, kept_in_float32, not_to_initialize
 from cpmpi.model.weight_files import Stored, stored_tensors
@@ -183,7 +183,7 @@ class Checkpoint:
         """
         model = self.skeleton(probed.config.dtype, probed=False, sharing=sharing)
         return WeightReader(
-            model, self.folder, self.stored, device, spans_of(probed), sharing=sharing, check_finite=check_finite
+            model, self.folder, self.stored, device, stages_of(probed), sharing=sharing, check_finite=check_finite
         )
 
     def weights(self, reader: WeightReader, *, stream: bool) -> Weights:

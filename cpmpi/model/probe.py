@@ -66,11 +66,11 @@ def backends_of(layers: Sequence[Layer], device: torch.device, ranks: Ranks) -> 
 
 def _backend_of(shape: Shape, device: torch.device, ranks: Ranks) -> Backend:
     """A kernel that every rank has compared with the reference; timed on all, unless rates of these were kept."""
-    probes = ranks.comm.gather(select.probe_all(shape, device)) or []
+    trials = ranks.comm.gather(select.try_all(shape, device)) or []
 
     def passing() -> tuple[str, ...]:
         try:
-            return select.passing(shape, probes)
+            return select.passing(shape, trials)
         except RuntimeError as error:
             raise UserError(str(error)) from error
 
@@ -78,7 +78,7 @@ def _backend_of(shape: Shape, device: torch.device, ranks: Ranks) -> Backend:
     flops, note = rates_of(
         ranks, device, str(shape), names, lambda: select.rates(shape, device, names, ranks.comm.Barrier)
     )  # fmt: skip
-    return ranks.on_root(lambda: select.decide(shape, probes, [flops], note=note))
+    return ranks.on_root(lambda: select.decide(shape, trials, [flops], note=note))
 
 
 @torch.inference_mode()

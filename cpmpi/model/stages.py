@@ -29,7 +29,7 @@ class Stages(NamedTuple):
 
 
 @torch.inference_mode()
-def spans_of(causal_lm: torch.nn.Module) -> dict[str, Stages]:
+def stages_of(causal_lm: torch.nn.Module) -> dict[str, Stages]:
     """The stages in which each module of the decoder runs, by name; modules that do not run are left out."""
     spans: dict[str, Stages] = {}
     stage = 0
@@ -59,15 +59,15 @@ def spans_of(causal_lm: torch.nn.Module) -> dict[str, Stages]:
     return spans
 
 
-def span_of_all(parameters: Sequence[str], spans: dict[str, Stages]) -> Stages | None:
+def stages_of_all(parameters: Sequence[str], spans: dict[str, Stages]) -> Stages | None:
     """When some parameters are used, if all of them belong to layers."""
-    found = [span for name in parameters if (span := _span_of(name, spans))]
+    found = [span for name in parameters if (span := _stages_of(name, spans))]
     if len(found) < len(parameters):
         return None
     return Stages(min(span.first for span in found), max(span.last for span in found))
 
 
-def _span_of(parameter: str, spans: dict[str, Stages]) -> Stages | None:
+def _stages_of(parameter: str, spans: dict[str, Stages]) -> Stages | None:
     """As long as the parameter's module runs, or the nearest one around it."""
     name = parameter.rpartition(".")[0]
     while IN_LAYER.search(f"{name}."):

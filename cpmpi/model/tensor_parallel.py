@@ -92,7 +92,7 @@ class Sharing:
             path, _, leaf = name.rpartition(".")
             model.get_submodule(path)._parameters[leaf] = None
 
-    def probe(self, narrow: torch.nn.Module, whole: Sequence[Layer], tokens: int) -> tuple[Layer, ...]:
+    def layers(self, narrow: torch.nn.Module, whole: Sequence[Layer], tokens: int) -> tuple[Layer, ...]:
         """The layers of a narrowed model, from those of the whole one, for documents of up to so many tokens.
 
         Raises:

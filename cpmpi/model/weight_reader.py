@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from cpmpi.errors import UserError, one_line, some
 from cpmpi.model.finite import finite
-from cpmpi.model.stages import Stages, span_of_all
+from cpmpi.model.stages import Stages, stages_of_all
 from cpmpi.model.tensor_parallel import WHOLE, Cut, Sharing
 from cpmpi.model.transformers_private import (
     CONCATENATE,
@@ -93,7 +93,7 @@ class WeightReader:
         placed = list(destinations(model, stored))
         self.groups = _groups(to for to in placed if to.conversion is not None)
         for group in self.groups:
-            group.stages = span_of_all(group.targets, spans)
+            group.stages = stages_of_all(group.targets, spans)
             odd = sorted({*group.operations} - {MERGE, CONCATENATE})
             if odd and self._cuts.keys() & set(group.targets):
                 raise UserError(f"{folder}: --tp cannot cut {group.targets[0]}, which is stored otherwise ({odd[0]})")

@@ -27,7 +27,7 @@ def test_on_a_device(name: str, dtype: torch.dtype, head_dim: int) -> None:
     half_only = name in ("cudnn", "flash")
     if (half_only and dtype == torch.float32) or (name == "cudnn" and head_dim > 128):
         pytest.skip("not offered by select")
-    worst = select.probe(select.named(name), torch.device("cuda"), dtype, head_dim, head_dim)
+    worst = select.worst_difference(select.named(name), torch.device("cuda"), dtype, head_dim, head_dim)
     print(f"{name} {dtype} D = {head_dim}: {worst:.1e}")
     assert worst <= select.TOLERANCE[dtype]
 

@@ -67,12 +67,12 @@ def test_ranks_decide_alike() -> None:
     shape = shape_of()
 
     def decided(*rates: tuple[float, float, float], worst: float = 1e-6) -> str:
-        probes = [
-            [select.Probe("cpu", "a", 2e-6), select.Probe("onednn", "b", error), select.Probe("blocked", "c", 1e-6)]
+        trials = [
+            [select.Trial("cpu", "a", 2e-6), select.Trial("onednn", "b", error), select.Trial("blocked", "c", 1e-6)]
             for error in [1e-6] * (len(rates) - 1) + [worst]
         ]
         measured = [dict(zip(("cpu", "onednn", "blocked"), rank, strict=True)) for rank in rates]
-        return select.decide(shape, probes, measured, note=", noted").reason
+        return select.decide(shape, trials, measured, note=", noted").reason
 
     assert (
         decided((2e9, 3e9, 1e9))
@@ -89,7 +89,7 @@ def test_ranks_decide_alike() -> None:
 
 def test_a_candidate_that_a_rank_does_not_have_is_out() -> None:
     """Ranks may sit on GPUs of several generations."""
-    one, two = select.Probe("flash", "f", 1e-3), select.Probe("blocked", "b", 1e-3)
+    one, two = select.Trial("flash", "f", 1e-3), select.Trial("blocked", "b", 1e-3)
     half = shape_of(torch.bfloat16)
     assert select.passing(half, [[one, two], [two]]) == ("blocked",)
     with pytest.raises(RuntimeError, match="ranks have no candidate in common"):
