@@ -44,7 +44,8 @@ def _processor() -> str:
 def file_of(machines: Sequence[str], shape: str) -> Path | None:
     """Where rates on these ranks' machines for a shape are kept; None where there is no home."""
     try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        home = given if given.is_absolute() else Path.home() / ".cache"
     except RuntimeError:
         return None
     key = json.dumps([sorted(machines), shape])

@@ -25,6 +25,7 @@ from cpmpi.comm.device import private_bytes, resident_set_bytes
 from cpmpi.comm.ranks import node_name
 from cpmpi.cost.hardware import Hardware
 from cpmpi.errors import UserError
+from cpmpi.user_cache import cache_folder, keep, kept
 from cpmpi.version import __version__
 
 DISK_BYTES = 64 << 20
@@ -79,7 +80,8 @@ def hardware_here(work: Work, ranks: int | None, folder: Path) -> tuple[Hardware
         **asdict(work), "node": node_name(), "processor": _processor(), "cores": cores, "gpus": gpus, "ranks": each,
         "torch": torch.__version__, "cpmpi": __version__, "folder": str(folder.absolute()),
     }  # fmt: skip
-    file = cache_folder() / f"hardware-{_digest(key)}.json"
+    cache = cache_folder()
+    file = None if cache is None else cache / f"hardware-{_digest(key)}.json"
     found = _remembered(file, key)
     if found is None:
         threads = max(1, node_cpus(cores) // each)
@@ -103,12 +105,6 @@ def hardware_here(work: Work, ranks: int | None, folder: Path) -> tuple[Hardware
     )  # fmt: skip
 
 
-def cache_folder() -> Path:
-    """Where a user's programs keep what they can do without, as the XDG base directory specification has it."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(named) if named.startswith("/") else Path.home() / ".cache") / "cpmpi"
-
-
 def _processor() -> str:
     """The processor's name, as far as the system tells."""
     info = Path("/proc/cpuinfo")
@@ -121,27 +117,21 @@ def _digest(key: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _remembered(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+def _remembered(file: Path | None, key: dict[str, Any]) -> dict[str, Any] | None:
     """What was measured for ``key``; None where the file is not there or says anything else."""
+    found: Any = kept(file) if file is not None else None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
         same = all(found[name] == value for name, value in json.loads(json.dumps(key)).items())
         known = all(isinstance(found[name], float | int) and found[name] >= 0 for name in (*FIGURES, "disk_gb_per_s"))
         return found if same and known and isinstance(found["date"], str) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
 
 
-def _remember(file: Path, found: dict[str, Any]) -> str:
+def _remember(file: Path | None, found: dict[str, Any]) -> str:
     """Keep it for the next plan; nothing, or why that failed."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, encoding="utf-8", delete=False) as partial:
-            json.dump(found, partial, indent=1)
-        os.replace(partial.name, file)
-    except OSError as problem:
-        return f", not remembered ({problem})"
-    return ""
+    problem = keep(file, found) if file is not None else "there is no home folder"
+    return f", not remembered ({problem})" if problem else ""
 
 
 def _measured(work: Work, processes: int, threads: int, device: str) -> dict[str, float]:

@@ -9,12 +9,10 @@ long as those are the same. A cache that cannot be read or written is none.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +20,7 @@ import xxhash
 
 from cpmpi.comm.ranks import Ranks
 from cpmpi.errors import UserError, one_line
+from cpmpi.user_cache import cache_folder, keep, kept
 
 T = TypeVar("T")
 
@@ -121,35 +120,23 @@ def _remember(new: Sequence[tuple[Path, State, bytes]]) -> None:
         if entry is None or time.time() - max(state.mtime_ns, state.ctime_ns) / 1e9 < SETTLED_S:
             continue
         facts = {"path": str(file.resolve()), **state._asdict(), "block_bytes": BLOCK_BYTES, "xxh3_128": digests.hex()}
-        partial = entry.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(facts))
-            partial.replace(entry)
-        except OSError:  # no room, no permission: read it again next time
-            with suppress(OSError):
-                partial.unlink()
+        keep(entry, facts)  # where that fails it is read again next time
 
 
 def _recall(file: Path, state: State) -> bytes | None:
     """What is remembered of a file that is as it was."""
     entry = _entry(file)
+    facts: Any = kept(entry) if entry is not None else None
     try:
-        if entry is None:
-            return None
-        facts = json.loads(entry.read_text())
         asked = {"path": str(file.resolve()), **state._asdict(), "block_bytes": BLOCK_BYTES}
         digests = bytes.fromhex(facts.pop("xxh3_128"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return digests if facts == asked and len(digests) == len(_starts(state)) * DIGEST_BYTES else None
 
 
 def _entry(file: Path) -> Path | None:
     """Where the sums of a file are remembered; None where there is no place for it."""
-    try:
-        given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        cache = given if given.is_absolute() else Path.home() / ".cache"
-    except RuntimeError:  # no home
-        return None
-    return cache / "cpmpi" / "digests" / f"{xxhash.xxh3_128_hexdigest(os.fsencode(file.resolve()))}.json"
+    cache = cache_folder()
+    name = f"{xxhash.xxh3_128_hexdigest(os.fsencode(file.resolve()))}.json"
+    return None if cache is None else cache / "digests" / name

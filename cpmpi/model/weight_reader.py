@@ -207,9 +207,11 @@ class WeightReader:
         """
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(min(threads, MOST_READERS), "cpmpi-weights", torch.set_num_threads, (1,)) as readers:
-            for made in readers.map(self._make, groups):
-                self.install(made)
-        torch.set_num_threads(threads)  # what a thread sets for itself also holds for threads to come
+            try:
+                for made in readers.map(self._make, groups):
+                    self.install(made)
+            finally:
+                torch.set_num_threads(threads)  # what a thread sets for itself also holds for threads to come
         self._tie()
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
