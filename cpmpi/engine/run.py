@@ -216,6 +216,7 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
     def store() -> str | None:
         assert everyone is not None
         assert index is not None
+        reason = None
         logprobs, last_hidden = assemble(everyone, document.n_tokens)
         digests = [digest for *_, digest in everyone] if writer is not None else ()
         try:
@@ -224,10 +225,9 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
             if job.options.fail_fast:
                 raise
             index.mark_failed(i, str(problem))
-            return str(problem)
-        finally:
-            checkpoint.delete(job.options.output, identity)
-        return None
+            reason = str(problem)
+        checkpoint.delete(job.options.output, identity)  # not before: what cannot be written now, a later start writes
+        return reason
 
     failed = ranks.on_root(store)
     log_document(scores, writer, document.id)
