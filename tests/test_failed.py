@@ -195,8 +195,12 @@ def test_a_disk_that_fills_under_the_results(tmp_path, monkeypatch):
     assert verify_run(tmp_path).problems == []
 
 
+def refuse_results(*_, **__):
+    raise UserError("run.h5: cannot be written (No space left on device)")
+
+
 @pytest.mark.mpi(2)
-def test_a_document_that_fails_leaves_the_others_alone(tmp_path, capsys):
+def test_a_document_that_fails_leaves_the_others_alone(tmp_path, capsys, monkeypatch):
     """A token whose embedding is not a number: its document is marked, the others are done, the exit status is 1."""
     from mpi4py import MPI
     from safetensors.torch import load_file, save_file
@@ -217,6 +221,12 @@ def test_a_document_that_fails_leaves_the_others_alone(tmp_path, capsys):
         (folder / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     comm.Barrier()
     words = ["prefill", "--quiet", "--model", f"{folder}/model", "--input", f"{folder}/d.jsonl", "--output"]
+    with monkeypatch.context() as patch:  # a disk that is full for the results takes no checkpoint along
+        deleted = []
+        patch.setattr("cpmpi.run.checkpoint.delete", lambda *_, **kept: deleted.append(kept))
+        patch.setattr("cpmpi.run.index.RunIndex.write_outputs", refuse_results)
+        assert call([*words, f"{folder}/full"], capsys)[0] == 1
+        assert all("keep" in kept for kept in deleted)
     status, told = call([*words, f"{folder}/fast", "--fail-fast"], capsys)
     assert status == 1
     for _ in range(2):  # a second start does not meet it again
