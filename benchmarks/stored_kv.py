@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def main() -> None:
 def measure(folder: Path, tokens: int, repeats: int) -> None:
     """One rank's part; rank 0 prints."""
     from cpmpi.comm.ranks import start
-    from cpmpi.engine.contexts import Context, open_context, open_stored, prepare_contexts
+    from cpmpi.engine.contexts import Context, New, open_context, open_stored, prepare_contexts
     from cpmpi.engine.options import ContextOptions, JobOptions
     from cpmpi.engine.run import load_engine, run
 
@@ -67,8 +68,10 @@ def measure(folder: Path, tokens: int, repeats: int) -> None:
     found: dict[str, Any] = {"tokens": tokens, "ranks": ranks.size, "prefill_s": round(outcome.seconds[0], 2)}
     for kind in ("tree", "ring") if ranks.size > 1 else ("ring",):
         options = ContextOptions.of(**common, run=folder / "run", attention=kind, kv="memory")
-        stored, checkpoint = open_stored(options, ranks)
-        job = prepare_contexts(options, ranks, stored, checkpoint, longest=tokens, new=200, at_once=ANSWER_TOKENS)
+        opened_run = ExitStack()
+        stored, checkpoint = opened_run.enter_context(open_stored(options, ranks))
+        work = New(stored=tokens, longest=200, at_once=ANSWER_TOKENS)
+        job = prepare_contexts(options, ranks, stored, checkpoint, work)
         context = Context(document=0, n_tokens=tokens, upto=tokens)
         with load_engine(job) as engine:
             whole, alone, reading = [], [], []
@@ -94,7 +97,7 @@ def measure(folder: Path, tokens: int, repeats: int) -> None:
             "read_gb_per_s": round(bytes_here / statistics.median(reading[1:]) / 1e9, 2),
             "decode_step_ms": round(step_ms, 2),
         }
-        stored.close()
+        opened_run.close()
     if ranks.is_root:
         found["plain_read_gb_per_s"] = round(plain_read(folder / "run" / "shards"), 2)
         print(json.dumps(found))
