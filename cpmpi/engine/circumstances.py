@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from cpmpi.choices import SCHEDULES
 from cpmpi.engine.state import Job
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.publish import publish_text
@@ -30,9 +32,25 @@ def publish_circumstances(job: Job) -> None:
 
 def recorded_products(run: Path) -> str | None:
     """The library of linear layers that a run was begun with; None where there is no run, or it does not say."""
+    found = _recorded(run).get("products")
+    return found if isinstance(found, str) else None
+
+
+def recorded_schedule(run: Path, world: int) -> str | None:
+    """The kind of schedule that a run was begun with on so many ranks of a head group; None where there is none."""
+    found = _recorded(run)
+    try:
+        same = sum(map(len, found["nodes"])) == world and found["kind"] in SCHEDULES
+    except (KeyError, TypeError):
+        return None
+    return str(found["kind"]) if same else None
+
+
+def _recorded(run: Path) -> dict[str, Any]:
+    """``schedule.json`` of a run; empty where there is none, or none that can be read."""
     paths = RunPaths.of(run)
     try:
-        found = json.loads(paths.schedule.read_text(encoding="utf-8")).get("products") if paths.index.exists() else None
-    except (OSError, ValueError, AttributeError):
-        return None
-    return found if isinstance(found, str) else None
+        found = json.loads(paths.schedule.read_text(encoding="utf-8")) if paths.index.exists() else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -12,7 +12,7 @@ import torch
 from cpmpi.attention.execute import Heads
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout
-from cpmpi.choices import OFF
+from cpmpi.choices import AUTO, OFF
 from cpmpi.comm.device import choose_device, room_of, set_threads
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
@@ -20,7 +20,7 @@ from cpmpi.cost.choose import choose_schedule
 from cpmpi.cost.memory import choose_residence, document_memory
 from cpmpi.cost.workload import TokenSizes, Workload
 from cpmpi.documents.read import InputDocument, ReadOptions, read_documents
-from cpmpi.engine.circumstances import recorded_products
+from cpmpi.engine.circumstances import recorded_products, recorded_schedule
 from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.engine.placement import check_grid, number_ranks
 from cpmpi.engine.report import introduce
@@ -128,7 +128,12 @@ def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place, run_
     """Kernels, schedule, and where the weights stay. Collective."""
     ranks = place.ranks
     work = workload(options, model, place, tokens=inputs.longest)
-    schedule, reason = choose_schedule(ranks, place.topology, options.attention, work)
+    begun = None
+    if options.attention == AUTO and not options.overwrite:  # another schedule would add up in another order
+        begun = ranks.on_root(recorded_schedule, options.output, ranks.size // place.grid.head_groups)
+    schedule, reason = choose_schedule(ranks, place.topology, begun or options.attention, work)
+    if begun is not None:
+        reason = f"{begun}: as this run was begun"
     sizes = TokenSizes(
         hidden=run_spec.hidden_size, inner=inner_width(place.skeleton), vocabulary=inputs.checkpoint.vocab_size,
         chunk_tokens=options.chunk_tokens, stored_itemsize=run_spec.kv.stored.itemsize if run_spec.kv else 0,
