@@ -8,6 +8,7 @@ import click
 
 from cpmpi.engine.options import GenerateOptions
 from cpmpi.jobs.options import asked, options_of
+from cpmpi.text import counted
 
 
 @click.command(name="generate")
@@ -38,5 +39,5 @@ def command(**options: Any) -> None:
             click.echo(f"> {answer.prompt}\n{answer.text}\n")
     tokens = sum(len(a.ids) for a in done.answers)
     done.job.progress.say(
-        f"{tokens} tokens; prompts {done.first_s:.2f} s, then {done.steps_s / max(1, done.steps) * 1e3:.3g} ms a step"
+        f"{counted(tokens, 'token')}; prompts {done.first_s:.2f} s, then {done.steps_s / max(1, done.steps) * 1e3:.3g} ms a step"
     )

@@ -14,7 +14,17 @@ import click
 from cpmpi.engine.options import JobOptions, ModelOptions, spelled
 from cpmpi.text import counted
 
-FOLDER = click.Path(path_type=Path)
+
+class Folder(click.Path):
+    """A path that is not empty: Python takes the empty one, a shell's unset variable, for the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("is empty; is a variable not set?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER = Folder(path_type=Path)
 FIRST = ("model", "run", "inputs", "output")  # in help texts
 
 

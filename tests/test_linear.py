@@ -54,10 +54,12 @@ def test_plain_float32_layers_change_where_every_rank_gains(monkeypatch: pytest.
     monkeypatch.setattr(linear, "onednn_gain", lambda inputs, outputs: 2.0)
     made, x = model(), torch.randn(3, 8)
     before = made["plain"](x)
-    assert linear.use_fast_products(made, CPU, ranks(1.1)) == "products: torch's own (oneDNN's: 1.10 times as fast)"
+    assert linear.use_fast_products(made, CPU, ranks(1.1)) == (
+        "linear layers: torch's own matrix products (oneDNN's would be 1.10 times as fast)"
+    )
     assert taken(made) == []
     said = linear.use_fast_products(made, CPU, ranks(3.0))
-    assert said == "products: oneDNN's, 2.00 times as fast as torch's own"
+    assert said == "linear layers: oneDNN's matrix products, 2.00 times as fast as torch's own"
     assert taken(made) == ["plain"]
     seen: list[Any] = []
     true = products.onednn_linear
@@ -72,7 +74,9 @@ def test_plain_float32_layers_change_where_every_rank_gains(monkeypatch: pytest.
     with torch.no_grad():
         made["plain"].weight = torch.nn.Parameter(torch.zeros(6, 8))  # as streamed weights come and go
         torch.testing.assert_close(made["plain"](x), made["plain"].bias.expand(3, 6))
-    assert linear.use_fast_products(model(), torch.device("meta"), ranks()) == "products: torch's own"
+    assert (
+        linear.use_fast_products(model(), torch.device("meta"), ranks()) == "linear layers: torch's own matrix products"
+    )
 
 
 def test_a_wrong_or_missing_library_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

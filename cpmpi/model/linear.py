@@ -24,14 +24,14 @@ def use_fast_products(model: torch.nn.Module, device: torch.device, ranks: Ranks
     """
     plain = [m for m in model.modules() if type(m) is torch.nn.Linear and m.weight.dtype == torch.float32]
     if device.type != "cpu" or not plain:
-        return "products: torch's own"
+        return "linear layers: torch's own matrix products"
     largest = max(plain, key=lambda m: (m.in_features * m.out_features, m.in_features))
     gain: float = min(ranks.comm.allgather(onednn_gain(largest.in_features, largest.out_features)))
     if gain < LEAST_GAIN:
-        return f"products: torch's own (oneDNN's: {gain:.2f} times as fast)"
+        return f"linear layers: torch's own matrix products (oneDNN's would be {gain:.2f} times as fast)"
     for module in plain:
         module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
-    return f"products: oneDNN's, {gain:.2f} times as fast as torch's own"
+    return f"linear layers: oneDNN's matrix products, {gain:.2f} times as fast as torch's own"
 
 
 def _forward(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
