@@ -22,7 +22,7 @@ QUESTION = {
     "text": "\n# What does __add__ return where it does not know the other type? ",
     "choices": ["NotImplemented", "NotADirectoryError", "FileNotFoundError"],
 }
-PROMPT = "\n    def __sub__(self, other, context=None):\n"
+PROMPT = '\n    def __sub__(self, other, context=None):\n        """Return self - other'
 
 
 @click.command(name="demo")

@@ -75,7 +75,9 @@ def extend(options: ExtendOptions) -> Extended:
     at_once = max(most, min(whole, BATCH_TOKENS * ranks.size))
     job = prepare_contexts(options, ranks, run, checkpoint, longest=longest, new=most, at_once=at_once)
     _introduce(job, asked, continuations, _merging(ranks, run, checkpoint, continuations))
-    job.ranks.on_root(make_folder, RunPaths(options.output).lock.parent)  # one that cannot be made is told before the work
+    job.ranks.on_root(
+        make_folder, RunPaths(options.output).lock.parent
+    )  # one that cannot be made is told before the work
     scores: dict[tuple[int, int], Scored] = {}
     with load_engine(job) as engine:
         for i, each in enumerate(asked):
