@@ -206,11 +206,9 @@ def refusals(found: Forecast, request: BatchRequest, output: Path) -> Iterator[s
 def remarks(found: Forecast, request: BatchRequest) -> Iterator[str]:
     """What the user should know of the job: its time, its memory, its disk."""
     limit = request.time_s
+    memory = human_bytes(min(found.memory_bytes, found.longest.memory_bytes))
     text = f"{found.work}: about {duration(found.seconds)} on {counted(request.ranks, 'rank')}, "
-    yield (
-        text
-        + f"{human_bytes(found.disk_bytes)} of disk, {human_bytes(min(found.memory_bytes, found.longest.memory_bytes))} of memory a rank"
-    )
+    yield text + f"{human_bytes(found.disk_bytes)} of disk, {memory} of memory a rank"
     if limit is not None and found.seconds > limit - request.signal_s:
         again = "it is requeued and goes on" if request.requeue else "start it again, it goes on"
         yield (
