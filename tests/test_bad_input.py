@@ -108,7 +108,7 @@ CASES = [
     ),
     ("empty model", ["--model", ""], r"'--model': is empty; is a variable not set", 2),
     ("empty output", ["--output", ""], r"'--output': is empty; is a variable not set", 2),
-    ("empty input", ["--input", ""], r"--input is empty; is a variable not set", 1),
+    ("empty input", ["--input", ""], r"'--input': is empty; is a variable not set", 2),
     ("below a file", ["--output", "{f}/text.txt/a/b"], r"a/b: cannot be made, .*text\.txt is a file; choose", 1),
     ("segments 0", ["--segments", "0"], r"'--segments': 0 is not in the range x>=1", 2),
     ("unknown schedule", ["--attention", "star"], r"'star' is not one of 'auto', 'ring', 'tree', 'hybrid'", 2),
