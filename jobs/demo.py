@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,13 @@ import click
 from cpmpi.errors import UserError
 
 DEMO = Path(os.path.relpath(Path(__file__).resolve().parent.parent / "examples" / "demo"))
+QUESTION = {
+    "document": "pydecimal.txt",
+    "id": "returns",
+    "text": "\n# What does __add__ return where it does not know the other type? ",
+    "choices": ["NotImplemented", "NotADirectoryError", "FileNotFoundError"],
+}
+PROMPT = '\n    def __sub__(self, other, context=None):\n        """Return self - other'
 
 
 @click.command(name="demo")
@@ -23,7 +32,7 @@ DEMO = Path(os.path.relpath(Path(__file__).resolve().parent.parent / "examples" 
     help="Folder for the document and the run.",
 )  # fmt: skip
 def command(ranks: int, folder: Path) -> None:
-    """Prefill a document of 66,000 tokens on two ranks of this machine: results, files and a picture.
+    """Prefill a document of 66,000 tokens on two ranks of this machine, and ask what is stored of it.
 
     Needs a checkout of the repository. A run that is in the folder already is done again.
     """
@@ -40,6 +49,20 @@ def command(ranks: int, folder: Path) -> None:
     show(["cpmpi", "inspect", str(run)], [sys.executable, "-m", "cpmpi", "inspect", str(run)])
     click.echo("\n" + tree(run) + "\n")
     show(["cpmpi", "report", str(run)], [sys.executable, "-m", "cpmpi", "report", str(run)])
+    ask(ranks, checkpoint, run)
+
+
+def ask(ranks: int, checkpoint: Path, run: Path) -> None:
+    """A question with three answers, and a prompt, after the stored document, which is not computed again."""
+    stored = ["--model", str(checkpoint), "--run", str(run)]
+    questions, scores = run.with_name("questions.jsonl"), run.with_name("scores")
+    questions.write_text(json.dumps(QUESTION) + "\n", encoding="utf-8")
+    click.echo(f"\n$ cat {questions}\n{json.dumps(QUESTION)}\n")
+    extend = ["extend", *stored, "--input", str(questions), "--output", str(scores), "--overwrite", "--quiet"]
+    generate = ["generate", *stored, "--prompt", PROMPT, "--max-new-tokens", "40"]
+    for job in (extend, generate):
+        show([*launcher(ranks), "cpmpi", *job], [*launcher(ranks), sys.executable, "-m", "cpmpi", *job])
+        click.echo()
 
 
 def launcher(ranks: int) -> list[str]:
@@ -63,7 +86,7 @@ def show(shown: list[str], command: list[str]) -> None:
     Raises:
         UserError: it failed.
     """
-    click.echo("$ " + " ".join([Path(shown[0]).name, *shown[1:]]), err=True)
+    click.echo("$ " + shlex.join([Path(shown[0]).name, *shown[1:]]), err=True)
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
     done = subprocess.run(command, env={**os.environ, **as_root}, check=False)
     if done.returncode:

@@ -40,8 +40,8 @@ def rows_text(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows[:MOST_ROWS]:
         numbers = f"{row.n_tokens:,}", f"{row.logprob:.6g}", f"{row.per_token:.4f}"
-        best = "best" if row.question and row.best else ""
+        best = "yes" if row.best else ""
         lines.append((shown(row.id, NAME_WIDTH), *numbers, "yes" if row.greedy else "no", best))
-    text = table(("continuation", "tokens", "log-probability", "a token", "greedy", ""), lines, left=1)
+    text = table(("continuation", "tokens", "log-probability", "a token", "greedy", "best"), lines, left=1)
     more = len(rows) - MOST_ROWS
     return text + (f"\n... and {more:,} more in scores.csv" if more > 0 else "")

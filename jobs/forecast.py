@@ -24,7 +24,7 @@ from cpmpi.errors import told_to_the_user
 from cpmpi.model.checkpoint import Blueprint
 from cpmpi.model.size import ModelSize, model_size
 from cpmpi.slurm.request import BatchRequest, slurm_time
-from cpmpi.text import duration, human_bytes
+from cpmpi.text import counted, duration, human_bytes
 from cpmpi.topology.synthetic import synthetic
 
 CORE_FLOPS = 68e9  # of `cpmpi.cost.hardware`: float32, a core
@@ -206,8 +206,9 @@ def refusals(found: Forecast, request: BatchRequest, output: Path) -> Iterator[s
 def remarks(found: Forecast, request: BatchRequest) -> Iterator[str]:
     """What the user should know of the job: its time, its memory, its disk."""
     limit = request.time_s
-    text = f"{found.work}: about {duration(found.seconds)} on {request.ranks} ranks, {human_bytes(found.disk_bytes)}"
-    yield text + f" of disk, {human_bytes(min(found.memory_bytes, found.longest.memory_bytes))} of memory a rank"
+    memory = human_bytes(min(found.memory_bytes, found.longest.memory_bytes))
+    text = f"{found.work}: about {duration(found.seconds)} on {counted(request.ranks, 'rank')}, "
+    yield text + f"{human_bytes(found.disk_bytes)} of disk, {memory} of memory a rank"
     if limit is not None and found.seconds > limit - request.signal_s:
         again = "it is requeued and goes on" if request.requeue else "start it again, it goes on"
         yield (

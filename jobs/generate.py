@@ -8,6 +8,7 @@ import click
 
 from cpmpi.engine.options import GenerateOptions
 from cpmpi.jobs.options import asked, options_of
+from cpmpi.text import counted
 
 
 @click.command(name="generate")
@@ -36,7 +37,7 @@ def command(**options: Any) -> None:
     else:
         for answer in done.answers:
             click.echo(f"> {answer.prompt}\n{answer.text}\n")
-    tokens = sum(len(a.ids) for a in done.answers)
+    tokens, step_s = sum(len(a.ids) for a in done.answers), done.steps_s / max(1, done.steps)
     done.job.progress.say(
-        f"{tokens} tokens; prompts {done.first_s:.2f} s, then {done.steps_s / max(1, done.steps) * 1e3:.3g} ms a step"
+        f"{counted(tokens, 'token')}; prompts {done.first_s:.2f} s, then {step_s * 1e3:.3g} ms a step"
     )

@@ -133,7 +133,7 @@ def as_text(facts: dict[str, Any], limit: int) -> str:
         lines.append(f"kv        {kv['dtype']}, {' and '.join(shapes)}: {human_bytes(kv['bytes'])}")
     good = [shard["bytes"] for shard in facts["shards"] if shard["problem"] is None]
     if good:
-        each = human_bytes(min(good)) + (f" to {human_bytes(max(good))}" if max(good) > min(good) else "")
+        each = " to ".join(dict.fromkeys(human_bytes(size) for size in (min(good), max(good))))
         lines.append(f"shards    {counted(len(good), 'file')} of {each}, {human_bytes(sum(good))} together")
     lines += [f"problem   {shard['problem']}" for shard in facts["shards"] if shard["problem"] is not None]
     done, total = facts["documents_complete"], len(documents)

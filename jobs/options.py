@@ -14,7 +14,17 @@ import click
 from cpmpi.engine.options import JobOptions, ModelOptions, spelled
 from cpmpi.text import counted
 
-FOLDER = click.Path(path_type=Path)
+
+class Named(click.Path):
+    """A path that is not empty: Python takes the empty one, a shell's unset variable, for the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("is empty; is a variable not set?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER = Named(path_type=Path)
 FIRST = ("model", "run", "inputs", "output")  # in help texts
 
 
@@ -51,9 +61,9 @@ def job_option(name: str, **changes: Any) -> Callable[..., Any]:
 def inputs_of(each: Field[Any]) -> list[Callable[..., Any]]:
     """``--input`` with one or several values, or many after it as a shell expands them."""
     named = click.option(
-        "--input", "inputs", required=True, multiple=True, metavar="FILE...", help=each.metadata["help"]
+        "--input", "inputs", required=True, multiple=True, metavar="FILE...", help=each.metadata["help"], type=Named()
     )
-    return [named, click.argument("more_inputs", nargs=-1, metavar="")]
+    return [named, click.argument("more_inputs", nargs=-1, metavar="", type=Named())]
 
 
 def options_of(kind: type[ModelOptions], *left_out: str) -> Callable[..., Any]:

@@ -160,6 +160,8 @@ def machine_of(asked: Asked, kind: str) -> Topology:
     from cpmpi.topology.synthetic import synthetic
 
     if asked.topology is not None:
+        if asked.topology.endswith(".json") and not Path(asked.topology).is_file():
+            raise UserError(f"--topology {asked.topology}: no such file")
         return told(Topology.load if Path(asked.topology).is_file() else synthetic, asked.topology)
     gpus = kind != "cpu-2s"
     each = asked.ranks_per_node

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cpmpi.run.verify import verify_run
-from cpmpi.text import human_bytes
+from cpmpi.text import counted, human_bytes
 
 
 @click.command("verify")
@@ -21,5 +21,8 @@ def command(run: Path, quick: bool, threads: int) -> None:
         click.echo(problem)
     if found.problems:
         raise SystemExit(1)
-    kv = f"{human_bytes(found.kv_bytes)} of KV" if not quick else "no KV read"
-    click.echo(f"{run}: ok ({found.documents} documents, {found.shards} shards, {kv})")
+    parts = [counted(found.documents, "document")]
+    if found.shards:
+        kv = f"{human_bytes(found.kv_bytes)} of KV" if not quick else "no KV read"
+        parts += [counted(found.shards, "shard"), kv]
+    click.echo(f"{run}: ok ({', '.join(parts)})")

@@ -36,6 +36,11 @@ def test_texts_ids_and_choices(tmp_path):
     assert choices.source.endswith("c.jsonl:3")
 
 
+def test_integer_ids_become_their_digits_as_those_of_documents(tmp_path):
+    (line,) = read(tmp_path, {"document": 17, "id": 4, "token_ids": [1]})
+    assert (line.document, line.id) == ("17", "4")
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -45,7 +50,12 @@ def test_texts_ids_and_choices(tmp_path):
         ({"document": "d", "id": "a", "text": ""}, "no tokens to score"),
         ({"document": "d", "id": "a", "token_ids": []}, "no tokens to score"),
         ({"document": "d", "id": "a", "token_ids": [500]}, "token id 500: the vocabulary has 500 tokens"),
-        ({"document": "d", "id": "a", "token_ids": [1.5]}, "list of integers"),
+        ({"document": "d", "id": "a", "token_ids": [1.5]}, "must be integers, not 1.5"),
+        ({"document": "d", "id": "a", "token_ids": [10**20]}, "token id 100000000000000000000: the vocabulary"),
+        ({"document": "d", "id": "a", "text": None}, "a list of integers, not null"),
+        ({"document": "d", "id": "a", "text": "x \ud800"}, r"holds \\ud800, half of a character"),
+        ({"document": "d", "id": "\ud800", "text": "x"}, r"holds \\ud800, half of a character"),
+        ({"document": True, "id": "a", "text": "x"}, '"document" must be a string'),
         ({"document": "d", "id": "a", "choices": []}, "not empty"),
         ({"document": "d", "id": "a", "choices": "yes"}, "not empty"),
         ({"document": "d", "id": "a", "text": "x", "token_ids": [1]}, "both"),

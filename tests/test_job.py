@@ -62,7 +62,9 @@ def test_killed_job_goes_on_where_it_was(tmp_path):
     assert done.returncode == 0, done.stdout
     assert f"{before} of {len(LENGTHS)} documents are finished already" in done.stdout
     assert done.stdout.count("(was done)") == before
-    assert re.search(r"^products: \w+, (as the run was begun|oneDNN is missing)", done.stdout, re.M), "not timed anew"
+    assert re.search(
+        r"^linear layers: \w+'s matrix products, (as the run was begun|oneDNN is missing)", done.stdout, re.M
+    ), "not timed anew"
     whole = mpirun(2, *prefill(tmp_path, tmp_path / "whole"))
     assert whole.returncode == 0, whole.stdout
     with cpmpi.open_run(output) as one, cpmpi.open_run(tmp_path / "whole") as two:

@@ -79,15 +79,17 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
 def test_the_slowest_rank_decides_and_is_remembered(measured: list[float]) -> None:
     measured += [2.0]
     chosen = linear.choose_products(model(), CPU, Two(rates(1.1)))  # type: ignore[arg-type]
-    assert str(chosen) == "products: torch, oneDNN is 1.10 times as fast"
+    assert str(chosen) == "linear layers: torch's matrix products, oneDNN is 1.10 times as fast"
     again = linear.choose_products(model(), CPU, Two(rates(9.0)))  # type: ignore[arg-type]
-    assert str(again) == "products: torch, oneDNN is 1.10 times as fast, measured by an earlier job"
+    assert (
+        str(again) == "linear layers: torch's matrix products, oneDNN is 1.10 times as fast, measured by an earlier job"
+    )
 
 
 def test_a_run_goes_on_as_it_was_begun(measured: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     for library in ("torch", "oneDNN"):  # nothing is measured
         chosen = linear.choose_products(model(), CPU, Two(True), recorded=library)  # type: ignore[arg-type]
-        assert str(chosen) == f"products: {library}, as the run was begun"
+        assert str(chosen) == f"linear layers: {library}'s matrix products, as the run was begun"
     measured += [3.0]
     unknown = linear.choose_products(model(), CPU, Two(rates(3.0)), recorded="another")  # type: ignore[arg-type]
     assert unknown.library == "oneDNN"

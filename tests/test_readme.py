@@ -36,6 +36,9 @@ def folder(tmp_path_factory):
     (folder / "book.txt").write_text("def f(x):\n    return x\n" * 40)
     (folder / "papers").mkdir()
     (folder / "papers" / "one.txt").write_text("import sys\n" * 30)
+    question = {"document": "book.txt", "id": "q1", "text": " The murderer is", "choices": [" Ann", " Bob"]}
+    assert json.dumps(question) in README
+    (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
     (folder / "more.jsonl").write_text(json.dumps({"id": "a", "text": "class A:\n    pass\n"}) + "\n")
     return folder
 
@@ -60,11 +63,17 @@ def run(command: str, folder: Path) -> str:
 
 def test_commands_run_as_they_stand(folder):
     jobs = commands("mpirun") + commands("cpmpi")
-    assert len(jobs) >= 5, jobs
+    assert len(jobs) >= 9, jobs
+    assert {"prefill", "score", "extend", "generate"} <= {word for command in jobs for word in command.split()}
     for command in jobs:
         printed = run(command, folder)
-        if command.startswith("mpirun"):
+        if "--input book.txt" in command and command.startswith("mpirun"):
             assert "book.txt" in printed
+        if " extend " in command:
+            assert re.search(r"^q1/[01] .* yes$", printed, re.M), printed
+            assert (folder / "SCORES" / "scores.csv").exists()
+        if " generate " in command:
+            assert len(printed) > 1
     assert "book.txt" in run("cpmpi inspect RUN", folder)
     assert ": ok (3 documents, 4 shards" in run("cpmpi verify RUN", folder)
     (example,) = blocks("python")

@@ -134,7 +134,8 @@ class Progress:
         left = f"{duration(elapsed * (1 - share) / here)} left" if here > 0.002 else "..."
         tokens = self._tokens_done + self.part * self.tokens
         rate = f"{(tokens - self._kept_tokens) / max(elapsed, 1e-9):,.0f} tokens/s"
-        layer = f"layer {self.layer}/{self.layers}"
+        over = self._documents_done >= self._documents  # the last document's results are being written
+        layer = f"layer {self.layers if over else self.layer}/{self.layers}"
         name = shown(self.name, NAME_WIDTH)
         if self._documents == 1:
             return f"{name}: {share:4.0%}  {layer}  {self.tokens or self._tokens_done:,} tokens  {rate}  {left}"

@@ -108,8 +108,11 @@ def _parse(line: str, source: str) -> dict[str, Any]:
 
 def _read(record: dict[str, Any], source: str, tokenizer: Callable[[], Any], vocab_size: int) -> Continuation:
     for key in ("document", "id"):
+        if type(record.get(key)) is int:  # as the ids of documents
+            record[key] = str(record[key])
         if not isinstance(record.get(key), str) or not record[key]:
             raise UserError(f'{source}: "{key}" must be a string that is not empty')
+        whole_characters(record[key], source)
     upto = record.get("upto")
     if upto is not None and (type(upto) is not int or upto < 1):
         raise UserError(f'{source}: "upto" must be a number of tokens from 1 on, not {upto!r}')
@@ -135,16 +138,29 @@ def _read(record: dict[str, Any], source: str, tokenizer: Callable[[], Any], voc
 def _ids(given: Any, source: str, tokenizer: Callable[[], Any], vocab_size: int) -> TokenIds:
     """The token ids of a text or of a list of them; no special tokens are added in the middle of a document."""
     if isinstance(given, str):
-        ids = tokenize(tokenizer(), given, special_tokens=False).astype(np.int64)
-    elif isinstance(given, list) and all(type(i) is int for i in given):
-        ids = np.array(given, np.int64)
+        ids = tokenize(tokenizer(), whole_characters(given, source), special_tokens=False).astype(np.int64)
+    elif not isinstance(given, list):
+        raise UserError(f"{source}: must be a text or a list of integers, not {json.dumps(given)[:50]}")
+    elif wrong := [i for i in given if type(i) is not int]:
+        raise UserError(f"{source}: token ids must be integers, not {json.dumps(wrong[0])[:50]}")
+    elif bad := [i for i in given if not 0 <= i < vocab_size]:
+        raise UserError(f"{source}: token id {bad[0]}: the vocabulary has {vocab_size} tokens, 0 to {vocab_size - 1}")
     else:
-        raise UserError(f"{source}: must be a text or a list of integers, not {type(given).__name__}")
+        ids = np.array(given, np.int64)
     if not len(ids):
         raise UserError(f"{source}: an empty text or list has no tokens to score")
-    if bad := [int(i) for i in ids if not 0 <= i < vocab_size]:
-        raise UserError(f"{source}: token id {bad[0]}: the vocabulary has {vocab_size} tokens, 0 to {vocab_size - 1}")
     return ids
+
+
+def whole_characters(text: str, source: str) -> str:
+    """The text, unless it has half a character (a lone surrogate): neither files nor tokenizers take it.
+
+    Raises:
+        UserError: it has one.
+    """
+    if half := next((c for c in text if "\ud800" <= c <= "\udfff"), None):
+        raise UserError(f"{source}: holds {ascii(half)[1:-1]}, half of a character (a lone surrogate)")
+    return text
 
 
 def would_merge(tokenizer: Any, before: npt.NDArray[np.integer], after: TokenIds) -> bool:

@@ -213,6 +213,16 @@ def _residence(options: ContextOptions, place: Place, work: New, room: Room) -> 
     return (held(sum(token_bytes)), True) if least <= most else (mapped, False)
 
 
+def introduce_stored(job: ContextJob) -> None:
+    """Say what the stored keys are, how attention goes across ranks, and what a rank needs."""
+    computed = str(job.model.dtype).removeprefix("torch.")
+    rounding = "" if job.run.kv_dtype == computed else f" (rounded to it once; a new prefill has them in {computed})"
+    how = "in memory" if job.resident else "read a layer ahead"
+    job.progress.say(f"stored keys and values: {job.run.kv_dtype}{rounding}; {how}")
+    job.progress.say(f"attention: {job.decision.reason}")
+    job.progress.say(str(job.decision.memory))
+
+
 @contextmanager
 def open_context(job: ContextJob, engine: Engine, context: Context) -> Iterator[Extension]:
     """What goes on from a context on this rank. Collective."""

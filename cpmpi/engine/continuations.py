@@ -20,6 +20,7 @@ from cpmpi.engine.contexts import (
     New,
     context_of,
     find_document,
+    introduce_stored,
     open_context,
     open_stored,
     prepare_contexts,
@@ -31,7 +32,7 @@ from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.run import folder
 from cpmpi.run.paths import RunPaths
-from cpmpi.run.publish import publish_text
+from cpmpi.run.publish import make_folder, publish_text
 from cpmpi.run.reader import Run
 from cpmpi.run.scores import Row, scores_text
 from cpmpi.run.spec import DocumentSpec, RunSpec
@@ -80,6 +81,9 @@ def _extend(options: ExtendOptions, ranks: Ranks, run: Run, checkpoint: Checkpoi
     at_once = max(most, min(whole, BATCH_TOKENS * ranks.size))
     job = prepare_contexts(options, ranks, run, checkpoint, New(stored=longest, longest=most, at_once=at_once))
     _introduce(job, asked, continuations, _merging(ranks, run, checkpoint, continuations))
+    job.ranks.on_root(
+        make_folder, RunPaths(options.output).lock.parent
+    )  # one that cannot be made is told before the work
     scores: dict[tuple[int, int], Scored] = {}
     with load_engine(job) as engine:
         for i, each in enumerate(asked):
@@ -151,12 +155,7 @@ def _introduce(job: ContextJob, asked: Sequence[Asked], continuations: Sequence[
         f"{counted(answers, 'continuation')} of {counted(tokens, 'token')} after {counted(len(asked), 'context')} of "
         f"{job.options.run}, {counted(job.ranks.size, 'rank')}"
     )
-    computed = str(job.model.dtype).removeprefix("torch.")
-    rounding = "" if job.run.kv_dtype == computed else f" (rounded to it once; a new prefill has them in {computed})"
-    how = "in memory" if job.resident else "read a layer ahead"
-    say(f"stored keys and values: {job.run.kv_dtype}{rounding}; {how}")
-    say(f"attention: {job.decision.reason}")
-    say(str(job.decision.memory))
+    introduce_stored(job)
     if merging:
         say(
             f"note: the tokenizer would have joined the first token of {counted(merging, 'text')} with the one before; "
@@ -230,7 +229,8 @@ def rows_of(continuations: Sequence[Continuation], scores: dict[tuple[int, int],
             row = Row(
                 id=c.names[i], question=c.id if c.chosen else "", answer=i, document=c.document,
                 n_tokens=len(s.logprobs), logprob=sums[i], per_token=sums[i] / len(s.logprobs), per_byte=per_byte[i],
-                greedy=bool(s.greedy.all()), best=sums[i] == max(sums), best_per_byte=per_byte[i] == most,
+                greedy=bool(s.greedy.all()), best=c.chosen and sums[i] == max(sums),
+                best_per_byte=c.chosen and per_byte[i] == most,
             )  # fmt: skip
             rows.append(row)
     return tuple(rows)

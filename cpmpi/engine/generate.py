@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from cpmpi.comm.ranks import Ranks, start
+from cpmpi.documents.continuations import whole_characters
 from cpmpi.documents.tokenization import load_tokenizer, tokenize
 from cpmpi.engine.contexts import (
     ContextJob,
     New,
     context_of,
     find_document,
+    introduce_stored,
     open_context,
     open_stored,
     prepare_contexts,
@@ -28,6 +30,7 @@ from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.sampling import Sampling
 from cpmpi.run.reader import Run
+from cpmpi.text import counted
 
 Show = Callable[[int, str], None]
 
@@ -107,8 +110,11 @@ def _generate(
     new = max(map(len, prompts)) + options.max_new_tokens
     work = New(stored=context.n_tokens, longest=new, at_once=len(prompts), sequences=len(prompts))
     job = prepare_contexts(options, ranks, run, checkpoint, work)
-    job.progress.say(f"attention: {job.decision.reason}")
-    job.progress.say(str(job.decision.memory))
+    job.progress.say(
+        f"{counted(len(prompts), 'prompt')} after {context.n_tokens:,} tokens of {options.run}, "
+        f"{counted(job.ranks.size, 'rank')}"
+    )
+    introduce_stored(job)
     answers = [Answer(prompt=prompt, tokenizer=tokenizer, stop=options.stop) for prompt in options.prompts]
     before = document.token_ids.tolist() if sampling.repetition_penalty != 1 else []
     ends = _end_tokens(checkpoint)
@@ -148,9 +154,11 @@ def _prompt_ids(options: GenerateOptions, tokenizer: Any) -> list[TokenIds]:
     """The token ids of every prompt."""
     if not options.prompts:
         raise UserError("--prompt is missing: there is nothing to answer")
+    if "" in options.stop:
+        raise UserError("--stop is empty: every answer would end before it begins")
     found = []
     for prompt in options.prompts:
-        if not prompt:
+        if not whole_characters(prompt, "--prompt"):
             raise UserError("--prompt is empty: it has no token after which to go on")
         if options.chat:
             if not getattr(tokenizer, "chat_template", None):

@@ -178,6 +178,8 @@ def _as_declared(each: Field[Any], value: Any) -> Any:
     """A value in its field's type: paths and sizes may come as text, a single input without a list around it."""
     if value is None:
         return None
+    if value == "" and each.type.startswith("Path"):
+        raise UserError(f"{spelled(each.name)} is empty; is a variable not set?")
     if each.type.startswith("Path"):
         return Path(value)
     if each.name == "memory_limit":
@@ -199,5 +201,7 @@ def _check(each: Field[Any], value: Any) -> None:
         check_segments(value)
     if each.name == "checkpoint":
         minutes_between(value)
+    if each.name == "inputs" and "" in value:
+        raise UserError("--input is empty; is a variable not set?")
     if known.get("needed") and value is None:
         raise UserError(f"{spelled(each.name)} is missing")

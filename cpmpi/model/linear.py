@@ -27,7 +27,7 @@ class Products:
     reason: str
 
     def __str__(self) -> str:
-        return f"products: {self.library}, {self.reason}"
+        return f"linear layers: {self.library}'s matrix products, {self.reason}"
 
 
 def choose_products(

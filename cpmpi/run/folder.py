@@ -75,6 +75,9 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file, not a folder; choose another --output")
         if not folder.is_dir():
+            above = next(each for each in folder.absolute().parents if each.exists())
+            if not above.is_dir():
+                raise UserError(f"{folder}: cannot be made, {above} is a file; choose another --output")
             return
         paths = RunPaths(folder)
         ours = [path for path in paths.contents() if path.suffix != ".tmp"]

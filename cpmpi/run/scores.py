@@ -19,7 +19,7 @@ class Row(NamedTuple):
         logprob: of all its tokens given the context, in nats; ``per_token`` and ``per_byte`` (of UTF-8; NaN where token
             ids were given) are what evaluation harnesses compare answers of unlike lengths by.
         greedy: whether every token is the most probable one.
-        best, best_per_byte: whether no answer of the same question has a higher score.
+        best, best_per_byte: of an answer, whether no other of its question has a higher score.
     """
 
     id: str

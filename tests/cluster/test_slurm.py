@@ -209,7 +209,7 @@ def test_the_ready_scripts_run(slurm_cluster, tmp_path):
     wait_for(lambda: all(s <= {"COMPLETED", "FAILED", "CANCELLED"} for s in states().values()), 240)
     logs = "".join(file.read_text() for file in tmp_path.glob("slurm-*.out"))
     assert states() == {name: {"COMPLETED"} for name in numbers}, logs
-    assert "RUN: ok (1 documents, 2 shards" in logs
+    assert "RUN: ok (1 document, 2 shards" in logs
     with open_run(tmp_path / "RUN") as one, open_run(tmp_path / "RUN-gpus") as four:
         assert one.complete
         assert four.world_size == 4
