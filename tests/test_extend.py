@@ -224,8 +224,6 @@ def test_the_job_scores_lines_into_a_run_of_its_own(tmp_path):
     from transformers import AutoModelForCausalLM
 
     import cpmpi
-    from cpmpi.engine.continuations import extend
-    from cpmpi.engine.options import ExtendOptions
     from cpmpi.run.verify import verify_run
 
     comm = MPI.COMM_WORLD
@@ -238,7 +236,7 @@ def test_the_job_scores_lines_into_a_run_of_its_own(tmp_path):
     given = {"model": model, "run": folder / "run", "inputs": folder / "lines.jsonl", "quiet": True}
     ways = {"auto": {}, "mapped": {"kv": "mapped", "attention": "tree"}, "tp": {"tp": 2, "weights": "stream"}}
     for name, options in ways.items():
-        extend(ExtendOptions.of(**given, **options, output=folder / name))
+        cpmpi.extend(**given, **options, output=folder / name).close()
     comm.Barrier()
     if comm.rank:
         return
@@ -347,3 +345,34 @@ def test_what_cannot_be_continued_is_refused(tmp_path, capsys):
         assert status == 1
         if comm.rank == 0:
             assert f"error: {reason}" in told or reason in told
+
+
+@pytest.mark.mpi(2)
+def test_an_answer_in_text_is_that_of_transformers(tmp_path):
+    """The demo's checkpoint with its tokenizer, from Python: greedy, to a stop text, and the same after two prompts."""
+    import torch
+    from mpi4py import MPI
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import cpmpi
+
+    from .test_continuations import CHECKPOINT
+
+    folder = shared_folder(tmp_path)
+    text = "class Decimal:\n    def __init__(self, value):\n        self.value = value\n"
+    if MPI.COMM_WORLD.rank == 0:
+        (folder / "text.txt").write_text(text)
+    MPI.COMM_WORLD.Barrier()
+    cpmpi.prefill(model=CHECKPOINT, inputs=folder / "text.txt", output=folder / "run", kv_dtype="float32").close()
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    prompt = "\n    def __repr__(self):"
+    ids = tokenizer(text)["input_ids"] + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    whole = torch.tensor([ids])
+    made = model.generate(whole, attention_mask=torch.ones_like(whole), max_new_tokens=24, do_sample=False)
+    expected = tokenizer.decode(made[0, len(ids) :], clean_up_tokenization_spaces=False)
+    given = {"model": CHECKPOINT, "run": folder / "run", "max_new_tokens": 24}
+    assert cpmpi.generate(**given, prompts=prompt) == [expected]
+    assert cpmpi.generate(**given, prompts=["x = ", prompt])[1] == expected
+    stop = expected[5:8]
+    assert cpmpi.generate(**given, prompts=prompt, stop=stop) == [expected[: expected.index(stop)]]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cpmpi.comm.ranks import OPEN_MPI
-from cpmpi.engine.options import JobOptions
+from cpmpi.engine.options import ExtendOptions, GenerateOptions, JobOptions
 from cpmpi.run.reader import Run, open_run
 
 PathText = str | os.PathLike[str]
@@ -48,6 +48,57 @@ def score(
 ) -> Run:
     """Log-probabilities of whole documents; like `prefill`, but no keys and values are kept. Collective."""
     return _run(JobOptions.of(model=model, inputs=inputs, output=output, quiet=quiet, keep_kv=False, **options))
+
+
+def extend(
+    *, model: PathText, run: PathText, inputs: PathText | Sequence[PathText], output: PathText, quiet: bool = True,
+    **options: Any,
+) -> Run:  # fmt: skip
+    """Scores of what may follow stored documents, in a run of their own. Collective; see docs/stored-kv.md.
+
+    Args:
+        model: the checkpoint folder that made the run.
+        run: run folder with the stored documents.
+        inputs: ``.jsonl`` files with a continuation, or a question with answers, a line.
+        output: run folder for the scores.
+        quiet: no progress on standard error.
+        **options: as for `prefill` (see `cpmpi.engine.options.ExtendOptions`).
+
+    Returns:
+        The run of the continuations, open for reading, on every rank.
+
+    Raises:
+        UserError, TypeError: as for `prefill`.
+    """
+    from cpmpi.engine import continuations
+
+    wanted = ExtendOptions.of(model=model, run=run, inputs=inputs, output=output, quiet=quiet, **options)
+    with _as_before():
+        done = continuations.extend(wanted)
+    done.job.ranks.comm.Barrier()
+    return open_run(wanted.output)
+
+
+def generate(
+    *, model: PathText, run: PathText, prompts: str | Sequence[str], quiet: bool = True, **options: Any
+) -> list[str]:  # fmt: skip
+    """The answers to prompts that follow a stored document. Collective; see docs/stored-kv.md.
+
+    Args:
+        model: the checkpoint folder that made the run.
+        run: run folder with the stored document; ``document="ID"`` chooses among several.
+        prompts: one or several.
+        quiet: no progress on standard error.
+        **options: ``max_new_tokens``, ``temperature`` and so on (see `cpmpi.engine.options.GenerateOptions`).
+
+    Raises:
+        UserError, TypeError: as for `prefill`.
+    """
+    from cpmpi.engine import generate as job
+
+    with _as_before():
+        done = job.generate(GenerateOptions.of(model=model, run=run, prompts=prompts, quiet=quiet, **options))
+    return [answer.text for answer in done.answers]
 
 
 def _run(options: JobOptions) -> Run:
