@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 import sys
 import time
 from typing import NoReturn
 
 import click
 
+from cpmpi.comm.ranks import first_of_launch
 from cpmpi.errors import Stopped, UserError
 from cpmpi.text import escaped, escaped_lines
 from cpmpi.version import __version__
@@ -36,7 +36,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "topology": ("cpmpi.jobs.topology", "What the machine is: discover, measure, save, draw."),
 }
 RANK_0_SPEAKS_S = 2.0
-RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 class LazyGroup(click.Group):
@@ -77,12 +76,6 @@ def add_debug(command: click.Command) -> None:
 @click.version_option(__version__, prog_name="cpmpi")
 def cli() -> None:
     """Exact whole-document LLM prefill and scoring as MPI batch jobs."""
-
-
-def first_of_launch() -> bool:
-    """Whether this process is the launcher's rank 0, or has no launcher; asks no MPI."""
-    told = [os.environ[name] for name in RANK_VARIABLES if name in os.environ]
-    return not told or told[0] == "0"
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def command(
     if read_file is not None and synthetic is not None:
         raise UserError("give --read or --synthetic, not both")
     if synthetic is not None:
-        from cpmpi.jobs.cli import first_of_launch
+        from cpmpi.comm.ranks import first_of_launch
         from cpmpi.topology.synthetic import synthetic as generate
 
         check_files(plot=plot_file, json=json_file)

@@ -10,7 +10,7 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from cpmpi.errors import UserError
 
@@ -20,14 +20,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# How each launcher tells a process the number of ranks it started, the most reliable first. The Slurm variable comes
-# last: under mpirun it counts the launcher's own daemons.
-LAUNCHED_RANKS = {
-    "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
-    "PMI_SIZE": "an MPICH-like launcher or srun --mpi=pmi2",
-    "SLURM_STEP_NUM_TASKS": "srun",
-}
 
+class Launcher(NamedTuple):
+    """How a launcher tells a process how many ranks it started, and which of them it is."""
+
+    name: str
+    size_variable: str
+    rank_variable: str
+
+
+# The most reliable first. Slurm's variables come last: under mpirun they count the launcher's own daemons.
+LAUNCHERS = (
+    Launcher("Open MPI's mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    Launcher("an MPICH-like launcher or srun --mpi=pmi2", "PMI_SIZE", "PMI_RANK"),
+    Launcher("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+)
 
 # Open MPI reads these when it starts; a user's own values hold. Ranks that wait yield their core. Over TCP messages go
 # in fragments and the socket takes 1 MiB at a time: else the permission for the other direction to send waits behind a
@@ -139,7 +146,7 @@ def singleton_problem(world_size: int, environment: dict[str, str], library: str
     A launcher and an MPI library that do not speak the same PMI give as many worlds of size 1 as there are ranks,
     without a message.
     """
-    for variable, launcher in LAUNCHED_RANKS.items():
+    for launcher, variable, _ in LAUNCHERS:
         if (told := environment.get(variable, "")).isdigit():
             if int(told) == world_size:
                 return None
@@ -150,6 +157,12 @@ def singleton_problem(world_size: int, environment: dict[str, str], library: str
                 "Open MPI and srun --mpi=pmi2 for MPICH"
             )
     return None
+
+
+def first_of_launch() -> bool:
+    """Whether this process is the launcher's rank 0, or has no launcher; asks no MPI."""
+    told = [os.environ[launcher.rank_variable] for launcher in LAUNCHERS if launcher.rank_variable in os.environ]
+    return not told or told[0] == "0"
 
 
 def node_name() -> str:
