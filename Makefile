@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 NUMERIC := tests/kernels $(addprefix tests/test_,logprobs.py exact.py tensor_parallel.py models.py weights.py bf16.py \
 	demo_training.py)
 
-.PHONY: demo test test-isa test-slow chaos lint format bench cluster-test docs wheel clean
+.PHONY: demo test test-isa test-slow chaos chaos-short lint format bench cluster-test docs wheel clean
 
 # The MPI wheel is installed where there is no mpirun.
 $(STAMP): setup.py constraints.txt
@@ -35,6 +35,9 @@ test-slow: $(STAMP)
 
 cluster-test: $(STAMP)
 	$(RUN)/python -m pytest -m "cluster and not slow" tests/cluster
+
+chaos-short: $(STAMP)
+	$(RUN)/python -m pytest -m "" "tests/test_chaos.py::test_nothing_is_lost[6]"
 
 chaos: $(STAMP)
 	$(RUN)/python -m tests.chaos --kills 200

@@ -5,7 +5,8 @@ import pytest
 from tests.chaos import KINDS, chaos
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.slow  # CI runs the short one by `make chaos-short`
+@pytest.mark.parametrize("kills", [6, 60])
 def test_nothing_is_lost(kills, tmp_path):
     figures = chaos(tmp_path, kills)
     print(figures)

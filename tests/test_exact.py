@@ -57,7 +57,10 @@ def shared_folder(tmp_path):
     return MPI.COMM_WORLD.bcast(tmp_path)
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.mpi(n)) for n in (1, 2, 3, 4, 7)])
+@pytest.mark.parametrize("ranks", [
+    *(pytest.param(n, marks=pytest.mark.mpi(n)) for n in (1, 2, 3, 4)),
+    pytest.param(7, marks=(pytest.mark.mpi(7), pytest.mark.slow)),
+])  # fmt: skip
 def test_job_equals_one_transformers_process(ranks, tmp_path):
     from mpi4py import MPI
 
