@@ -101,7 +101,20 @@ class Jobs:
 
 @pytest.fixture
 def jobs(slurm_cluster, tmp_path) -> Jobs:
-    return Jobs(slurm_cluster, tmp_path)
+    """On a cluster whose nodes are all there: a test before may have lost one, or left a job that is completing."""
+    made = Jobs(slurm_cluster, tmp_path)
+    made.slurm("scancel", "--user=root")
+
+    def idle() -> bool:
+        states = dict(line.split() for line in made.slurm("sinfo", "-h", "-N", "-o", "%N %T").splitlines())
+        for node, state in states.items():
+            if state.startswith(("down", "drain")):
+                with suppress(RuntimeError):  # where it has come back by itself
+                    made.slurm("scontrol", "update", f"nodename={node}", "state=resume")
+        return set(states.values()) == {"idle"}
+
+    wait_for(idle, 180)
+    return made
 
 
 def test_told_preempted_and_a_node_lost_the_run_is_whole(jobs):
