@@ -128,16 +128,6 @@ class Decoding(Extension):
                 return
             yield [(i, token) for i, token in step if token >= 0]
 
-    @property
-    def _holders(self) -> int:
-        """Ranks, or groups of ranks that share the weights, that compute different tokens."""
-        return self.context.layout.world // self.engine.grid.copies
-
-    @property
-    def _here(self) -> int:
-        """Which of them this rank is."""
-        return self.engine.position // self.engine.grid.copies
-
     def _deal(self, prompts: Sequence[TokenIds]) -> list[Growing]:
         """A holder for each prompt: the longest first, to whoever has the least tokens."""
         load, rows = [0] * self._holders, [0] * self._holders

@@ -138,18 +138,27 @@ class Extension:
     def score(self, questions: Sequence[Question]) -> list[Scored]:
         """The answers that this rank computed; of ranks that share the weights, the first has them. Collective."""
         engine = self.engine
-        holders = self.context.layout.world // engine.grid.copies
-        dealt = deal(questions, holders)
+        dealt = deal(questions, self._holders)
         lines = [branches_of(questions, each, self.n_tokens, engine.chunk_tokens) for each in dealt]
-        branches, answers = lines[engine.position // engine.grid.copies]
+        branches, answers = lines[self._here]
         placed = Dealt(
             runs=tuple(tuple(b.run for b in each) for each, _ in lines), copies=engine.grid.copies
         )  # fmt: skip
         states = self._hidden(branches, placed)
         if engine.grid.tp_index(engine.rank):
             return []
-        mine = zip(dealt[engine.position // engine.grid.copies], answers, strict=True)
+        mine = zip(dealt[self._here], answers, strict=True)
         return [self._judge(questions, which, branches, line, states) for which, line in mine]
+
+    @property
+    def _holders(self) -> int:
+        """Ranks, or groups of ranks that share the weights, that compute different tokens."""
+        return self.context.layout.world // self.engine.grid.copies
+
+    @property
+    def _here(self) -> int:
+        """Which of them this rank is."""
+        return self.engine.position // self.engine.grid.copies
 
     def _judge(
         self, questions: Sequence[Question], which: tuple[int, int], branches: list[Branch], line: list[int],
