@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(RUN)/cpmpi demo
 
 test: $(STAMP)
-	$(RUN)/python -m pytest
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 # The numeric tests as on a processor with AVX2 alone.
 test-isa: $(STAMP)

@@ -53,12 +53,30 @@ def mpirun(
         os.killpg(process.pid, signal.SIGKILL)
         out, _ = process.communicate()
         pytest.fail(f"{n} ranks still running after {timeout_s} s:\n{out}", pytrace=False)
+    except BaseException:  # whoever interrupts the tests leaves no ranks behind
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     return subprocess.CompletedProcess(line, process.returncode, out, "")
 
 
 def ranks_of(item: pytest.Item) -> int:
     marker = item.get_closest_marker("mpi")
     return marker.args[0] if marker else 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let pytest-xdist (``-n``) keep together what shares a launch, or the fixtures of a file, the longest first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: -ranks_of(item))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(f"{ranks_of(item)} ranks" if ranks_of(item) else item.path.stem))
+
+
+def name_of(item: pytest.Item) -> str:
+    """The test's name as pytest takes it, without the group that pytest-xdist appends."""
+    group = item.get_closest_marker("xdist_group")
+    return item.nodeid.removesuffix(f"@{group.args[0]}" if group else "")
 
 
 class Launches:
@@ -75,11 +93,11 @@ class Launches:
     def run(self, item: pytest.Item) -> tuple[list[dict[str, str]], str]:
         """What the ranks say of a test, one entry a rank that came to its end, and what the launch printed."""
         n = ranks_of(item)
-        waiting = [i.nodeid for i in item.session.items if ranks_of(i) == n and i.nodeid not in self.printed]
-        if item.nodeid in waiting:
-            waiting = [item.nodeid, *(i for i in waiting if i != item.nodeid)]
-            self._launch(n, waiting)
-        return self.said.get(item.nodeid, []), self.printed[item.nodeid]
+        name = name_of(item)
+        waiting = [name_of(i) for i in item.session.items if ranks_of(i) == n]
+        if name not in self.printed:
+            self._launch(n, [name, *(i for i in waiting if i != name and i not in self.printed)])
+        return self.said.get(name, []), self.printed[name]
 
     def _launch(self, n: int, tests: list[str]) -> None:
         with tempfile.TemporaryDirectory(prefix="cpmpi-ranks-") as folder:

@@ -98,6 +98,7 @@ CASES = [
     ),
     ("trace in the run", ["--trace", "{f}/new/trace.json"], r"--trace .*new/trace\.json: is in the run folder", 1),
     ("no folder for a trace", ["--trace", "{f}/none/trace.json"], r"--trace .*trace\.json: no folder .*/none", 1),
+    ("no drawing", ["--plot", "{f}/run.gif"], r"--plot: .*run\.gif: a drawing's name ends in one of", 1),
     ("not a run", ["--output", "{f}/not-a-run"], r"not-a-run: holds summary\.csv, which a run would replace", 1),
     ("other model", ["--output", "{f}/run", "--model", "{f}/other"], r"holds a run with model_sha256 .*--overwrite", 1),
     (
@@ -189,8 +190,7 @@ def test_a_real_launch_ends_with_one_line(tmp_path):
     assert "Traceback" not in done.stdout
 
 
-@pytest.mark.parametrize("weights", ["resident", "stream"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "weights"), [(1, "resident"), (2, "stream")])
 def test_a_layer_that_overflows_is_named(ranks, weights, tmp_path):
     """Its weights are finite, its output is not: with --check-finite the job stops there."""
     from safetensors.torch import load_file, save_file

@@ -11,6 +11,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 import cpmpi
 from cpmpi.errors import UserError
@@ -34,6 +35,7 @@ def finished(output):
         return 0
 
 
+@pytest.mark.slow  # the short chaos series kills as many ranks, test_index.py a writer at any moment
 def test_killed_job_goes_on_where_it_was(tmp_path):
     """kill -9 of all ranks while documents are in work; the same command finishes, and does nothing twice."""
     save_llama(tmp_path / "model", 2, layers=4)
@@ -84,9 +86,9 @@ def test_killed_job_goes_on_where_it_was(tmp_path):
 def test_score_keeps_no_kv_and_says_what_it_does(tmp_path):
     save_llama(tmp_path / "model", 2)
     save_documents(tmp_path / "documents", (1, 500))
-    done = mpirun(3, *prefill(tmp_path, tmp_path / "run", "score"))
+    done = mpirun(2, *prefill(tmp_path, tmp_path / "run", "score"))
     assert done.returncode == 0, done.stdout
-    assert re.search(r"^cpmpi \S+: 3 ranks on cpu, 1 thread each$", done.stdout, re.M)
+    assert re.search(r"^cpmpi \S+: 2 ranks on cpu, 1 thread each$", done.stdout, re.M)
     assert "computed in float32; no KV kept" in done.stdout
     assert re.search(r"^attention: \w+: \d", done.stdout, re.M), "why this schedule"
     assert re.search(r"^00500\.npy +500 +\d+\.\d+ +\d+\.\d{4} ", done.stdout, re.M)
@@ -96,11 +98,11 @@ def test_score_keeps_no_kv_and_says_what_it_does(tmp_path):
         assert np.isfinite(run.documents[1].logprobs[1:]).all()
         assert np.isnan(run.documents[0].perplexity), "nothing is predicted in a document of one token"
     logs = sorted((tmp_path / "run" / "log").glob("rank-*.log"))
-    assert len(logs) == 3
+    assert len(logs) == 2
     for rank, log in enumerate(logs):
         lines = log.read_text().splitlines()
         assert lines
-        assert all(re.match(rf"\S+ \S+ {rank}/3 INFO ", line) for line in lines)
+        assert all(re.match(rf"\S+ \S+ {rank}/2 INFO ", line) for line in lines)
 
 
 def test_a_run_can_be_drawn(tmp_path):
@@ -118,7 +120,3 @@ def test_a_run_can_be_drawn(tmp_path):
         assert found >= {
             (what, layer) for what in ("layers", "compute", "wait", "transfer", "io") for layer in range(3)
         }
-    refused = mpirun(2, *prefill(tmp_path, tmp_path / "other"), "--plot", str(tmp_path / "run.gif"))
-    assert refused.returncode == 1
-    assert "error: --plot: " in refused.stdout
-    assert not (tmp_path / "other").exists()
