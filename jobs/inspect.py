@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from cpmpi.errors import UserError
+from cpmpi.jobs.hang import hang_facts, hang_text, last_hang
 from cpmpi.run.hdf5 import STORED_FLOATS
 from cpmpi.run.reader import Document, Run, open_run
 from cpmpi.text import counted, escaped, human_bytes, shown
@@ -23,8 +24,13 @@ NAME_WIDTH = 50
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--documents", "limit", type=click.IntRange(min=0), default=20, show_default=True,
               help="Print at most this many documents (JSON has all).")  # fmt: skip
-def command(run: Path, as_json: bool, limit: int) -> None:
+@click.option("--hang", is_flag=True, help="Print instead which rank a job hung at, and what each did last.")
+def command(run: Path, as_json: bool, limit: int, hang: bool) -> None:
     """Print what RUN holds: the model, the documents and their results, the KV, the shards, and how far it is."""
+    if hang:
+        found = last_hang(run)
+        click.echo(json.dumps(hang_facts(found), indent=2) if as_json else hang_text(found))
+        return
     with open_run(run) as opened:
         facts = facts_of(opened)
     click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts, limit))

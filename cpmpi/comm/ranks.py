@@ -9,9 +9,10 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from cpmpi.comm.flight import Flight
 from cpmpi.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,9 +53,13 @@ class AgreedError(UserError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of this job, with the few collective habits that all jobs share."""
+    """The ranks of this job, with the few collective habits that all jobs share.
+
+    ``flight`` records where this rank waits for others: once a job runs, they meet by the methods of this class.
+    """
 
     comm: MPI.Intracomm
+    flight: Flight = field(default_factory=Flight, compare=False)
 
     @property
     def rank(self) -> int:
@@ -83,7 +88,8 @@ class Ranks:
                 outcome = None, work(*args, **kwargs)
             except UserError as error:
                 outcome = str(error), None
-        problem, result = self.comm.bcast(outcome)
+        with self.flight.waits("root"):
+            problem, result = self.comm.bcast(outcome)
         if problem is not None:
             raise AgreedError(problem)
         value: T = result
@@ -100,18 +106,34 @@ class Ranks:
             result = work(*args, **kwargs)
         except UserError as error:
             problem = str(error)
-        problems = [(r, p) for r, p in enumerate(self.comm.allgather(problem)) if p is not None]
+        problems = [(r, p) for r, p in enumerate(self.allgather(problem)) if p is not None]
         if problems:
             rank, text = problems[0]
             raise AgreedError(text if len(problems) == self.size else f"rank {rank}/{self.size}: {text}")
         value: T = result  # type: ignore[assignment]
         return value
 
+    def numbers_of(self, comm: MPI.Intracomm) -> list[int]:
+        """The ranks of a part of the job, as the whole numbers them."""
+        whole, part = self.comm.Get_group(), comm.Get_group()
+        return list(part.Translate_ranks(None, whole))
+
+    def gather(self, mine: T) -> list[T] | None:
+        """What every rank has, by rank, on rank 0; None on others. Collective."""
+        with self.flight.waits("gather"):
+            return self.comm.gather(mine)
+
+    def allgather(self, mine: T) -> list[T]:
+        """What every rank has, by rank. Collective."""
+        with self.flight.waits("allgather"):
+            return self.comm.allgather(mine)
+
     def spread(self, array: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
         """An array of rank 0, given to all, of any size: mpi4py's own pickle-5 messages stay countable. Collective."""
         from mpi4py.util import pkl5
 
-        given: npt.NDArray[Any] = pkl5.Intracomm(self.comm).bcast(array)
+        with self.flight.waits("root"):
+            given: npt.NDArray[Any] = pkl5.Intracomm(self.comm).bcast(array)
         return given
 
 

@@ -121,7 +121,7 @@ class Checkpoints:
     _warned: bool = False
 
     def __post_init__(self) -> None:
-        self._agreement = Agreement(self.ranks.comm, len(Told._fields))
+        self._agreement = Agreement(self.ranks.comm, len(Told._fields), self.ranks.flight)
         self._thread = ThreadPoolExecutor(1, "cpmpi-checkpoint")
 
     @contextmanager
@@ -311,11 +311,11 @@ class Checkpoints:
             raise self._stopped(name, "cannot be saved here")
         self._save(block, attention, kept)
         self.wait()
-        self._hear(np.array(self.ranks.comm.allgather(self._told), np.int64))
+        self._hear(np.array(self.ranks.allgather(self._told), np.int64))
         self.wait()
         path = RunPaths(self.folder).checkpoint(document.identity, block)
         layer = f"layer {block + 1} of {len(self.blocks.blocks)}"
-        if self.ranks.comm.bcast(path.exists()):
+        if self.ranks.on_root(path.exists):
             raise self._stopped(name, f"is saved after {layer}", saved=True)
         raise self._stopped(name, f"could not be saved after {layer}, the checkpoint before stays")
 

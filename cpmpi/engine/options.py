@@ -22,6 +22,8 @@ from cpmpi.choices import (
 from cpmpi.errors import UserError
 from cpmpi.text import parse_bytes
 
+LEAST_HANG_S = 3  # a shorter wait is nothing to end a job for
+
 
 def option(default: Any, text: str, *, choices: Sequence[str] = (), least: int | None = None, **more: Any) -> Any:
     """A field with what is known of it: its help, its choices or its least value, and what the command line adds."""
@@ -108,6 +110,10 @@ class JobOptions(ModelOptions):
         metavar="auto|MINUTES|off",
     )  # fmt: skip
     grace: int = option(100, "Seconds from SIGTERM or SIGUSR1 until the job must have ended.", least=0)
+    hang_timeout: str = option(
+        AUTO, "Seconds that a rank may wait for one that does not go on, off, or auto: by earlier waits.",
+        metavar="auto|SECONDS|off",
+    )  # fmt: skip
     trace: Path | None = option(None, "Write what every rank did when, for chrome://tracing.", metavar="FILE")
     plot: Path | None = option(None, "Draw it: FILE.png, FILE.svg or FILE.pdf.", metavar="FILE")
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
@@ -169,6 +175,23 @@ def minutes_between(checkpoint: str) -> float | None:
     return minutes
 
 
+def hang_seconds(choice: str) -> float | None:
+    """The seconds of ``--hang-timeout``; None for ``auto``, and endless for ``off``.
+
+    Raises:
+        UserError: it is neither, or less than `LEAST_HANG_S`.
+    """
+    if choice in (AUTO, OFF):
+        return None if choice == AUTO else float("inf")
+    try:
+        seconds = float(choice)
+    except ValueError:
+        seconds = -1.0
+    if not LEAST_HANG_S <= seconds < float("inf"):
+        raise UserError(f"--hang-timeout {choice}: choose auto, off, or seconds, {LEAST_HANG_S} or more")
+    return seconds
+
+
 def spelled(name: str) -> str:
     """An option's name on the command line."""
     return f"--{name.replace('_', '-')}"
@@ -184,7 +207,7 @@ def _as_declared(each: Field[Any], value: Any) -> Any:
         return Path(value)
     if each.name == "memory_limit":
         return parse_bytes(value, spelled(each.name)) if isinstance(value, str) else value
-    if each.name == "checkpoint":
+    if each.name in ("checkpoint", "hang_timeout"):
         return str(value)
     if each.type.startswith("tuple"):
         return (str(value),) if isinstance(value, str | Path) else tuple(map(str, value))
@@ -201,6 +224,8 @@ def _check(each: Field[Any], value: Any) -> None:
         check_segments(value)
     if each.name == "checkpoint":
         minutes_between(value)
+    if each.name == "hang_timeout":
+        hang_seconds(value)
     if each.name == "inputs" and "" in value:
         raise UserError("--input is empty; is a variable not set?")
     if known.get("needed") and value is None:

@@ -12,13 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cpmpi.comm import watchdog
+from cpmpi.comm.flight import DISK
 from cpmpi.comm.log import rank_log
 from cpmpi.comm.ranks import start
 from cpmpi.comm.stop import Stop, listening
 from cpmpi.comm.transport import MPITransport
 from cpmpi.engine.checkpoint import Checkpoints, InWork
 from cpmpi.engine.circumstances import publish_circumstances
-from cpmpi.engine.options import JobOptions
+from cpmpi.engine.options import JobOptions, hang_seconds
 from cpmpi.engine.pace import ASSUMED_BYTES_PER_S, Pace
 from cpmpi.engine.placement import split
 from cpmpi.engine.prepare import prepare
@@ -116,6 +118,8 @@ def _open_files(job: Job, recorder: Recorder | None) -> Iterator[Files]:
         ranks.on_root(stack.enter_context, folder.only_writer(options.output))
         index, spec, finished, failed = open_run_folder(job)
         stack.enter_context(rank_log(RunPaths(options.output).log, ranks))
+        hang_s = hang_seconds(options.hang_timeout)
+        stack.enter_context(watchdog.watched(ranks, RunPaths(options.output).log, hang_s, job.progress.say))
         writer = None
         if spec.kv is not None and len(finished) + len(failed) < len(spec.documents):
             writer = stack.enter_context(open_writer(job, index, spec, finished, recorder))
@@ -144,7 +148,7 @@ def open_writer(
     """Lay out or check this rank's shard, and record the sizes of all. Collective."""
     ranks = job.ranks
     path = ranks.together(prepare_shard, job.options.output, spec, ranks.rank, finished)
-    sizes = ranks.comm.gather(path.stat().st_size)
+    sizes = ranks.gather(path.stat().st_size)
     ranks.on_root(lambda: index.write_manifest(sizes) if index is not None and sizes is not None else None)
     # One layer may wait: a longer queue would not make the disk faster.
     return ShardWriter(path, spec, ranks.rank, queue_bytes=0, recorder=recorder)
@@ -174,14 +178,16 @@ def load_engine(
     job.progress.say(str(decision.products))
     job.progress.say(f"weights read in {duration(time.perf_counter() - began)}")
     group, sharers = split(place.ranks, place.grid)
+    names = place.ranks.numbers_of(group)
     with ExitStack() as stack:
         summing = None
         if place.sharing.summed:
-            summing = stack.enter_context(closing(MPITransport(sharers)))
+            summing = stack.enter_context(closing(MPITransport(sharers, place.ranks.flight)))
             sum_outputs(weights.model, place.sharing.summed, summing.sum)
         yield Engine(
             rank=place.ranks.rank, weights=weights, layers=place.layers, schedule=decision.schedule,
-            transport=stack.enter_context(closing(MPITransport(group))), backends=decision.backends,
+            transport=stack.enter_context(closing(MPITransport(group, place.ranks.flight, names))),
+            backends=decision.backends, flight=place.ranks.flight,
             device=job.model.device, progress=job.progress, grid=place.grid, summing=summing,
             checkpoints=checkpoints, recorder=recorder, chunk_tokens=options.chunk_tokens,
             check_finite=options.check_finite,
@@ -196,12 +202,15 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
 
     def keep(layer: int, k_TGD: torch.Tensor, v_TGE: torch.Tensor) -> None:
         assert writer is not None
-        writer.put(i, layer, k_TGD.cpu(), v_TGE.cpu())
+        k_TGD, v_TGE = k_TGD.cpu(), v_TGE.cpu()
+        with ranks.flight.waits(DISK):
+            writer.put(i, layer, k_TGD, v_TGE)
 
     seeker = Seeker(
         folder=job.options.output, ranks=ranks, blocks=job.place.blocks, writer=writer, progress=job.progress
     )  # fmt: skip
     identity = checkpoint.identity_of(files.spec, document)
+    ranks.flight.begin(i, document.id, len(job.place.layers))
     with seeker.find(i, document, identity) as resume:
         if engine.checkpoints is not None:
             spent_s = resume.spent_s if resume is not None else 0.0
@@ -211,7 +220,7 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
             )  # fmt: skip
         scores = engine.score(token_ids, document.layout, document.id, keep if writer is not None else None, resume)
     digest = writer.finish(i) if writer is not None else 0
-    everyone = ranks.comm.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
+    everyone = ranks.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
 
     def store() -> str | None:
         assert everyone is not None

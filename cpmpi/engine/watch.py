@@ -42,7 +42,7 @@ class Watch:
         Raises:
             Stopped: on all ranks.
         """
-        told = [number for number in self.job.ranks.comm.allgather(self.stop.signal) if number]
+        told = [number for number in self.job.ranks.allgather(self.stop.signal) if number]
         if told:
             done = f"{self.finished} of {self.documents} documents are finished"
             raise Stopped(f"stopped by {signal.Signals(told[0]).name}: {done}; the same command goes on")
@@ -110,5 +110,5 @@ def _tell_allocation(job: Job) -> None:
         told = few_cores(
             cores=len(os.sched_getaffinity(0)), node_cores=os.cpu_count() or 1, node_ranks=here, node=node_name()
         )
-    for line in dict.fromkeys(line for line in job.ranks.comm.allgather(told) if line is not None):
+    for line in dict.fromkeys(line for line in job.ranks.allgather(told) if line is not None):
         job.progress.say(f"warning: {line}")
