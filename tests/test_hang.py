@@ -6,6 +6,7 @@ See `tests.test_watchdog` for the rules by which that is decided.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -30,7 +31,7 @@ LAYERS = 8
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("hang")
     save_tiny(made / "model", tiny_config("llama", num_hidden_layers=LAYERS, max_position_embeddings=8192))
-    np.save(made / "long.npy", np.random.default_rng(0).integers(3, VOCABULARY, 3000))
+    np.save(made / "long.npy", np.random.default_rng(0).integers(3, VOCABULARY, 5000))
     np.save(made / "short.npy", np.random.default_rng(1).integers(3, VOCABULARY, 1000))
     return made
 
@@ -42,7 +43,10 @@ def words(folder: Path, run: Path, document: str = "long", timeout: str = "4") -
 
 
 def in_the_middle(run: Path) -> bool:
-    return any((run / "checkpoints").glob("*.json"))
+    """A checkpoint is there, and rank 1 has told that it is in a layer."""
+    beat = run / "log" / "beats" / "rank-00001"
+    told = beat.read_text() if beat.exists() else ""
+    return any((run / "checkpoints").glob("*.json")) and told.endswith(" ") and json.loads(told)["layer"] >= 1
 
 
 @pytest.fixture(scope="module")

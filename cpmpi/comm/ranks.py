@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from cpmpi.comm.flight import Flight
-from cpmpi.errors import UserError
+from cpmpi.errors import UserError, why
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -80,14 +80,14 @@ class Ranks:
         """The result of ``work(*args, **kwargs)``, done by rank 0 and given to all. Collective.
 
         Raises:
-            AgreedError: on all ranks, where rank 0's work raised a ``UserError``.
+            AgreedError: on all ranks, where rank 0's work raised a ``UserError``, or an ``OSError``: a disk failed.
         """
         outcome: tuple[str | None, Any] = (None, None)
         if self.is_root:
             try:
                 outcome = None, work(*args, **kwargs)
-            except UserError as error:
-                outcome = str(error), None
+            except (UserError, OSError) as error:
+                outcome = why(error), None
         with self.flight.waits("root"):
             problem, result = self.comm.bcast(outcome)
         if problem is not None:
@@ -99,13 +99,14 @@ class Ranks:
         """This rank's own ``work(*args, **kwargs)``, once it has gone well on every rank. Collective.
 
         Raises:
-            AgreedError: on all ranks, with the first rank's problem, where any rank's work raised a ``UserError``.
+            AgreedError: on all ranks, with the first rank's problem, where any rank's work raised a ``UserError``, or
+                an ``OSError``.
         """
         problem, result = None, None
         try:
             result = work(*args, **kwargs)
-        except UserError as error:
-            problem = str(error)
+        except (UserError, OSError) as error:
+            problem = why(error)
         problems = [(r, p) for r, p in enumerate(self.allgather(problem)) if p is not None]
         if problems:
             rank, text = problems[0]

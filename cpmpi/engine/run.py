@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -29,6 +30,7 @@ from cpmpi.engine.resume import Seeker
 from cpmpi.engine.score import Engine
 from cpmpi.engine.state import Job, Prepared
 from cpmpi.engine.watch import watched
+from cpmpi.errors import UserError
 from cpmpi.model.forward import sum_outputs
 from cpmpi.model.linear import use_products
 from cpmpi.model.size import pair_weight
@@ -47,7 +49,7 @@ def run(options: JobOptions) -> Outcome:
     """Run the job. Collective.
 
     Raises:
-        UserError: something the user can mend; before any work where it can be known then.
+        UserError: something the user can mend; before any work where it can be known then. On all ranks alike.
         Stopped: on all ranks, once a rank was told to stop and what is done is saved.
     """
     ranks = start()
@@ -117,7 +119,7 @@ def _open_files(job: Job, recorder: Recorder | None) -> Iterator[Files]:
     with ExitStack() as stack:
         ranks.on_root(stack.enter_context, folder.only_writer(options.output))
         index, spec, finished, failed = open_run_folder(job)
-        stack.enter_context(rank_log(RunPaths(options.output).log, ranks))
+        ranks.together(stack.enter_context, rank_log(RunPaths(options.output).log, ranks))
         hang_s = hang_seconds(options.hang_timeout)
         stack.enter_context(watchdog.watched(ranks, RunPaths(options.output).log, hang_s, job.progress.say))
         writer = None
@@ -151,7 +153,8 @@ def open_writer(
     sizes = ranks.gather(path.stat().st_size)
     ranks.on_root(lambda: index.write_manifest(sizes) if index is not None and sizes is not None else None)
     # One layer may wait: a longer queue would not make the disk faster.
-    return ShardWriter(path, spec, ranks.rank, queue_bytes=0, recorder=recorder)
+    tell = job.progress.say if ranks.is_root else logging.getLogger("cpmpi").warning
+    return ranks.together(ShardWriter, path, spec, ranks.rank, queue_bytes=0, recorder=recorder, tell=tell)
 
 
 def make_checkpoints(job: Job, files: Files, stop: Stop) -> Checkpoints:
@@ -203,8 +206,12 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
     def keep(layer: int, k_TGD: torch.Tensor, v_TGE: torch.Tensor) -> None:
         assert writer is not None
         k_TGD, v_TGE = k_TGD.cpu(), v_TGE.cpu()
-        with ranks.flight.waits(DISK):
-            writer.put(i, layer, k_TGD, v_TGE)
+        try:
+            with ranks.flight.waits(DISK):
+                writer.put(i, layer, k_TGD, v_TGE)
+        except UserError as problem:  # the other ranks do not know of it yet, and wait for this one
+            assert engine.checkpoints is not None
+            engine.checkpoints.broke(problem)
 
     seeker = Seeker(
         folder=job.options.output, ranks=ranks, blocks=job.place.blocks, writer=writer, progress=job.progress
@@ -219,7 +226,7 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
                 began_s=time.monotonic() - spent_s,
             )  # fmt: skip
         scores = engine.score(token_ids, document.layout, document.id, keep if writer is not None else None, resume)
-    digest = writer.finish(i) if writer is not None else 0
+    digest = ranks.together(writer.finish, i) if writer is not None else 0
     everyone = ranks.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
 
     def store() -> str | None:

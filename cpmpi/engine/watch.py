@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import node_name
 from cpmpi.comm.stop import Stop
 from cpmpi.engine.state import Job
-from cpmpi.errors import Stopped, one_line
+from cpmpi.errors import Stopped, one_line, why
 from cpmpi.run.paths import RunPaths
 from cpmpi.slurm import record
 from cpmpi.slurm.allocation import allocation, few_cores
@@ -68,7 +70,7 @@ def watched(job: Job, stop: Stop, *, documents: int, finished: int) -> Iterator[
     folder, own = RunPaths(job.options.output).log, allocation()
     name, restarts = (own.name, own.restart_count) if own else (None, 0)
     common = {"job": name, "of": documents}
-    record.note(folder, **common, started=int(time.time()), restarts=restarts, finished=finished,
+    _note(folder, **common, started=int(time.time()), restarts=restarts, finished=finished,
                 ranks=job.ranks.size, node=node_name())  # fmt: skip
     status = record.StatusFile(folder)
     job.progress.listener = lambda progress: _tell(status, progress, watch, name)
@@ -86,8 +88,16 @@ def watched(job: Job, stop: Stop, *, documents: int, finished: int) -> Iterator[
         raise
     finally:
         job.progress.listener = None
-        record.note(folder, **common, ended=int(time.time()), how=how, why=why, finished=watch.finished,
+        _note(folder, **common, ended=int(time.time()), how=how, why=why, finished=watch.finished,
                     finished_here=watch.finished_here, saved=saved)  # fmt: skip
+
+
+def _note(folder: Path, **entry: Any) -> None:
+    """A line in the record, where it can be written: no job fails for want of it."""
+    try:
+        record.note(folder, **entry)
+    except OSError as problem:
+        logging.getLogger("cpmpi").warning("%s", why(problem))
 
 
 def _tell(status: record.StatusFile, progress: Progress, watch: Watch, name: str | None) -> None:
