@@ -39,7 +39,11 @@ FIRST_WAIT_S, LEARNED_WAITS = 30.0, 20  # assumed for the longest wait, until th
 IDLE_S = 1800.0  # without an event and without using the processor: not busy, but stuck
 IDLE_SHARE = 0.05  # of a processor: what the threads take that only ask for messages
 BEATS_IN_LIMIT, SLOWEST_BEAT_S, RANKS_PER_S = 12, 5.0, 100
-LAST_S = 60.0  # a rank that has heard of an alarm, and was not ended by it, ends itself
+HEARD_S, LAST_S = (
+    10.0,
+    60.0,
+)  # a rank that has heard of an alarm, and is not ended by it, ends by itself: rank 0, others
+WRITING_BEATS = 4  # the others have so long to write down what they know
 STATUS = 1
 
 logger = logging.getLogger("cpmpi")
@@ -235,7 +239,7 @@ class Watchdog:
 
     def _gather(self) -> dict[int, Dump]:
         """What the others write, who have some beats' time for it."""
-        ends_s = time.monotonic() + 4 * self.beat_s + 2.0
+        ends_s = time.monotonic() + WRITING_BEATS * self.beat_s + 2.0
         while True:
             with suppress(OSError):
                 written = len(list(self.folder.glob("rank-*.json")))
@@ -250,11 +254,17 @@ class Watchdog:
         return found or {self._me.rank: self._dump()}
 
     def _follow(self) -> None:
-        """Write down what this rank knows; whoever raised the alarm says the rest, and ends this rank, too."""
+        """Write down what this rank knows; whoever raised the alarm says the rest, and ends this rank, too.
+
+        If that does not come to pass, it may have lost its network; then rank 0, which is near the launcher, speaks.
+        """
         logger.error("the job hangs, see %s", self.folder)
         self._dump()
-        time.sleep(LAST_S + 8 * self.beat_s)
-        os._exit(STATUS)
+        time.sleep(2 * WRITING_BEATS * self.beat_s + (LAST_S if self._beats.rank else HEARD_S))
+        if self._beats.rank == 0:
+            with suppress(UserError):
+                last_words(hang.read_hang(self.folder).line)
+        end_all()
 
     def _dump(self) -> Dump:
         frame = sys._current_frames().get(self._main)
