@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import cpmpi
+from cpmpi.comm.ranks import AgreedError, Ranks
 from cpmpi.run import writer as writer_module
 from cpmpi.run.folder import start_index
 from cpmpi.run.verify import verify_run
@@ -35,12 +36,12 @@ def test_what_one_rank_cannot_write_all_ranks_learn_of(tmp_path, monkeypatch):
 
     comm, folder = MPI.COMM_WORLD, shared_folder(tmp_path)
     if comm.rank == 0:
-        save_llama(folder / "model", 2)
+        save_llama(folder / "model", 2, layers=5)
         np.save(folder / "a.npy", np.arange(40) % 300)
     comm.Barrier()
     job = {"model": folder / "model", "inputs": folder / "a.npy", "output": folder / "run", "attention": "ring"}
     write = ShardWriter._write
-    for layer, number in enumerate((errno.EIO, errno.ENOSPC)):
+    for layer, number in ((0, errno.EIO), (4, errno.ENOSPC)):
 
         def fail(self, item, layer=layer, number=number):
             if comm.rank == 1 and item.layer == layer:
@@ -51,9 +52,19 @@ def test_what_one_rank_cannot_write_all_ranks_learn_of(tmp_path, monkeypatch):
             patch.setattr(ShardWriter, "_write", fail)
             with pytest.raises(cpmpi.UserError, match=rf"^rank 1/2: \S+/shards/rank-00001.h5: .*{os.strerror(number)}"):
                 cpmpi.prefill(**job)
+        log = (folder / "run" / "log" / f"rank-{comm.rank:05d}.log").read_text()
+        assert ("attention 4 is done" in log) == (layer == 4), "the rest of the document is not computed in vain"
     with cpmpi.prefill(**job) as run:
         assert run.complete
     assert verify_run(folder / "run").problems == []
+
+    def refuse() -> None:
+        if comm.rank == 0:
+            raise OSError(errno.ESTALE, "Stale file handle", "run.h5")
+
+    for agree in (Ranks(comm).on_root, Ranks(comm).together):
+        with pytest.raises(AgreedError, match=r"^(rank 0/2: )?run\.h5: Stale file handle$"):
+            agree(refuse)
 
 
 def test_a_slow_disk_is_told_of_once_while_it_lasts(tmp_path, monkeypatch):

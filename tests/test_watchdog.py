@@ -114,7 +114,13 @@ def test_a_rank_without_a_sign_of_life_is_a_hang_after_the_limit(play):
             play.tells(1, seq=play.states[1].seq + 1)
             found.append(play.looks(awaited)[0])
         assert found == [False] * 10 + [True] * 2  # the first look has nothing to compare with
-    assert play.peers.states({}, LIMIT_S)[2].silent_s >= LIMIT_S
+    before = play.peers.beats()
+    play.tells(1)
+    dumps = {0: Dump(state=STATES[0], events=(), stack=())}
+    found = play.peers.states(dumps, before, 5.0)
+    assert found[0] == STATES[0]
+    assert found[1].silent_s is None, "it wrote nothing in time, but lives"
+    assert found[2].silent_s >= LIMIT_S + 5
 
 
 def test_a_busy_rank_is_no_hang_however_long_it_takes(play):

@@ -103,16 +103,26 @@ class Peers:
             still_s = min(still_s, unmoved_s)
         return still_s >= limit_s, ""
 
-    def states(self, dumps: dict[int, Dump], limit_s: float) -> list[State]:
-        """What is known of all in the end: what they wrote, else their last sign of life."""
+    def beats(self) -> list[int]:
+        """The number of everyone's last sign of life; 0 where there is none."""
+        states = map(self._beats.read, range(len(self._nodes)))
+        return [state.beat if state is not None else 0 for state in states]
+
+    def states(self, dumps: dict[int, Dump], before: Sequence[int], ran_s: float) -> list[State]:
+        """What is known of all in the end: what they wrote, else their last sign of life.
+
+        Args:
+            dumps: what ranks wrote.
+            before: everyone's `beats`, so many seconds ago.
+            ran_s: the seconds.
+        """
         found = []
         for rank, node in enumerate(self._nodes):
-            if rank in dumps:
-                found.append(dumps[rank].state)
-                continue
-            last = self._beats.read(rank) or State(rank=rank, node=node)
-            _, silent_s, _ = self._known.get(rank, (last, 0.0, 0.0))
-            found.append(last if last.left else replace(last, silent_s=max(silent_s, limit_s)))
+            state = dumps[rank].state if rank in dumps else self._beats.read(rank) or State(rank=rank, node=node)
+            if rank not in dumps and not state.left and state.beat == before[rank]:
+                _, silent_s, _ = self._known.get(rank, (state, 0.0, 0.0))
+                state = replace(state, silent_s=silent_s + ran_s)
+            found.append(state)
         return found
 
     def _order(self, awaited: int) -> list[int]:
@@ -219,7 +229,6 @@ class Watchdog:
 
     def _alarm(self) -> None:
         """End the job, as the first to find that it hangs; or as another where somebody else was faster."""
-        limit_s = self._limit.of(self._flight)
         try:
             self.folder.mkdir()
         except FileExistsError:
@@ -227,8 +236,9 @@ class Watchdog:
         except OSError as problem:  # nothing can be written: it is said all the same
             logger.warning("%s: %s", self.folder, problem)
         self._dump()
+        began_s, before = time.monotonic(), self._peers.beats()
         dumps = self._gather()
-        states = self._peers.states(dumps, limit_s)
+        states = self._peers.states(dumps, before, time.monotonic() - began_s)
         look = f"cpmpi inspect --hang {shown(self._beats.log.parent)}"
         line = f"error: {hang.verdict(states, self._me.rank, self._waited[1])} ({look})"
         with suppress(OSError):
@@ -301,7 +311,6 @@ def watched(
 
 def end_all() -> None:
     """End every rank from a side thread, though the main thread may be inside MPI: it is not waited for."""
-    logging.shutdown()
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None:
         threading.Thread(target=mpi.COMM_WORLD.Abort, args=(STATUS,), daemon=True).start()

@@ -11,16 +11,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from cpmpi.comm import watchdog
-from cpmpi.comm.flight import DISK
 from cpmpi.comm.log import rank_log
 from cpmpi.comm.ranks import start
 from cpmpi.comm.stop import Stop, listening
 from cpmpi.comm.transport import MPITransport
 from cpmpi.engine.checkpoint import Checkpoints, InWork
 from cpmpi.engine.circumstances import publish_circumstances
+from cpmpi.engine.keep import Keeper
 from cpmpi.engine.options import JobOptions, hang_seconds
 from cpmpi.engine.pace import ASSUMED_BYTES_PER_S, Pace
 from cpmpi.engine.placement import split
@@ -30,7 +29,6 @@ from cpmpi.engine.resume import Seeker
 from cpmpi.engine.score import Engine
 from cpmpi.engine.state import Job, Prepared
 from cpmpi.engine.watch import watched
-from cpmpi.errors import UserError
 from cpmpi.model.forward import sum_outputs
 from cpmpi.model.linear import use_products
 from cpmpi.model.size import pair_weight
@@ -203,16 +201,10 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
     document, ranks, index, writer = files.spec.documents[i], job.ranks, files.index, files.writer
     token_ids = ranks.spread(job.inputs.documents[i].token_ids if ranks.is_root else None)
 
-    def keep(layer: int, k_TGD: torch.Tensor, v_TGE: torch.Tensor) -> None:
-        assert writer is not None
-        k_TGD, v_TGE = k_TGD.cpu(), v_TGE.cpu()
-        try:
-            with ranks.flight.waits(DISK):
-                writer.put(i, layer, k_TGD, v_TGE)
-        except UserError as problem:  # the other ranks do not know of it yet, and wait for this one
-            assert engine.checkpoints is not None
-            engine.checkpoints.broke(problem)
-
+    keeper = None
+    if writer is not None:
+        assert engine.checkpoints is not None
+        keeper = Keeper(document=i, writer=writer, checkpoints=engine.checkpoints, flight=ranks.flight)
     seeker = Seeker(
         folder=job.options.output, ranks=ranks, blocks=job.place.blocks, writer=writer, progress=job.progress
     )  # fmt: skip
@@ -225,8 +217,8 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
                 index=i, identity=identity, name=document.id, n_tokens=document.n_tokens,
                 began_s=time.monotonic() - spent_s,
             )  # fmt: skip
-        scores = engine.score(token_ids, document.layout, document.id, keep if writer is not None else None, resume)
-    digest = ranks.together(writer.finish, i) if writer is not None else 0
+        scores = engine.score(token_ids, document.layout, document.id, keeper and keeper.keep, resume)
+    digest = ranks.together(keeper.finish) if keeper is not None else 0
     everyone = ranks.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
 
     def store() -> str | None:
