@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -139,7 +140,7 @@ def test_the_command_line_says_one_line_and_a_slow_minute_is_no_error(tmp_path):
         f"error: rank 1/2: {shard}: cannot be written (Input/output error)"
     ]
     # Every write of a layer takes so long that the disk is slow for a minute in all: no error, and no hang.
-    with Launched(words(tmp_path, run), tmp_path / "out", **fault, CPMPI_FAULT=f"pwrite 0 0 0 3000000 {shard}") as job:
+    with Launched(words(tmp_path, run), tmp_path / "out", **fault, CPMPI_FAULT=f"pwrite 0 0 0 2500000 {shard}") as job:
         assert job.end(300) == (0, []), job.said()
         assert "waiting for rank 1 on" in job.said(), job.said()
         assert "which waits for its disk" in job.said(), job.said()
@@ -182,13 +183,10 @@ def test_a_disk_that_fills_in_the_middle(small_disk, tmp_path):
         log = small_disk / "run" / "log" / "rank-00001.log"
         if not (log.exists() and "document 1: attention 0 is done" in log.read_text()):
             return False
-        with filler.open("wb") as file:
-            try:
-                while True:
-                    file.write(b"\0" * 4096)
-                    file.flush()
-            except OSError:
-                return True
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(b"\0" * 4096):
+                pass
+        return True
 
     with Launched(line, tmp_path / "out") as job:
         job.wait_until(fill)
