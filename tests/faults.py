@@ -221,8 +221,7 @@ def rank_main(folder: Path, library: Path, most: int, part: str, seed: int) -> N
             print(f"{done} of {len(todo)} of {len(places)}: {sweep.figures}", file=sys.stderr, flush=True)
     if sweep.comm.rank == 0:
         figures = sweep.figures
-        out = {**vars(figures), "text": str(figures)}
-        (folder / "figures.json").write_text(json.dumps(out))
+        (folder / "figures.json").write_text(json.dumps(vars(figures)))
 
 
 def faults(folder: Path, places: int = 0, ranks: int = 2, *, part: str = "1/1", seed: int = 0) -> Figures:
@@ -233,17 +232,8 @@ def faults(folder: Path, places: int = 0, ranks: int = 2, *, part: str = "1/1", 
     """
     library = build(folder)
     make(folder)
-    line = [
-        sys.executable,
-        "-m",
-        "tests.faults",
-        "--rank-of",
-        str(folder),
-        "--places",
-        str(places),
-        "--seed",
-        str(seed),
-    ]
+    line = [sys.executable, "-m", "tests.faults", "--rank-of", str(folder), "--places", str(places)]
+    line += ["--part", part, "--seed", str(seed)]
     if ranks > 1:
         beside = Path(sys.executable).with_name("mpirun")
         launcher = [str(beside) if beside.exists() else "mpirun", "--oversubscribe", "--bind-to", "none"]
@@ -252,7 +242,6 @@ def faults(folder: Path, places: int = 0, ranks: int = 2, *, part: str = "1/1", 
     done = subprocess.run(line, cwd=ROOT, env=environment, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, f"exit status {done.returncode}"
     found = json.loads((folder / "figures.json").read_text())
-    found.pop("text")
     return Figures(**{**found, "operations": Counter(found["operations"])})
 
 
