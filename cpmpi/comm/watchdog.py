@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -29,7 +30,7 @@ from cpmpi.comm import hang
 from cpmpi.comm.flight import Flight
 from cpmpi.comm.hang import Beats, Dump, State
 from cpmpi.comm.ranks import AgreedError, Ranks, node_name
-from cpmpi.comm.stop import last_words
+from cpmpi.comm.stop import LAUNCHERS, last_words
 from cpmpi.errors import Stopped, UserError, one_line
 from cpmpi.text import shown
 
@@ -43,8 +44,10 @@ HEARD_S, LAST_S = (
     10.0,
     60.0,
 )  # a rank that has heard of an alarm, and is not ended by it, ends by itself: rank 0, others
+LAUNCHER_S = 30  # Open MPI's launcher waits without end for a node that it cannot reach: then it is ended
 WRITING_BEATS = 4  # the others have so long to write down what they know
 STATUS = 1
+END_LAUNCHER = "i=0; while kill -0 $1; do [ $i = $2 ] && kill -9 $1; i=$((i + 1)); sleep 1; done"
 
 logger = logging.getLogger("cpmpi")
 
@@ -235,6 +238,7 @@ class Watchdog:
             return self._follow()
         except OSError as problem:  # nothing can be written: it is said all the same
             logger.warning("%s: %s", self.folder, problem)
+        see_to_launcher()
         self._dump()
         began_s, before = time.monotonic(), self._peers.beats()
         dumps = self._gather()
@@ -269,6 +273,8 @@ class Watchdog:
         If that does not come to pass, it may have lost its network; then rank 0, which is near the launcher, speaks.
         """
         logger.error("the job hangs, see %s", self.folder)
+        if self._nodes.index(self._me.node) == self._me.rank:
+            see_to_launcher()
         self._dump()
         time.sleep(2 * WRITING_BEATS * self.beat_s + (LAST_S if self._beats.rank else HEARD_S))
         if self._beats.rank == 0:
@@ -316,3 +322,17 @@ def end_all() -> None:
         threading.Thread(target=mpi.COMM_WORLD.Abort, args=(STATUS,), daemon=True).start()
         time.sleep(5.0)
     os._exit(STATUS)
+
+
+def see_to_launcher() -> None:
+    """Have Open MPI's launcher ended in a while, if it is this rank's parent and does not end by itself before.
+
+    By a process of its own, which goes when the launcher does: this one may be ended first.
+    """
+    parent = os.getppid()
+    with suppress(OSError):
+        if Path("/proc", str(parent), "comm").read_text().strip() in LAUNCHERS:
+            subprocess.Popen(
+                ["/bin/sh", "-c", END_LAUNCHER, "sh", str(parent), str(LAUNCHER_S)], start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
