@@ -74,6 +74,11 @@ def test_what_is_allowed_is_learned_between_a_floor_and_a_ceiling(monkeypatch):
     assert (before, flight.longest_wait_s) == (1e4, 0.0)
 
 
+def test_signs_of_life_come_several_times_in_what_is_allowed():
+    found = [watchdog.beat_seconds(*each) for each in ((60, 2), (3, 2), (600, 2), (60, 800), (60, 20_000))]
+    assert found == [5, 0.25, 5, 8, 10]
+
+
 @pytest.mark.parametrize("choice", ["0", "-1", "2.9", "nan", "inf", "soon", ""])
 def test_nonsense_is_refused(choice):
     with pytest.raises(UserError, match=r"--hang-timeout .*choose auto, off, or seconds, 3 or more"):
@@ -182,6 +187,10 @@ def test_time_in_which_the_watchdog_did_not_run_does_not_count(play, monkeypatch
     monkeypatch.setattr(mine._over, "wait", lambda _: len(ran) == 5)
     mine._watch()
     assert ran == [2 * mine.beat_s] * 5
+    monkeypatch.setattr(mine, "_hangs", lambda _: 1 / (ran.append(0.0) or len(ran) - 6))
+    monkeypatch.setattr(mine._over, "wait", lambda _: len(ran) == 8)
+    mine._watch()
+    assert len(ran) == 8, "it goes on after an error of its own"
 
 
 def test_a_rank_whose_own_signs_of_life_fail_accuses_nobody(play):

@@ -39,11 +39,8 @@ FACTOR = 10.0  # times the longest wait so far
 FIRST_WAIT_S, LEARNED_WAITS = 30.0, 20  # assumed for the longest wait, until there were so many
 IDLE_S = 1800.0  # without an event and without using the processor: not busy, but stuck
 IDLE_SHARE = 0.05  # of a processor: what the threads take that only ask for messages
-BEATS_IN_LIMIT, SLOWEST_BEAT_S, RANKS_PER_S = 12, 5.0, 100
-HEARD_S, LAST_S = (
-    10.0,
-    60.0,
-)  # a rank that has heard of an alarm, and is not ended by it, ends by itself: rank 0, others
+BEATS_IN_LIMIT, LEAST_BEATS_IN_LIMIT, SLOW_BEAT_S, RANKS_PER_S = 12, 6, 5.0, 100
+HEARD_S, LAST_S = 10.0, 60.0  # rank 0 and others end by themselves if an alarm that they heard of did not end them
 LAUNCHER_S = 30  # Open MPI's launcher waits without end for a node that it cannot reach: then it is ended
 WRITING_BEATS = 4  # the others have so long to write down what they know
 STATUS = 1
@@ -166,7 +163,7 @@ class Watchdog:
         self._peers = Peers(beats, nodes)
         self._me = State(rank=beats.rank, node=nodes[beats.rank], pid=os.getpid())
         self._main = threading.get_ident()
-        self.beat_s = max(min(limit.least_s / BEATS_IN_LIMIT, SLOWEST_BEAT_S), len(nodes) / RANKS_PER_S)
+        self.beat_s = beat_seconds(limit.least_s, len(nodes))
         self._over = threading.Event()
         self._told_s, self._heard, self._waited = 0.0, True, (-1, 0.0)
         self._used_s, self._idle_s = time.process_time(), 0.0
@@ -192,12 +189,15 @@ class Watchdog:
             now_s = time.monotonic()
             # Longer than a beat: this thread could not run, nor perhaps those of others.
             ran_s, before_s = min(now_s - before_s, 2 * self.beat_s), now_s
-            self._idle(ran_s)
-            self._heard = self._beat()
-            if self.folder.is_dir():
-                self._follow()
-            elif self._hangs(ran_s):
-                self._alarm()
+            try:
+                self._idle(ran_s)
+                self._heard = self._beat()
+                if self.folder.is_dir():
+                    self._follow()
+                elif self._hangs(ran_s):
+                    self._alarm()
+            except Exception:  # a watchdog that fails is no reason to end a job, nor to be taken for dead
+                logger.exception("the watchdog of rank %d", self._me.rank)
 
     def _beat(self) -> bool:
         self._me = hang.state_of(self._flight, time.monotonic(), replace(self._me, beat=self._me.beat + 1))
@@ -289,6 +289,11 @@ class Watchdog:
         with suppress(OSError):
             dump.write(self.folder)
         return dump
+
+
+def beat_seconds(least_s: float, ranks: int) -> float:
+    """Seconds between two signs of life: fewer where there are many ranks, for the sake of the file system."""
+    return max(min(least_s / BEATS_IN_LIMIT, SLOW_BEAT_S), min(ranks / RANKS_PER_S, least_s / LEAST_BEATS_IN_LIMIT))
 
 
 def watched(
