@@ -322,10 +322,10 @@ def test_two_ranks_raise_one_alarm_and_write_down_what_they_did(tmp_path, monkey
         ranks.flight.begin(0, name, 8)
         ranks.flight.enter(2, rounds=2)
         tell = []
-        with watchdog.watched(ranks, folder / name, 1.0, tell.append) as dog:
+        with watchdog.watched(ranks, folder / name, 3.0, tell.append) as dog:
             if comm.rank == 0:
                 with ranks.flight.waits("receive", 1, 500):
-                    until = time.monotonic() + 30
+                    until = time.monotonic() + 120
                     while not ended and time.monotonic() < until and not (name == "slow" and tell):
                         time.sleep(0.01)
             else:
@@ -359,7 +359,7 @@ def test_two_ranks_raise_one_alarm_and_write_down_what_they_did(tmp_path, monkey
         assert sorted(found.dumps) == ([0] if name == "silent" else [0, 1])
         assert [event.kind for event in found.dumps[0].events][:3] == ["document", "layer", "root"]
         comm.Barrier()
-    told = play("slow", lambda ranks, dog: time.sleep(3.0))
+    told = play("slow", lambda ranks, dog: time.sleep(4.0))
     assert comm.allgather((said, ended)) == [([], [])] * 2
     assert bool(told) == (comm.rank == 0)
     assert not (folder / "slow" / "beats").exists()

@@ -217,7 +217,7 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
                 index=i, identity=identity, name=document.id, n_tokens=document.n_tokens,
                 began_s=time.monotonic() - spent_s,
             )  # fmt: skip
-        scores = engine.score(token_ids, document.layout, document.id, keeper and keeper.keep, resume)
+        scores = engine.score(token_ids, document.layout, document.id, keeper.keep if keeper else None, resume)
     digest = ranks.together(keeper.finish) if keeper is not None else 0
     everyone = ranks.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
 
