@@ -187,7 +187,12 @@ def test_time_in_which_the_watchdog_did_not_run_does_not_count(play, monkeypatch
     monkeypatch.setattr(mine._over, "wait", lambda _: len(ran) == 5)
     mine._watch()
     assert ran == [2 * mine.beat_s] * 5
-    monkeypatch.setattr(mine, "_hangs", lambda _: 1 / (ran.append(0.0) or len(ran) - 6))
+
+    def fail(_: float) -> bool:
+        ran.append(0.0)
+        raise OSError("the disk is ill")
+
+    monkeypatch.setattr(mine, "_hangs", fail)
     monkeypatch.setattr(mine._over, "wait", lambda _: len(ran) == 8)
     mine._watch()
     assert len(ran) == 8, "it goes on after an error of its own"
