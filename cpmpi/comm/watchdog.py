@@ -41,7 +41,8 @@ IDLE_S = 1800.0  # without an event and without using the processor: not busy, b
 IDLE_SHARE = 0.05  # of a processor: what the threads take that only ask for messages
 BEATS_IN_LIMIT, LEAST_BEATS_IN_LIMIT, SLOW_BEAT_S, RANKS_PER_S = 12, 6, 5.0, 100
 HEARD_S, LAST_S = 10.0, 60.0  # rank 0 and others end by themselves if an alarm that they heard of did not end them
-LAUNCHER_S = 30  # Open MPI's launcher waits without end for a node that it cannot reach: then it is ended
+# Open MPI's launcher, and its daemon on another node, wait without end where one cannot reach the other: they are ended.
+LAUNCHER_S, PARENTS = 30, (*LAUNCHERS, "prted")
 WRITING_BEATS = 4  # the others have so long to write down what they know
 STATUS = 1
 END_LAUNCHER = "i=0; while kill -0 $1; do [ $i = $2 ] && kill -9 $1; i=$((i + 1)); sleep 1; done"
@@ -330,13 +331,13 @@ def end_all() -> None:
 
 
 def see_to_launcher() -> None:
-    """Have Open MPI's launcher ended in a while, if it is this rank's parent and does not end by itself before.
+    """Have Open MPI's launcher or daemon ended in a while, where it is this rank's parent and does not end before.
 
     By a process of its own, which goes when the launcher does: this one may be ended first.
     """
     parent = os.getppid()
     with suppress(OSError):
-        if Path("/proc", str(parent), "comm").read_text().strip() in LAUNCHERS:
+        if Path("/proc", str(parent), "comm").read_text().strip() in PARENTS:
             subprocess.Popen(
                 ["/bin/sh", "-c", END_LAUNCHER, "sh", str(parent), str(LAUNCHER_S)], start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

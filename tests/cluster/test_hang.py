@@ -65,8 +65,9 @@ def test_a_node_is_lost(end, cluster, tmp_path):
                 os.kill(pid, signal.SIGKILL)
         status = job.wait(100)
         patience = time.monotonic() + 90
-        while (left := processes(token)) and time.monotonic() < patience:
+        while processes(token) and time.monotonic() < patience:
             time.sleep(0.2)
+        left = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes(token)]
     finally:
         subprocess.run(["ip", "-n", on_n2, "link", "set", "eth0", "up"], check=True)
         for pid in processes(token):
