@@ -41,7 +41,7 @@ IDLE_S = 1800.0  # without an event and without using the processor: not busy, b
 IDLE_SHARE = 0.05  # of a processor: what the threads take that only ask for messages
 BEATS_IN_LIMIT, LEAST_BEATS_IN_LIMIT, SLOW_BEAT_S, RANKS_PER_S = 12, 6, 5.0, 100
 HEARD_S, LAST_S = 10.0, 60.0  # rank 0 and others end by themselves if an alarm that they heard of did not end them
-# Open MPI's launcher, and its daemon on another node, wait without end where one cannot reach the other: they are ended.
+# Open MPI's launcher and its daemons wait without end where they cannot reach each other: then they are ended.
 LAUNCHER_S, PARENTS = 30, (*LAUNCHERS, "prted")
 WRITING_BEATS = 4  # the others have so long to write down what they know
 STATUS = 1
