@@ -142,12 +142,13 @@ class Execution:
         due: list[list[tuple[Transfer, Pending, bool]]] = [[] for _ in self.program]
         for i, now in enumerate(self.program):
             self.flight.round = i
-            for t in now.receives:
-                if n_bytes := sum(map(self._n_bytes, t.items)):
-                    due[t.due].append((t, self.transport.receive(n_bytes, t.peer, t.channel, self.device), True))
-            for t in now.sends:
-                if parts := [self._bytes(item) for item in t.items if self._n_bytes(item)]:
-                    due[t.due].append((t, self.transport.send(flat(parts), t.peer, t.channel), False))
+            with self.transport.batch():
+                for t in now.receives:
+                    if n_bytes := sum(map(self._n_bytes, t.items)):
+                        due[t.due].append((t, self.transport.receive(n_bytes, t.peer, t.channel, self.device), True))
+                for t in now.sends:
+                    if parts := [self._bytes(item) for item in t.items if self._n_bytes(item)]:
+                        due[t.due].append((t, self.transport.send(flat(parts), t.peer, t.channel), False))
             begun = time.perf_counter()
             for query, key in now.attends:
                 self.flight.note("attend", key)

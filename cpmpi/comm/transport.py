@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -48,6 +49,9 @@ class Transport(Protocol):
 
     def receive(self, n_bytes: int, peer: int, channel: int, device: torch.device) -> Pending:
         """Start to receive ``n_bytes``."""
+
+    def batch(self) -> AbstractContextManager[object]:
+        """Around the sends and receives of a round, which start together at its end; waits come after it."""
 
     def close(self) -> None:
         """Give back what the transport holds. Collective."""
@@ -122,6 +126,10 @@ class MPITransport:
         self._closed = False
         self._thread = threading.Thread(target=self._progress, name="cpmpi-transport", daemon=True)
         self._thread.start()
+
+    def batch(self) -> AbstractContextManager[None]:
+        """Nothing to do: MPI starts each message as it is posted."""
+        return nullcontext()
 
     def send(self, payload_B: torch.Tensor, peer: int, channel: int) -> Message:
         """Start to send; see `Transport`."""

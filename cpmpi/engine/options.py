@@ -16,6 +16,7 @@ from cpmpi.choices import (
     RESIDENCES,
     SCHEDULES,
     STORED_DTYPES,
+    TRANSPORTS,
     check_segments,
     one_of,
 )  # fmt: skip
@@ -49,6 +50,10 @@ class ModelOptions:
         AUTO, "Type to compute in; auto: float32 on CPUs, the checkpoint's own on GPUs.", choices=(AUTO, *DTYPES)
     )
     device: str = option(AUTO, "Where to compute; auto: on GPUs where every rank has one.", choices=(AUTO, *DEVICES))
+    transport: str = option(
+        AUTO, "What carries messages; auto: NCCL where every rank has a GPU of its own, else MPI.",
+        choices=(AUTO, *TRANSPORTS),
+    )  # fmt: skip
     weights: str = option(
         AUTO, "Keep all weights in memory, or a layer at a time; auto: as memory allows.", choices=(AUTO, *RESIDENCES)
     )

@@ -13,6 +13,7 @@ from cpmpi.attention.execute import Heads
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout
 from cpmpi.choices import AUTO, OFF
+from cpmpi.comm.carrier import choose_carrier
 from cpmpi.comm.device import choose_device, room_of, set_threads
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
@@ -105,6 +106,7 @@ def find_place(options: ModelOptions, ranks: Ranks, inputs: Inputs, model: Model
     """The ranks numbered along the machine's rings, and each rank's share of the model. Collective."""
     threads = set_threads(ranks)
     ranks, topology = number_ranks(ranks, measure=options.attention == "auto")
+    carrier = choose_carrier(ranks, topology, model.device, options.transport)
     sharing, skeleton, layers = WHOLE, model.skeleton, model.layers
 
     def take_share() -> tuple[Sharing, torch.nn.Module, tuple[Layer, ...]]:
@@ -119,8 +121,8 @@ def find_place(options: ModelOptions, ranks: Ranks, inputs: Inputs, model: Model
         inputs.checkpoint.reader, skeleton, model.device, sharing=sharing, check_finite=options.check_finite
     )
     return Place(
-        ranks=ranks, topology=topology, threads=threads, sharing=sharing, layers=layers,
-        skeleton=skeleton, reader=reader, blocks=blocks_of(skeleton, layers),
+        ranks=ranks, topology=topology, carrier=carrier, threads=threads, sharing=sharing,
+        layers=layers, skeleton=skeleton, reader=reader, blocks=blocks_of(skeleton, layers),
     )  # fmt: skip
 
 
@@ -152,7 +154,7 @@ def workload(options: ModelOptions, model: Model, place: Place, *, tokens: int, 
     """What the ranks will compute, with the kernels chosen for it. Collective."""
     return Workload(
         layers=place.layers, backends=backends_of(place.layers, model.device, place.ranks), grid=place.grid,
-        device=model.device, tokens=tokens, segments=options.segments, stored=stored,
+        carrier=place.carrier, device=model.device, tokens=tokens, segments=options.segments, stored=stored,
     )  # fmt: skip
 
 

@@ -16,7 +16,6 @@ from cpmpi.comm import watchdog
 from cpmpi.comm.log import rank_log
 from cpmpi.comm.ranks import start
 from cpmpi.comm.stop import Stop, listening
-from cpmpi.comm.transport import MPITransport
 from cpmpi.engine.checkpoint import Checkpoints, InWork
 from cpmpi.engine.circumstances import publish_circumstances
 from cpmpi.engine.keep import Keeper
@@ -183,11 +182,11 @@ def load_engine(
     with ExitStack() as stack:
         summing = None
         if place.sharing.summed:
-            summing = stack.enter_context(closing(MPITransport(sharers, place.ranks.flight)))
+            summing = stack.enter_context(closing(place.carrier.connect(sharers, place.ranks.flight)))
             sum_outputs(weights.model, place.sharing.summed, summing.sum)
         yield Engine(
             rank=place.ranks.rank, weights=weights, layers=place.layers, schedule=decision.schedule,
-            transport=stack.enter_context(closing(MPITransport(group, place.ranks.flight, names))),
+            transport=stack.enter_context(closing(place.carrier.connect(group, place.ranks.flight, names))),
             backends=decision.backends, flight=place.ranks.flight,
             device=job.model.device, progress=job.progress, grid=place.grid, summing=summing,
             checkpoints=checkpoints, recorder=recorder, chunk_tokens=options.chunk_tokens,
