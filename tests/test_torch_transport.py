@@ -160,7 +160,7 @@ class Coalescing:
 def test_a_round_is_one_batch_of_each_channel():
     from mpi4py import MPI
 
-    transport = gloo(MPI.COMM_WORLD)
+    transport = Carrier(kind="gloo", address="127.0.0.1").connect(MPI.COMM_WORLD, names=range(5))
     own, transport.groups = transport.groups, [Coalescing(), Coalescing()]
     with transport.batch():
         incoming = transport.receive(5, 3, 0, CPU)
