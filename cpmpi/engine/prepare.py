@@ -163,6 +163,7 @@ def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place, d
     checkpoint, world = inputs.checkpoint, place.topology.world
     return spec.RunSpec(
         model=json.dumps(checkpoint.config.to_dict(), sort_keys=True, default=str),
+        model_path=str(checkpoint.folder.absolute()),
         model_sha256=digest,
         tokenizer_sha256=tokenizer_sha256(checkpoint.folder),
         dtype=str(model.dtype).removeprefix("torch."),

@@ -53,12 +53,12 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunI
         _check_same_shapes(run, spec)
         if _goes_on(run, spec):
             spec = _as_laid_out(run, spec)
-            _delete_shards_but(folder, {*run.shard_sets, spec.shard_set.number})  # a kill may have left some
+            delete_shards_but(folder, {*run.shard_sets, spec.shard_set.number})  # a kill may have left some
             return RunIndex(folder, spec)
         spec, kept = _keep_finished(run, spec)
         index = create_index(folder, spec, {name: document.group for name, document in kept.items()})
     RunPaths(folder).summary.unlink(missing_ok=True)
-    _delete_shards_but(folder, {one.number for one in (*spec.earlier_sets, spec.shard_set)})
+    delete_shards_but(folder, {one.number for one in (*spec.earlier_sets, spec.shard_set)})
     return index
 
 
@@ -166,7 +166,7 @@ def delete_run(folder: Path) -> None:
         _remove_if_empty(*paths.shards.glob("[0-9]" * 6), paths.shards, paths.report, paths.checkpoints)
 
 
-def _delete_shards_but(folder: Path, sets: set[int]) -> None:
+def delete_shards_but(folder: Path, sets: set[int]) -> None:
     """Delete the shards of sets that the run does not name any more."""
     paths = RunPaths(folder)
     for path in paths.contents():
@@ -246,7 +246,7 @@ def _goes_on(run: Run, spec: RunSpec) -> bool:
     if run.version == 1 or len(run.documents) != len(spec.documents) or run.documents[0].kv_shapes != _shapes(spec):
         return False
     for old, new in zip(run.documents, spec.documents):
-        if old.id != new.id or _content(old.spec) != _content(new):
+        if old.id != new.id or not _matches(old, new):
             return False
         if not old.complete and not _dealt_alike(run, old, new, spec):
             return False
@@ -256,12 +256,13 @@ def _goes_on(run: Run, spec: RunSpec) -> bool:
 def _dealt_alike(run: Run, old: Document, new: DocumentSpec, spec: RunSpec) -> bool:
     here = (old.spec.layout, old.spec.grid, old.spec.first_rank, old.world_size)
     there = (new.layout, new.grid, new.first_rank, spec.world_size)
-    return here == there and old.shard_set == max(run.shard_sets, default=0)
+    return here == there and old.places[0].shard_set == max(run.shard_sets, default=0)
 
 
-def _content(document: DocumentSpec) -> tuple[int, str]:
-    """What a document is, whatever its name and place."""
-    return document.n_tokens, document.token_ids_sha256
+def _matches(old: Document, new: DocumentSpec) -> bool:
+    """Whether a document is the one that is asked for; one that was appended to is also what it was at first."""
+    same = new.contents[0] in (old.spec.contents if old.id == new.id else old.spec.contents[:1])
+    return same and old.spec.continues == new.continues
 
 
 def _as_laid_out(run: Run, spec: RunSpec) -> RunSpec:
@@ -288,18 +289,21 @@ def _keep_finished(run: Run, spec: RunSpec) -> tuple[RunSpec, dict[str, Document
     for document in (*run.documents, *run.set_aside):
         if document.complete:
             document.logprobs  # noqa: B018 - is an error where they do not have their checksum
-            left.setdefault(_content(document.spec), []).append(document)
+            for content in document.spec.contents:
+                left.setdefault(content, []).append(document)
+    taken: set[Document] = set()
     documents, kept = list(spec.documents), {}
     for same_name in (True, False):
         for i, new in enumerate(spec.documents):
-            found = [old for old in left.get(_content(new), ()) if old.id == new.id or not same_name]
+            same = [old for old in left.get(new.contents[0], ()) if old not in taken and _matches(old, new)]
+            found = [old for old in same if old.id == new.id or not same_name]
             if documents[i].origin is None and found and new.token_ids_sha256:
-                left[_content(new)].remove(found[0])
+                taken.add(found[0])
                 kept[document_name(i)] = found[0]
                 documents[i] = replace(found[0].spec, id=new.id, source=new.source)
-    aside = [document for group in left.values() for document in group]
+    aside = [each for each in (*run.documents, *run.set_aside) if each.complete and each not in taken]
     kept |= {document_name(i, set_aside=True): document for i, document in enumerate(aside)}
-    used = {document.shard_set for document in kept.values()} & run.shard_sets.keys()
+    used = {placed.shard_set for document in kept.values() for placed in document.places} & run.shard_sets.keys()
     laid_out = replace(
         spec,
         documents=tuple(documents),

@@ -81,7 +81,7 @@ class RunIndex:
         shard_set = self.spec.shard_set
         assert len(sizes) == shard_set.world_size
         group = f"/shards/{shard_set.number:06d}"
-        if any(self.spec.own(self.spec.documents[i]) for i in self._finished):
+        if any(one.index in self._finished for one in self.spec.own()):
             with open_file(self._paths.index, check=False) as file:
                 recorded = file[f"{group}/size"][:]
             for rank in np.flatnonzero(recorded != sizes).tolist():
@@ -126,9 +126,7 @@ class RunIndex:
             outputs[GREEDY] = np.asarray(greedy, np.uint8)
         if self.spec.kv is not None:
             outputs[DIGESTS] = np.array(digests, "<u8")
-        _check_outputs(document, outputs)
-        nll = sum_nll(outputs["logprobs"])
-        results = Results(arrays=outputs, nll=nll, perplexity=perplexity(nll, len(predicted(outputs["logprobs"]))))
+        results = checked_results(document, outputs)
         self._write_datasets(document_name(document_index), outputs)
         self._write_results(document_index, results, complete=True)
         self._finished.add(document_index)
@@ -203,7 +201,13 @@ class RunIndex:
         sync_path(self._paths.index)
 
 
-def _check_outputs(document: DocumentSpec, outputs: dict[str, RawArray]) -> None:
+def checked_results(document: DocumentSpec, outputs: dict[str, RawArray]) -> Results:
+    """The results of a document, whose outputs are what they must be.
+
+    Raises:
+        NotFiniteError: a log-probability or hidden value is not finite.
+        UserError: the token ids are not those of the spec.
+    """
     logprobs, who = outputs["logprobs"], f"document {document.id!r} ({document.source})"
     first = 0 if document.continues else 1
     bad = np.flatnonzero(~np.isfinite(logprobs[first:])) + first
@@ -215,6 +219,8 @@ def _check_outputs(document: DocumentSpec, outputs: dict[str, RawArray]) -> None
     digest = token_digest(outputs["token_ids"])
     if document.token_ids_sha256 not in ("", digest):
         raise UserError(f"{who}: its token ids have SHA-256 {digest}, expected {document.token_ids_sha256}")
+    nll = sum_nll(logprobs)
+    return Results(arrays=outputs, nll=nll, perplexity=perplexity(nll, len(predicted(logprobs))))
 
 
 def summary_text(file: Any) -> str:

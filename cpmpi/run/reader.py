@@ -97,6 +97,11 @@ class Run:
         return int(self.attributes["world_size"])
 
     @property
+    def model_path(self) -> str:
+        """Where the checkpoint was that made it; empty where an older version did not record it."""
+        return str(self.attributes.get("model_path", ""))
+
+    @property
     def kv_dtype(self) -> str | None:
         """The stored type of keys and values; None when the run keeps none."""
         name = str(self.attributes["kv_dtype"])

@@ -17,7 +17,7 @@ import xxhash
 from h5py import h5s
 
 from cpmpi.errors import UserError, one_line
-from cpmpi.run.document import Document
+from cpmpi.run.document import Document, Placed
 from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
 from cpmpi.run.index import summary_text
 from cpmpi.run.reader import Run, open_run
@@ -151,14 +151,14 @@ def _virtual_row(document: Document, group: KVGroup, name: str, position: int) -
 def _check_shards(run: Run, documents: list[Document], found: Verification, quick: bool, threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
         for number, shard_set in run.shard_sets.items():
-            inside = [document for document in documents if document.shard_set == number]
+            inside = [(document, p) for document in documents for p in document.places if p.shard_set == number]
             for rank in range(shard_set.world_size) if inside else ():
                 with _noted(found, run.paths.shard(rank, number)):
                     shard = run.shard(rank, number)
                     found.shards += 1
-                    for document in inside:
+                    for document, placed in inside:
                         with _noted(found, shard.path):
-                            _check_shard_document(shard, rank, document, found, None if quick else pool)
+                            _check_shard_document(shard, rank, document, placed, found, None if quick else pool)
 
 
 @contextmanager
@@ -173,22 +173,23 @@ def _noted(found: Verification, path: Path) -> Iterator[None]:
 
 
 def _check_shard_document(
-    shard: ShardFile, rank: int, document: Document, found: Verification, pool: ThreadPoolExecutor | None
-) -> None:
+    shard: ShardFile, rank: int, document: Document, placed: Placed, found: Verification,
+    pool: ThreadPoolExecutor | None,
+) -> None:  # fmt: skip
     who = f"{shard.path}: document {document.id!r}"
-    place = shard.document(document.shard_number)
-    if place.pieces != document.spec.pieces(rank):
-        found.problems.append(f"{who}: has pieces {place.pieces}, but run.h5 {document.spec.pieces(rank)}")
+    place = shard.document(placed.number)
+    if place.pieces != placed.part.pieces(rank):
+        found.problems.append(f"{who}: has pieces {place.pieces}, but run.h5 {placed.part.pieces(rank)}")
         return
-    undone = np.flatnonzero(~shard.layers_done(document.shard_number))
+    undone = np.flatnonzero(~shard.layers_done(placed.number))
     if len(undone):
         found.problems.append(f"{who}: layers {undone.tolist()} were not written in full")
-    if shard.digest(document.shard_number) != document.group[DIGESTS][rank]:
+    if shard.digest(placed.number) != document.group[DIGESTS][placed.first_digest + rank]:
         found.problems.append(f"{who}: its checksums are not those that run.h5 recorded")
         return
     if pool is None or not place.n_tokens:
         return
-    check = partial(_layer_problems, shard, place, shard.checksums(document.shard_number))
+    check = partial(_layer_problems, shard, place, shard.checksums(placed.number))
     for layer, problems in enumerate(pool.map(check, range(len(place.layers)))):
         found.problems += (f"{who}: layer {layer}: {problem}" for problem in problems)
     found.kv_bytes += place.n_bytes
