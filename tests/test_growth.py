@@ -48,7 +48,7 @@ def append(folder, *texts: Text, world: int = 3, segments: int = 2, grid: Grid |
         spec = growth.grown(run, texts, world_size=world, segments=segments, grid=grid or Grid())
         growth.make_room(run, spec)
         paths = [create_shard(folder, spec, rank) for rank in range(world)]
-        digests = {text.document: [] for text in texts}
+        digests: dict[int, list[int]] = {text.document: [] for text in texts}
         for rank, path in enumerate(paths):
             with ShardWriter(path, spec, rank) as writer:
                 for inside in spec.own():

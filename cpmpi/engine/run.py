@@ -68,7 +68,7 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
         todo = [i for i in range(len(files.spec.documents)) if i not in files.finished and i not in failed]
         of, finished = len(files.spec.documents), len(files.finished)
         stop = stop or Stop(job.options.grace)
-        watch = stack.enter_context(watched(job, stop, documents=of, finished=finished))
+        watch = stack.enter_context(watched(job, job.options.output, stop, documents=of, finished=finished))
         identities = [checkpoint.identity_of(files.spec, files.spec.documents[i]) for i in todo]
         job.ranks.on_root(checkpoint.delete_others, job.options.output, identities)
         if todo:

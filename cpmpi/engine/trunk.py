@@ -52,28 +52,57 @@ def plan(questions: Sequence[Question], holders: int, least: int = LEAST_TOKENS)
 
     The longest ones are, as many as it takes for the fullest holder to have the fewest tokens.
     """
+    sized = candidates(questions, least)
+
+    def fullest(n: int) -> float:
+        joints = [joint for _, joint in sized[:n]]
+        return sum(size for size, _ in sized[:n]) / holders + load(without(questions, joints), holders)
+
+    best = min(range(min(len(sized), MOST_TRIED) + 1), key=lambda n: (fullest(n), n))
+    joints = [joint for _, joint in sized[:best]]
+    return joints, without(questions, joints)
+
+
+def candidates(questions: Sequence[Question], least: int) -> list[tuple[int, Joint]]:
+    """What has ``least`` tokens and could be dealt over the ranks, with its tokens; the longest first."""
     sized = []
     for q, question in enumerate(questions):
         stem, sizes = len(question.stem), [len(answer) for answer in question.answers]
-        alone = [i for i, size in enumerate(sizes) if size >= least or (stem + size >= least and len(sizes) == 1)]
+        there = [i for i, size in enumerate(sizes) if size]
+        alone = [i for i in there if sizes[i] >= least or (stem + sizes[i] >= least and len(there) == 1)]
         sized += [(stem + sizes[i], Joint(q, (i,), True)) for i in alone]
-        others = tuple(i for i in range(len(sizes)) if i not in alone)
+        others = tuple(i for i in there if i not in alone)
         if others and stem >= least:
             sized.append((stem + sum(sizes[i] for i in others), Joint(q, others, False)))
-    sized.sort(key=lambda entry: (-entry[0], entry[1]))
+    return sorted(sized, key=lambda entry: (-entry[0], entry[1]))
 
-    def left(n: int) -> list[Question]:
-        taken = {(joint.question, i) for _, joint in sized[:n] for i in joint.answers}
-        return [
-            Question(one.stem, tuple(a if (q, i) not in taken else a[:0] for i, a in enumerate(one.answers)))
-            for q, one in enumerate(questions)
-        ]
 
-    def fullest(n: int) -> float:
-        return sum(size for size, _ in sized[:n]) / holders + load(left(n), holders)
+def without(questions: Sequence[Question], joints: Sequence[Joint]) -> list[Question]:
+    """The questions with the answers that are left, the others without tokens."""
+    taken = {(joint.question, i) for joint in joints for i in joint.answers}
+    return [
+        Question(one.stem, tuple(a[:0] if (q, i) in taken else a for i, a in enumerate(one.answers)))
+        for q, one in enumerate(questions)
+    ]
 
-    best = min(range(min(len(sized), MOST_TRIED) + 1), key=lambda n: (fullest(n), n))
-    return [joint for _, joint in sized[:best]], left(best)
+
+def judge(make: Callable[[npt.NDArray[np.int64]], Trunk], question: Question, joint: Joint) -> list[Scored]:
+    """The scores of a question's answers that are computed together; each from one rank. Collective.
+
+    Args:
+        make: a trunk of token ids.
+        question: whose answers they are.
+        joint: which.
+    """
+    answers = [question.answers[i] for i in joint.answers]
+    if not joint.whole:
+        _, found = make(question.stem).grow(answers, scored=0)
+        return [s._replace(question=joint.question, answer=joint.answers[s.answer]) for s in found]
+    n, trunk = len(answers[0]), make(np.concatenate([question.stem, answers[0]]))
+    grown, _ = trunk.grow(scored=n)
+    which = joint.question, joint.answers[0]
+    found = [Scored(*which, grown.logprobs[-n:], grown.greedy[-n:], grown.last_hidden)]
+    return found if not trunk.engine.rank else []
 
 
 def load(questions: Sequence[Question], holders: int) -> int:
@@ -86,16 +115,17 @@ def load(questions: Sequence[Question], holders: int) -> int:
 
 @dataclass(kw_only=True)
 class Trunk(Extension):
-    """Takes a long text through the layers; every rank has one, and calls it with the same text.
+    """A long text on its way through the layers; every rank has one of the same text.
 
     Args:
-        segments: that the text is cut into.
+        ids: token ids (T,) of the text.
+        segments: that it is cut into.
         gather: what every rank gives, in the order of ranks, to all (an ``allgather``).
     """
 
+    ids: npt.NDArray[np.int64]
     segments: int
     gather: Callable[[Any], list[Any]]
-    _ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     _parts: list[Piece] = field(default_factory=list)
     _keep: KeepKeys | None = None
 
@@ -103,38 +133,26 @@ class Trunk(Extension):
     def layout(self) -> Layout:
         """Which position of a head group keeps the keys of which tokens of the text."""
         return Layout(
-            n_tokens=len(self._ids), world=self.context.layout.world, segments=self.segments, start=self.n_tokens
+            n_tokens=len(self.ids), world=self.context.layout.world, segments=self.segments, start=self.n_tokens
         )
-
-    def judge(self, question: Question, joint: Joint) -> list[Scored]:
-        """The scores of a question's answers that are computed together, on the first rank. Collective."""
-        answers = [question.answers[i] for i in joint.answers]
-        if not joint.whole:
-            _, found = self.grow(question.stem, answers, scored=0)
-            return [s._replace(question=joint.question, answer=joint.answers[s.answer]) for s in found]
-        n = len(answers[0])
-        grown, _ = self.grow(np.concatenate([question.stem, answers[0]]), scored=n)
-        which = joint.question, joint.answers[0]
-        found = [Scored(*which, grown.logprobs[-n:], grown.greedy[-n:], grown.last_hidden)]
-        return found if not self.engine.rank else []
 
     @torch.inference_mode()
     def grow(
-        self, ids: npt.NDArray[np.int64], answers: Sequence[npt.NDArray[np.int64]] = (), *,
-        scored: int | None = None, keep: KeepKeys | None = None,
+        self, answers: Sequence[npt.NDArray[np.int64]] = (), *, scored: int | None = None,
+        keep: KeepKeys | None = None, name: str = "",
     ) -> tuple[Grown, list[Scored]]:  # fmt: skip
-        """Take a text through the model, dealt over the ranks, and with it answers that follow it. Collective.
+        """Take the text through the model, dealt over the ranks, and with it answers that follow it. Collective.
 
         Args:
-            ids: of the text.
             answers: token ids of each, computed by one rank each.
             scored: how many of its last tokens get a log-probability; None: all.
             keep: takes each layer's number and this rank's keys (T, G, D) and values (T, G, E) of the text.
+            name: of the text, for progress.
 
         Returns:
             What the text is, on all ranks, and the answers that this rank computed.
         """
-        engine, self._ids, self._keep = self.engine, ids, keep
+        engine, ids, self._keep = self.engine, self.ids, keep
         stop, computed = self.n_tokens + len(ids), engine.grid.computed(self.layout)
         after = Question(ids[:0], tuple(answers))
         dealt = deal([after], self._holders)
@@ -149,6 +167,7 @@ class Trunk(Extension):
         own = [Branch(ids[p.start - self.n_tokens : p.stop - self.n_tokens], p.start) for p in self._parts]
         branches, lines = shares[self._here]
         own += [b._replace(parent=None if b.parent is None else b.parent + first) for b in branches]
+        engine.progress.start(name, len(ids), len(engine.layers))
         states = self._hidden(own, placed)
         everyone = self.gather(self._judge_parts(states, len(ids) if scored is None else scored))
         grown = assemble(everyone, self.n_tokens, len(ids))
@@ -167,8 +186,8 @@ class Trunk(Extension):
         The hidden state at position i predicts token i + 1. Ranks that share the weights take a share of each run.
         """
         head, tp = Head(self.engine.weights.model), self.engine.grid.tp
-        index, stop = self.engine.grid.tp_index(self.engine.rank), self.n_tokens + len(self._ids)
-        ids_T = torch.from_numpy(self._ids).to(self.engine.device)
+        index, stop = self.engine.grid.tp_index(self.engine.rank), self.n_tokens + len(self.ids)
+        ids_T = torch.from_numpy(self.ids).to(self.engine.device)
         found: list[tuple[int, Any, Any, Any]] = []
 
         def note(first: int, before_CD: torch.Tensor) -> None:
@@ -177,7 +196,7 @@ class Trunk(Extension):
             found.append((first, logprobs.numpy(), greedy.numpy(), None))
 
         for part, state_CD in zip(self._parts, states, strict=False):
-            if part.start == self.n_tokens and scored == len(self._ids) and self.last_hidden is not None and not index:
+            if part.start == self.n_tokens and scored == len(self.ids) and self.last_hidden is not None and not index:
                 note(part.start, self.last_hidden[None].to(state_CD))
             first, last = max(part.start + 1, stop - scored), min(part.stop + 1, stop)
             a, b = (first + max(0, last - first) * i // tp for i in (index, index + 1))
@@ -196,6 +215,14 @@ class Trunk(Extension):
         targets_T = torch.from_numpy(answer).to(hidden_TC.device)
         logprobs, greedy = Head(self.engine.weights.model).judge(before_TC, targets_T)
         return Scored(*which, logprobs.numpy(), greedy.numpy(), hidden_TC[-1].float().cpu().numpy())
+
+    def attend(
+        self, branches: list[Branch], placed: Dealt, longest: int, layer: int, calls: list[Call]
+    ) -> Sequence[torch.Tensor]:
+        """As for continuations, with progress."""
+        outputs = super().attend(branches, placed, longest, layer, calls)
+        self.engine.progress.update(layer + 1)
+        return outputs
 
     @property
     def _key_layouts(self) -> tuple[Holding, ...]:

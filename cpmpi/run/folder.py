@@ -211,6 +211,12 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def _check_same_run(run: Run, spec: RunSpec) -> None:
+    kinds = ["continuations" if one.documents[0].continues else "documents" for one in (run, spec)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"{run.paths.folder}: holds a run of {kinds[0]}, this one is of {kinds[1]}; choose another --output, "
+            f"or --overwrite, which deletes {what_is_deleted(run.paths.folder)}"
+        )
     expected = {
         "model_sha256": spec.model_sha256,
         "tokenizer_sha256": spec.tokenizer_sha256,

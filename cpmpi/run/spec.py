@@ -299,9 +299,13 @@ class RunSpec:
 
     def own(self) -> list[Inside]:
         """What is, or will be, in the shards of this job."""
-        parts = [(i, document, part) for i, document in enumerate(self.documents) for part in document.parts]
-        placed = [(self.place(part, i), i, document, part) for i, document, part in parts]
-        return [Inside(number, *rest) for (one, number), *rest in placed if one.number == self.shard_set.number]
+        found = []
+        for i, document in enumerate(self.documents):
+            for part in document.parts:
+                shard_set, number = self.place(part, i)
+                if shard_set.number == self.shard_set.number:
+                    found.append(Inside(number, i, document, part))
+        return found
 
     def used_sets(self) -> list[ShardSet]:
         """The sets of shards that the run names."""
