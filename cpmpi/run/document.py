@@ -6,6 +6,7 @@ Shapes: ``T`` tokens, ``G`` KV heads, ``D`` key dim, ``E`` value dim.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,10 +17,10 @@ import xxhash
 from h5py import h5a
 
 from cpmpi.attention.grid import Grid
-from cpmpi.attention.layout import Layout
+from cpmpi.attention.layout import Layout, Piece
 from cpmpi.errors import UserError
 from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
-from cpmpi.run.layer_reader import Source, read_layer
+from cpmpi.run.layer_reader import Rows, Source, read_layer
 from cpmpi.run.publish import saying
 from cpmpi.run.results import DIGESTS, GREEDY, Results, outputs_digest, read_outputs, result_digest
 from cpmpi.run.spec import APPENDED, CONTINUES, DocumentSpec, KVGroup, KVShape, Origin, Part
@@ -244,10 +245,25 @@ class Document:
         first, last, _ = slice(start, stop).indices(self.n_tokens)
         stored = STORED_FLOATS[self.run.kv_dtype]
         key_TGD, value_TGE = (np.empty((max(0, last - first), heads, dim), stored.raw) for dim in dims)
-        read_layer(self._sources(layer, first, last, verify), first, key_TGD, value_TGE)
+        rows = Rows(first, Piece(0, heads), key_TGD, value_TGE)
+        read_layer(self._sources(layer, first, last, verify), rows)
         if as_torch:
             return _as_torch(key_TGD, self.run.kv_dtype), _as_torch(value_TGE, self.run.kv_dtype)
         return (key_TGD, value_TGE) if raw else (stored.widen(key_TGD), stored.widen(value_TGE))
+
+    def read_rows(self, layer: int, rows: Rows, pool: Executor | None = None) -> None:
+        """Fill rows with keys and values of a layer of some positions and KV heads, compared with their checksums.
+
+        Args:
+            layer: its number.
+            rows: where they go.
+            pool: whose threads read; None: one for this call.
+
+        Raises:
+            UserError: as `kv`.
+        """
+        self._check_complete()
+        read_layer(self._sources(layer, rows.first, rows.first + len(rows.key_TGD), True), rows, pool)
 
     def _sources(self, layer: int, first: int, last: int, verify: bool) -> Iterator[Source]:
         """The shards that hold some of the positions ``first .. last``."""
@@ -267,7 +283,11 @@ class Document:
         if (place.pieces, place.layers[layer].shape) != expected:
             raise UserError(f"{shard.path}: damaged: document {self.id!r} is not laid out as in run.h5")
         checksums = self._checksums(placed, rank)[layer] if verify else None
-        return Source(shard=shard, place=place, layer=layer, heads=heads, document=self.id, checksums_B2=checksums)
+        assert self.run.kv_dtype is not None
+        return Source(
+            shard=shard, place=place, layer=layer, heads=heads, document=self.id, checksums_B2=checksums,
+            raw=STORED_FLOATS[self.run.kv_dtype].raw,
+        )  # fmt: skip
 
     def _checksums(self, placed: Placed, rank: int) -> npt.NDArray[np.uint64]:
         """The checksum table (L, B, 2) in a shard, which is the one that ``run.h5`` has the digest of."""
