@@ -124,14 +124,14 @@ def measure(folder: Path, tokens: int, prompts: int, repeats: int) -> None:
     for _ in range(repeats + 1):
         for name, way in ways.items():
             with attending(way) as spent:
-                steps = steps_s(way, ids)
+                steps, spent_s = steps_s(way, ids, spent)
             times[name].append(statistics.median(steps))
             if name == "deferred":
-                attention.append(spent[0] / len(steps))
+                attention.append(statistics.median(spent_s))
         ranks.comm.Barrier()
         if alone is not None:
             torch.set_num_threads(threads * ranks.size)
-            times["one_rank"].append(statistics.median(steps_s(alone, ids)))
+            times["one_rank"].append(statistics.median(steps_s(alone, ids, [0.0])[0]))
             torch.set_num_threads(threads)
         wait(ranks.comm)
     if ranks.is_root:
@@ -228,16 +228,17 @@ def decoding_of(engine: Any, context: Any, tokens: int, comm: Any, *, by_layer: 
     return made
 
 
-def steps_s(decoding: Any, prompts: Sequence[Any]) -> list[float]:
-    """Seconds of each step after the prompts."""
+def steps_s(decoding: Any, prompts: Sequence[Any], spent: list[float]) -> tuple[list[float], list[float]]:
+    """Seconds of each step after the prompts, and by how much ``spent`` grew in it."""
     from cpmpi.engine import decode
 
     before, decode.GrownKeys = decode.GrownKeys, decoding.__dict__["_buffers"]  # type: ignore[misc]
     try:
-        times = []
+        times, grown = [], []
         for _ in decoding.generate(prompts, lambda i, logits_V, ids: int(logits_V.argmax()), STEPS + 1):
             times.append(time.perf_counter())
-        return [float(s) for s in np.diff(times)]
+            grown.append(spent[0])
+        return np.diff(times).tolist(), np.diff(grown).tolist()
     finally:
         decode.GrownKeys = before  # type: ignore[misc]
 

@@ -218,6 +218,18 @@ def test_the_switch_comes_after_all_is_on_disk(whole_run, tmp_path, monkeypatch)
     assert ("fsync", ".") in events[at:]
 
 
+def test_what_a_killed_job_of_more_ranks_left_behind_is_deleted(tmp_path):
+    make_run(tmp_path, make_spec(LENGTHS))
+    text = text_of(0, "a", 9)
+    with cpmpi.open_run(tmp_path) as run:
+        spec = growth.grown(run, [text], world_size=5, segments=2, grid=Grid())
+        for rank in range(5):
+            create_shard(tmp_path, spec, rank)
+    append(tmp_path, text, world=2)
+    check(tmp_path, text)
+    assert len(list((tmp_path / "shards" / "000001").iterdir())) == 2
+
+
 def test_what_is_asked_for_by_its_first_tokens_stays(tmp_path):
     """The list that the run was made with finds its documents finished, also those that grew; by other ranks too."""
     make_run(tmp_path, make_spec(LENGTHS))

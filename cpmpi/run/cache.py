@@ -71,7 +71,11 @@ class StoredKeys:
 
     def _read(self, layer: int) -> Keys:
         heads, stored = self._heads[layer], getattr(torch, str(self.document.run.kv_dtype))
-        keys = Keys.empty(self.pieces, heads, torch.device("cpu"))
+        n_tokens = sum(piece.size for piece in self.pieces)
+        n_bytes = n_tokens * heads.kv_heads * (heads.key_dim + heads.value_dim) * heads.dtype.itemsize
+        # NumPy's memory: it asks for large pages, which the kernel fills several times as fast as small ones.
+        flat_B = torch.from_numpy(np.empty(n_bytes, np.uint8)) if n_bytes else torch.empty(0, dtype=torch.uint8)
+        keys = Keys.over(self.pieces, heads, flat_B)
         held = Piece(self._group * heads.kv_heads, (self._group + 1) * heads.kv_heads)
         row = 0
         for piece in self.pieces:
