@@ -74,6 +74,9 @@ def _document_facts(document: Document) -> dict[str, Any]:
         "complete": document.complete,
         "failed": document.failed or None,
         "world_size": document.world_size,
+        "appended": [
+            {"id": part.id, "start": part.layout.start, "n_tokens": part.layout.n_tokens} for part in document.appended
+        ],
     }
 
 

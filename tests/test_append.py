@@ -462,3 +462,23 @@ def test_a_decode_step_moves_the_bytes_of_the_formula(tmp_path):
             assert np.diff(sent).tolist() == [expected] * 4, kind
             one.engine.transport.close()
             one.context.close()
+
+
+def test_rotary_embeddings_are_compared_for_every_document(tmp_path):
+    """LongRoPE changes at 64 positions: a short document may cross them where the longest one does not."""
+    from types import SimpleNamespace
+
+    from cpmpi.engine.contexts import New, _check_rotary
+    from cpmpi.errors import UserError
+    from cpmpi.model.checkpoint import Checkpoint
+
+    from .families import LONGROPE
+    from .tiny_models import save_tiny, tiny_config
+
+    save_tiny(tmp_path, tiny_config("phi3", rope_parameters=LONGROPE, original_max_position_embeddings=64))
+    import torch
+
+    model = SimpleNamespace(skeleton=Checkpoint(tmp_path).skeleton(torch.float32))
+    _check_rotary(model, New(stored=100, longest=20, at_once=1, spans=((100, 110), (30, 50))))
+    with pytest.raises(UserError, match="keys of 50 tokens are not those of 70"):
+        _check_rotary(model, New(stored=100, longest=20, at_once=1, spans=((100, 110), (50, 70))))

@@ -120,13 +120,14 @@ def hold(options: ContextOptions, ranks: Ranks, stack: ExitStack) -> None:
 
 def new_of(run: Run, texts: Sequence[Text]) -> New:
     """How much comes after how much."""
-    grown = {i: run.documents[i].n_tokens for i in {text.document for text in texts}}
-    stored = 0
+    before = {i: run.documents[i].n_tokens for i in {text.document for text in texts}}
+    grown, stored = dict(before), 0
     for text in texts:
         stored = max(stored, grown[text.document])
         grown[text.document] += len(text.token_ids)
     longest = max(len(text.token_ids) for text in texts)
-    return New(stored=stored, longest=longest, at_once=longest, dealt=True)
+    spans = tuple((before[i], grown[i]) for i in before)
+    return New(stored=stored, longest=longest, at_once=longest, dealt=True, spans=spans)
 
 
 def _texts(run: Run, lines: Sequence[Continuation]) -> list[Text]:

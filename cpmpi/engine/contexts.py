@@ -32,7 +32,7 @@ from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.fingerprint import model_sha256, tokenizer_sha256
 from cpmpi.model.linear import choose_products
-from cpmpi.model.rotary import same_for
+from cpmpi.model.rotary import length_matters, same_for
 from cpmpi.model.size import inner_width
 from cpmpi.model.weights import weight_bytes
 from cpmpi.run.cache import StoredKeys
@@ -73,6 +73,7 @@ class New:
         at_once: that go through the model in a pass, of all ranks; for these the schedule is chosen.
         sequences: lines whose new keys and values, of all layers, stay until the end.
         dealt: whether all ranks share the tokens of a line, and store their keys and values.
+        spans: of each context its tokens, and how many they are with the longest line; by default of the one above.
     """
 
     stored: int
@@ -80,6 +81,12 @@ class New:
     at_once: int
     sequences: int = 0
     dealt: bool = False
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """The spans."""
+        return self.spans or ((self.stored, self.stored + self.longest),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,19 +203,21 @@ def prepare_contexts(options: ContextOptions, ranks: Ranks, run: Run, checkpoint
 
 def _check_positions(options: ContextOptions, checkpoint: Checkpoint, work: New) -> None:
     limit = checkpoint.max_positions
-    if limit is not None and work.stored + work.longest > limit and not options.allow_longer:
+    stored, whole = max(work.lengths, key=lambda span: span[1])
+    if limit is not None and whole > limit and not options.allow_longer:
         raise UserError(
-            f"{work.stored} stored tokens and up to {work.longest} after them are more than the {limit} positions that "
+            f"{stored} stored tokens and up to {whole - stored} after them are more than the {limit} positions that "
             f"{checkpoint.folder} was made for (max_position_embeddings); --allow-longer goes on all the same"
         )
 
 
 def _check_rotary(model: Model, work: New) -> None:
-    if not same_for(model.skeleton, (work.stored, work.stored + work.longest)):
-        raise UserError(
-            f"the rotary embeddings of this model depend on the document's length: keys of {work.stored} tokens are "
-            f"not those of {work.stored + work.longest}; prefill the whole text instead"
-        )
+    for span in sorted(set(work.lengths)) if length_matters(model.skeleton) else ():
+        if not same_for(model.skeleton, span):
+            raise UserError(
+                f"the rotary embeddings of this model depend on the document's length: keys of {span[0]} tokens are "
+                f"not those of {span[1]}; prefill the whole text instead"
+            )
 
 
 def _sizes(options: ContextOptions, run: Run, inputs: Inputs, place: Place) -> TokenSizes:

@@ -72,10 +72,13 @@ def extend(options: ExtendOptions) -> Extended:
         )
         asked = ranks.on_root(_by_context, run, continuations)
         longest = max(a.context.upto for a in asked)
-        most = max(len(c.stem) + max(map(len, c.answers)) for c in continuations)
+        sizes = [len(c.stem) + max(map(len, c.answers)) for c in continuations]
+        most = max(sizes)
         whole = sum(len(c.stem) + sum(map(len, c.answers)) for c in continuations)
         at_once = max(most, min(whole, BATCH_TOKENS * ranks.size))
-        job = prepare_contexts(options, ranks, run, checkpoint, New(stored=longest, longest=most, at_once=at_once))
+        spans = tuple((a.context.upto, a.context.upto + max(map(sizes.__getitem__, a.lines))) for a in asked)
+        work = New(stored=longest, longest=most, at_once=at_once, spans=spans)
+        job = prepare_contexts(options, ranks, run, checkpoint, work)
         _introduce(job, asked, continuations, merging(ranks, run, checkpoint, continuations))
         with opened(job, continuations) as results:
             _score(job, asked, results, stop)
