@@ -24,7 +24,7 @@ from cpmpi.errors import UserError
 from cpmpi.run.hdf5 import RawArray
 from cpmpi.run.shard import Block, ShardDocument, ShardFile
 
-CHUNK_BYTES = 1 << 18  # stays in a core's own cache between the read and the checksum
+CHUNK_BYTES = 1 << 20  # stays in a core's own cache between the read and the checksum; less costs more calls
 THREADS = min(8, len(os.sched_getaffinity(0)))
 PARTS = ("key", "value")
 
