@@ -52,7 +52,7 @@ def append(folder, *texts: Text, world: int = 3, segments: int = 2, grid: Grid |
         for rank, path in enumerate(paths):
             with ShardWriter(path, spec, rank) as writer:
                 for inside in spec.own():
-                    text = next(text for text in texts if text.document == inside.index)
+                    text = next(text for text in texts if text.document == inside.document_index)
                     rows = [
                         position - inside.part.layout.start
                         for piece in inside.part.pieces(rank)

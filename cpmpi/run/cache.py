@@ -79,11 +79,11 @@ class StoredKeys:
         held = Piece(self._group * heads.kv_heads, (self._group + 1) * heads.kv_heads)
         row = 0
         for piece in self.pieces:
-            into = [tensor[row : row + piece.size] for tensor in (keys.k_SGD, keys.v_SGE)]
+            k_CGD, v_CGE = (tensor[row : row + piece.size] for tensor in (keys.k_SGD, keys.v_SGE))
             if stored == heads.dtype:
-                rows = Rows(piece.start, held, *map(bits_of, into))
+                rows = Rows(piece.start, held, (bits_of(k_CGD), bits_of(v_CGE)))
             else:
-                rows = Rows(piece.start, held, *into, partial(convert, stored))
+                rows = Rows(piece.start, held, (k_CGD, v_CGE), partial(convert, stored))
             self.document.read_rows(layer, rows, self._pool)
             row += piece.size
         return Keys.over(self.pieces, heads, keys.flat_B.to(self._device))

@@ -245,7 +245,7 @@ class Document:
         first, last, _ = slice(start, stop).indices(self.n_tokens)
         stored = STORED_FLOATS[self.run.kv_dtype]
         key_TGD, value_TGE = (np.empty((max(0, last - first), heads, dim), stored.raw) for dim in dims)
-        rows = Rows(first, Piece(0, heads), key_TGD, value_TGE)
+        rows = Rows(first, Piece(0, heads), (key_TGD, value_TGE))
         read_layer(self._sources(layer, first, last, verify), rows)
         if as_torch:
             return _as_torch(key_TGD, self.run.kv_dtype), _as_torch(value_TGE, self.run.kv_dtype)
@@ -263,7 +263,7 @@ class Document:
             UserError: as `kv`.
         """
         self._check_complete()
-        read_layer(self._sources(layer, rows.first, rows.first + len(rows.key_TGD), True), rows, pool)
+        read_layer(self._sources(layer, rows.first, rows.first + len(rows.into[0]), True), rows, pool)
 
     def _sources(self, layer: int, first: int, last: int, verify: bool) -> Iterator[Source]:
         """The shards that hold some of the positions ``first .. last``."""

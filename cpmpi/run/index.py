@@ -81,7 +81,7 @@ class RunIndex:
         shard_set = self.spec.shard_set
         assert len(sizes) == shard_set.world_size
         group = f"/shards/{shard_set.number:06d}"
-        if any(one.index in self._finished for one in self.spec.own()):
+        if any(one.document_index in self._finished for one in self.spec.own()):
             with open_file(self._paths.index, check=False) as file:
                 recorded = file[f"{group}/size"][:]
             for rank in np.flatnonzero(recorded != sizes).tolist():

@@ -40,14 +40,13 @@ class Rows(NamedTuple):
     Attributes:
         first: position of the first row.
         heads: the KV heads that they have.
-        key_TGD, value_TGE: arrays of the stored bits, or with ``put`` anything that slices alike.
+        into: keys (T, g, D) and values (T, g, E): arrays of the stored bits, or with ``put`` anything that slices alike.
         put: takes stored bits (n, g, D), and the rows that they belong to.
     """
 
     first: int
     heads: Piece
-    key_TGD: Any
-    value_TGE: Any
+    into: tuple[Any, Any]
     put: Callable[[RawArray, Any], None] = copy_bits
 
 
@@ -73,7 +72,7 @@ class Source:
         Raises:
             UserError: the block does not have its checksum, or the file ends before.
         """
-        into, block = rows[2 + part], self.place.blocks[number]
+        into, block = rows.into[part], self.place.blocks[number]
         start, stop = max(block.start, rows.first), min(block.stop, rows.first + len(into))
         low, high = max(self.heads.start, rows.heads.start), min(self.heads.stop, rows.heads.stop)
         if low >= high:
@@ -116,7 +115,7 @@ class Source:
 
 def read_layer(sources: Iterable[Source], rows: Rows, pool: Executor | None = None) -> None:
     """Fill the rows from all shards that hold some of them, by the threads of a pool, or of one for this call."""
-    first, last = rows.first, rows.first + len(rows.key_TGD)
+    first, last = rows.first, rows.first + len(rows.into[0])
     work = [
         (source, number, part) for source in sources for number in source.overlapping(first, last) for part in (0, 1)
     ]

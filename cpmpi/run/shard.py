@@ -93,7 +93,7 @@ def prepare_shard(folder: Path, spec: RunSpec, rank: int, finished: Collection[i
         UserError: documents are finished but their shard is missing, or is of another run.
     """
     path = RunPaths(folder).shard(rank, spec.shard_set.number)
-    inside = [one for one in spec.own() if one.index in finished]
+    inside = [one for one in spec.own() if one.document_index in finished]
     if path.exists():
         try:
             ShardFile(path, spec.shard_set.id, rank).close()

@@ -230,7 +230,7 @@ class Inside(NamedTuple):
 
     number: int
     """Of the document there."""
-    index: int
+    document_index: int
     """Place of the document in the run."""
     document: DocumentSpec
     part: Part
