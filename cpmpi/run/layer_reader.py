@@ -40,7 +40,7 @@ class Rows(NamedTuple):
     Attributes:
         first: position of the first row.
         heads: the KV heads that they have.
-        into: keys (T, g, D) and values (T, g, E): arrays of the stored bits, or with ``put`` anything that slices alike.
+        into: keys (T, g, D) and values (T, g, E): arrays of the stored bits, or with ``put`` what slices alike.
         put: takes stored bits (n, g, D), and the rows that they belong to.
     """
 
