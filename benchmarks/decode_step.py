@@ -137,21 +137,24 @@ def measure(folder: Path, tokens: int, prompts: int, repeats: int) -> None:
     if ranks.is_root:
         held = [len(each) for each in np.array_split(np.arange(prompts), ranks.size)]
         weights_s = statistics.median(forward_s(engine, max(held)) for _ in range(repeats))
-        ms = {
-            name: [round(1e3 * f(each[1:]), 2) for f in (statistics.median, min, max)] for name, each in times.items()
-        }
-        step, attend = statistics.median(times["deferred"][1:]), statistics.median(attention[1:])
-        gained = statistics.median(times["one_rank"][1:])
-        found = {
-            "tokens": tokens, "ranks": ranks.size, "prompts": prompts, "step_ms": ms,
-            "by_layer_to_deferred": round(statistics.median(times["by_layer"][1:]) / step, 3),
-            "attention_ms": round(1e3 * attend, 2), "weights_ms": round(1e3 * weights_s, 2),
-            "rest_of_the_step": round(1 - (attend + weights_s) / step, 3),
-            "move_s": round(move_s, 3), "one_rank_to_deferred": round(gained / step, 3),
-            "moving_pays_after_steps": None if gained >= step else round(move_s / (step - gained)),
-        }  # fmt: skip
-        print(json.dumps(found))
+        about = {"tokens": tokens, "ranks": ranks.size, "prompts": prompts}
+        print(json.dumps(about | found_of(times, attention, weights_s, move_s)))
     ranks.comm.Barrier()
+
+
+def found_of(times: dict[str, list[float]], attention: list[float], weights_s: float, move_s: float) -> dict[str, Any]:
+    """What is printed; the first trial, which warms up, is left out."""
+    ends = (statistics.median, min, max)
+    ms = {name: [round(1e3 * f(each[1:]), 2) for f in ends] for name, each in times.items()}
+    step, by_layer, alone = (statistics.median(times[name][1:]) for name in ("deferred", "by_layer", "one_rank"))
+    attend = statistics.median(attention[1:])
+    return {
+        "step_ms": ms, "by_layer_to_deferred": round(by_layer / step, 3),
+        "attention_ms": round(1e3 * attend, 2), "weights_ms": round(1e3 * weights_s, 2),
+        "rest_of_the_step": round(1 - (attend + weights_s) / step, 3),
+        "move_s": round(move_s, 3), "one_rank_to_deferred": round(alone / step, 3),
+        "moving_pays_after_steps": None if alone >= step else round(move_s / (step - alone)),
+    }  # fmt: skip
 
 
 def wait(comm: Any) -> None:
