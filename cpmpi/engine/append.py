@@ -202,8 +202,8 @@ def append_group(job: ContextJob, engine: Engine, texts: Sequence[Text]) -> tupl
     run, ranks = job.run, job.ranks
     folder, spec = run.paths.folder, ranks.on_root(_lay_out, job, texts)
     path = ranks.together(create_shard, folder, spec, ranks.rank)
-    sizes = ranks.comm.gather(path.stat().st_size)
-    with ShardWriter(path, spec, ranks.rank, queue_bytes=0) as writer:
+    sizes = ranks.gather(path.stat().st_size)
+    with ranks.together(ShardWriter, path, spec, ranks.rank, queue_bytes=0) as writer:
         found = [_grow(job, engine, writer, text) for text in texts]
     ranks.on_root(lambda: growth.switch(run, spec, sizes or (), found))
     run.close()
@@ -235,6 +235,6 @@ def _grow(job: ContextJob, engine: Engine, writer: ShardWriter, text: Text) -> F
 
     with open_context(job, engine, Context(document=text.document, n_tokens=n_tokens, upto=n_tokens)) as extension:
         grown, _ = trunk_of(job, extension, text.token_ids).grow(keep=keep, name=text.id)
-        digests = job.ranks.comm.gather(writer.finish(text.document))
+        digests = job.ranks.gather(job.ranks.together(writer.finish, text.document))
     job.progress.done(len(text.token_ids))
     return Found(text=text, logprobs=grown.logprobs, last_hidden=grown.last_hidden, digests=digests or ())

@@ -291,5 +291,5 @@ def trunk_of(job: ContextJob, extension: Extension, ids: npt.NDArray[np.int64]) 
     """A text that all ranks take through the layers together after a context."""
     return Trunk(
         engine=extension.engine, context=extension.context, n_tokens=extension.n_tokens, ids=ids,
-        last_hidden=extension.last_hidden, segments=job.options.segments, gather=job.ranks.comm.allgather,
+        last_hidden=extension.last_hidden, segments=job.options.segments, gather=job.ranks.allgather,
     )  # fmt: skip

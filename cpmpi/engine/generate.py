@@ -141,7 +141,7 @@ def _generate(
         with open_context(job, engine, context) as extension:
             decoding = Decoding(
                 engine=engine, context=extension.context, n_tokens=context.n_tokens, last_hidden=None,
-                gather=job.ranks.comm.allgather,
+                gather=job.ranks.allgather,
             )  # fmt: skip
             times.append(time.perf_counter())
             for step in decoding.generate(prompts, choose, options.max_new_tokens):

@@ -70,7 +70,7 @@ class Results:
 
     def keep(self, lines: Sequence[tuple[int, Question]], found: Sequence[Scored]) -> int:
         """Write what the ranks have scored of some lines; how many answers that are. Collective."""
-        everyone = self.job.ranks.comm.gather(found)
+        everyone = self.job.ranks.gather(found)
 
         def store() -> int:
             scored = [s._replace(question=lines[s.question][0]) for each in everyone or () for s in each]
