@@ -25,12 +25,13 @@ from cpmpi.engine.score import Engine
 from cpmpi.engine.state import Decision, Inputs, Model, Place, Prepared
 from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
-from cpmpi.model.fingerprint import model_sha256, tokenizer_sha256
+from cpmpi.model.fingerprint import fingerprint
 from cpmpi.model.linear import choose_products
 from cpmpi.model.rotary import same_for
 from cpmpi.model.weights import weight_bytes
 from cpmpi.run.cache import StoredKeys
 from cpmpi.run.reader import Document, Run, open_run
+from cpmpi.run.unchanged import changed_files, recorded_files
 
 BATCH_TOKENS = 4096  # of continuations that a rank takes through the layers at a time
 
@@ -125,15 +126,13 @@ def open_stored(options: ContextOptions, ranks: Ranks) -> Iterator[tuple[Run, Ch
         checkpoint = ranks.together(Checkpoint, options.model)
         if run.kv_dtype is None:
             raise AgreedError(f"{options.run}: keeps no keys and values (it was made by `cpmpi score`); prefill it")
-        found = {
-            "tokenizer": ranks.on_root(tokenizer_sha256, checkpoint.folder),
-            "model": model_sha256(checkpoint.folder, ranks),  # the ranks read a share of the weights each
-        }
-        for name, digest in found.items():
+        found = fingerprint(checkpoint.folder, ranks)  # the ranks read a share of the weights each
+        for name, digest in (("tokenizer", found.tokenizer_sha256), ("model", found.model_sha256)):
             if digest != (made := run.attributes[f"{name}_sha256"]):
+                files = changed_files(recorded_files(run), found.files)
                 raise AgreedError(
                     f"{options.model}: its {name} has the digest {digest[:12]}, but {options.run} was made with "
-                    f"another one ({made[:12]})"
+                    f"another one ({made[:12]}){files and f': {files}'}"
                 )
         yield run, checkpoint
 

@@ -14,23 +14,25 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from cpmpi.errors import UserError, some
 from cpmpi.run.document import Document
 from cpmpi.run.hdf5 import open_file
 from cpmpi.run.index import RunIndex, create_index
-from cpmpi.run.index_layout import FORMAT, kv_dtype
+from cpmpi.run.index_layout import FORMAT
 from cpmpi.run.paths import RunPaths, document_name
 from cpmpi.run.publish import make_folder, saying
 from cpmpi.run.reader import Run, open_run
 from cpmpi.run.seal import HDF5_SIGNATURE, MAGIC
 from cpmpi.run.spec import DocumentSpec, KVShape, RunSpec, ShardSet, index_bytes, shard_bytes
 from cpmpi.run.spec import check_room as check_free
+from cpmpi.run.unchanged import check_same_documents, check_same_run, content
 from cpmpi.text import human_bytes
 
 
-def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunIndex:
+def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False, keep_finished: bool = False) -> RunIndex:
     """The ``run.h5`` to write to: a new one, or that of the same run, to be continued. On rank 0.
 
     ``RunIndex.spec`` says what holds, ``RunIndex.finished`` and ``RunIndex.failed`` which documents are done.
@@ -39,9 +41,11 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunI
         folder: the run folder; it may not exist yet, and may hold files that are no part of a run.
         spec: what is to be run.
         overwrite: delete the run that is in the folder first.
+        keep_finished: go on where documents have changed: the finished ones that did not are kept.
 
     Raises:
-        UserError: the folder has a file where a run would put one, or holds a run of another model.
+        UserError: the folder has a file where a run would put one, or holds a run of another model, or of documents
+            that have changed.
     """
     check_folder(folder, overwrite=overwrite)
     if overwrite:
@@ -49,7 +53,8 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunI
     if not RunPaths(folder).index.exists():
         return create_index(folder, spec)
     with open_run(folder) as run:
-        _check_same_run(run, spec)
+        check_same_run(run, spec, partial(what_is_deleted, folder))
+        check_same_documents(run, spec, keep_finished=keep_finished)
         _check_same_shapes(run, spec)
         if _goes_on(run, spec):
             spec = _as_laid_out(run, spec)
@@ -210,23 +215,6 @@ def only_writer(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _check_same_run(run: Run, spec: RunSpec) -> None:
-    expected = {
-        "model_sha256": spec.model_sha256,
-        "tokenizer_sha256": spec.tokenizer_sha256,
-        "dtype": spec.dtype,
-        "kv_dtype": kv_dtype(spec),
-        "hidden_size": spec.hidden_size,
-    }
-    for name, value in expected.items():
-        found = run.attributes[name]
-        if found != value:
-            raise UserError(
-                f"{run.paths.folder}: holds a run with {name} {found}, this one has {value}; choose another --output, "
-                f"or --overwrite, which deletes {what_is_deleted(run.paths.folder)}"
-            )
-
-
 def _check_same_shapes(run: Run, spec: RunSpec) -> None:
     """Finished documents must have what this job would give them; those that are not finished are laid out anew."""
     finished = next((document for document in (*run.documents, *run.set_aside) if document.complete), None)
@@ -246,7 +234,7 @@ def _goes_on(run: Run, spec: RunSpec) -> bool:
     if run.version == 1 or len(run.documents) != len(spec.documents) or run.documents[0].kv_shapes != _shapes(spec):
         return False
     for old, new in zip(run.documents, spec.documents):
-        if old.id != new.id or _content(old.spec) != _content(new):
+        if old.id != new.id or content(old.spec) != content(new):
             return False
         if not old.complete and not _dealt_alike(run, old, new, spec):
             return False
@@ -257,11 +245,6 @@ def _dealt_alike(run: Run, old: Document, new: DocumentSpec, spec: RunSpec) -> b
     here = (old.spec.layout, old.spec.grid, old.spec.first_rank, old.world_size)
     there = (new.layout, new.grid, new.first_rank, spec.world_size)
     return here == there and old.shard_set == max(run.shard_sets, default=0)
-
-
-def _content(document: DocumentSpec) -> tuple[int, str]:
-    """What a document is, whatever its name and place."""
-    return document.n_tokens, document.token_ids_sha256
 
 
 def _as_laid_out(run: Run, spec: RunSpec) -> RunSpec:
@@ -288,13 +271,13 @@ def _keep_finished(run: Run, spec: RunSpec) -> tuple[RunSpec, dict[str, Document
     for document in (*run.documents, *run.set_aside):
         if document.complete:
             document.logprobs  # noqa: B018 - is an error where they do not have their checksum
-            left.setdefault(_content(document.spec), []).append(document)
+            left.setdefault(content(document.spec), []).append(document)
     documents, kept = list(spec.documents), {}
     for same_name in (True, False):
         for i, new in enumerate(spec.documents):
-            found = [old for old in left.get(_content(new), ()) if old.id == new.id or not same_name]
+            found = [old for old in left.get(content(new), ()) if old.id == new.id or not same_name]
             if documents[i].origin is None and found and new.token_ids_sha256:
-                left[_content(new)].remove(found[0])
+                left[content(new)].remove(found[0])
                 kept[document_name(i)] = found[0]
                 documents[i] = replace(found[0].spec, id=new.id, source=new.source)
     aside = [document for group in left.values() for document in group]
