@@ -299,7 +299,7 @@ class Crash:
     lost: list[str]
 
     def __str__(self) -> str:
-        return f"power lost at call {self.moment} (seed {self.seed}), not there: {'; '.join(self.lost[-12:])}"
+        return f"power lost at call {self.moment} (seed {self.seed}), not there: {'; '.join(self.lost[-6:])}"
 
 
 def disk_after(recording: Recording, moment: int, seed: int, folder: Path) -> Crash:

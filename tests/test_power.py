@@ -21,6 +21,8 @@ LENGTHS = {"a": 60, "b": 90, "c": 40}
 LAYERS = 4
 # What was asked for: which documents, in which order.
 COMMANDS = {"begin": "ab", "again": "ab", "list": "bca", "overwrite": "c"}
+# What was said to be finished before, and not deleted since.
+SAFE: dict[str, set[str]] = {"begin": set(), "again": {"a"}, "list": {"a", "b"}, "overwrite": set()}
 
 
 class Made(NamedTuple):
@@ -93,8 +95,13 @@ class Job:
             with cpmpi.open_run(run) as found:
                 complete = [d for d in (*found.documents, *found.set_aside) if d.complete]
                 before += [f"{d.id} is not what it must be" for d in complete if made(d) != self.truth[d.id[0]]]
+                names = {d.id[0] for d in complete}
         except cpmpi.UserError as problem:
-            before = [] if "no run here" in str(problem) else [str(problem)]
+            before, names = [] if "no run here" in str(problem) else [str(problem)], set()
+        if lost := SAFE[command] - names:
+            before.append(f"finished documents are lost: {lost}")
+        if command == "again" and "b" not in names and not list((run / "checkpoints").glob("*.json")):
+            before.append("the checkpoint that was said to be saved is lost")
         if before:
             return f"before: {before}"
         if self.run(COMMANDS[command], run, overwrite=command == "overwrite") != self.expected(command):
@@ -116,7 +123,7 @@ def run_disks(folder: Path, number: int, seed: int) -> list[str]:
             crash: Crash = disk_after(recording, moment, chance.randrange(1 << 32), Path(disk))
             ended = in_child(job.look, Path(disk), command)
             if problem := ended.value if ended.value is not None else f"{ended.signal}{ended.error}: {ended.text}":
-                wrong.append(f"{command}: {crash}: {problem.replace(disk, '')}")
+                wrong.append(f"{command}: {problem.replace(disk, '')}; {crash}")
     return wrong
 
 

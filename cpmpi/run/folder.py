@@ -23,7 +23,7 @@ from cpmpi.run.hdf5 import open_file
 from cpmpi.run.index import RunIndex, create_index
 from cpmpi.run.index_layout import FORMAT
 from cpmpi.run.paths import RunPaths, document_name
-from cpmpi.run.publish import make_folder, saying
+from cpmpi.run.publish import make_folder, saying, sync_path
 from cpmpi.run.reader import Run, open_run
 from cpmpi.run.seal import HDF5_SIGNATURE, MAGIC
 from cpmpi.run.spec import DocumentSpec, KVShape, RunSpec, ShardSet, index_bytes, shard_bytes
@@ -87,6 +87,10 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
         paths = RunPaths(folder)
         ours = [path for path in paths.contents() if path.suffix != ".tmp"]
     if not paths.index.exists():
+        if paths.deleted in ours and overwrite:
+            return
+        if paths.deleted in ours:
+            raise UserError(f"{folder}: holds what is left of a run that --overwrite was deleting; give --overwrite again")
         names = some([path.relative_to(folder).as_posix() for path in ours], 5)
         shards = any(path.is_relative_to(paths.shards) for path in ours)
         if shards and not overwrite:
@@ -162,13 +166,24 @@ def check_room(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> None:
 def delete_run(folder: Path) -> None:
     """Delete the files of a run but its logs.
 
-    ``run.h5`` first, so that no half-deleted run is taken for a run; shards last, so that what is left is known as one.
+    ``run.h5`` loses its name first, so that no half-deleted run is taken for a run, and goes last, so that what is left
+    is known as one, wherever this is interrupted.
     """
     paths = RunPaths(folder)
-    if folder.is_dir():
-        for path in sorted(paths.contents(), key=lambda path: (path != paths.index, path.is_relative_to(paths.shards))):
-            path.unlink(missing_ok=True)
-        _remove_if_empty(*paths.shards.glob("[0-9]" * 6), paths.shards, paths.report, paths.checkpoints)
+    if not folder.is_dir():
+        return
+    if paths.index.exists():
+        os.replace(paths.index, paths.deleted)
+        sync_path(folder)
+    left = [path for path in paths.contents() if path != paths.deleted]
+    for path in left:
+        path.unlink(missing_ok=True)
+    for within in {path.parent for path in left}:
+        sync_path(within)
+    _remove_if_empty(*paths.shards.glob("[0-9]" * 6), paths.shards, paths.report, paths.checkpoints)
+    if paths.deleted.exists():
+        paths.deleted.unlink()
+        sync_path(folder)
 
 
 def _delete_shards_but(folder: Path, sets: set[int]) -> None:
