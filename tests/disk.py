@@ -1,7 +1,7 @@
 """What a file system may hold after the power went, worked out from what a process asked of it.
 
-`record` has strace write down every call by which a process changes files below a folder; `disk_after` builds the folder
-as it may be found when the power went between two of these calls. The rules are those that POSIX gives, and no more:
+`record` has strace write down every call by which a process changes files below a folder; `disk_after` builds the
+folder as it may be found when the power went between two of these calls. The rules are those that POSIX gives:
 
 - bytes written to a file, and its length, last once the file was synced (fsync) after they were written;
 - names made, exchanged or taken away in a folder last once the folder was synced after that: a file that was synced may
@@ -26,15 +26,15 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
 SECTOR = 512
 STRACE = shutil.which("strace")
 DATA = "write,pwrite64,pwritev,pwritev2,writev,ftruncate,truncate,fallocate,copy_file_range,sendfile"
-NAMES = "open,openat,creat,close,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,rmdir,link,linkat,symlink,symlinkat"
-TRACED = f"{DATA},{NAMES},fsync,fdatasync,read,lseek,dup,dup2,dup3,fcntl"
+NAMES = "open,openat,creat,close,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,rmdir"
+TRACED = f"{DATA},{NAMES},link,linkat,symlink,symlinkat,fsync,fdatasync,read,lseek,dup,dup2,dup3,fcntl"
 PTRACER, ANY = 0x59616D61, -1  # prctl: any process may trace this one
 CALL = re.compile(r"(\d+) +(?:<\.\.\. (\w+) resumed>(.*)|(\w+)\((.*))", re.DOTALL)
 
@@ -278,7 +278,7 @@ def _split(args: str) -> list[str]:
 
 
 def _bytes(arg: str) -> bytes:
-    assert arg.startswith('"') and arg.endswith('"'), arg[:80]
+    assert arg[0] == arg[-1] == '"', arg[:80]
     return bytes.fromhex(arg[1:-1].replace("\\x", ""))
 
 
@@ -357,7 +357,7 @@ def _change(data: bytearray, op: Op, how: str, chance: random.Random) -> None:
         data[op.offset : stop] = op.data
     if how == "torn":
         bounds = [op.offset, *range((op.offset // SECTOR + 1) * SECTOR, stop, SECTOR), stop]
-        for a, b in zip(bounds, bounds[1:]):
+        for a, b in pairwise(bounds):
             if chance.random() < 0.5:
                 data[a:b] = op.data[a - op.offset : b - op.offset]
 

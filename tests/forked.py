@@ -67,8 +67,8 @@ def _be_child(work: Callable[..., Any], args: tuple[Any, ...], send: int, output
         faulthandler.disable()
         os.dup2(output, 1)
         os.dup2(output, 2)
-        sys.stdout = open(1, "w", closefd=False)
-        sys.stderr = open(2, "w", closefd=False)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
         try:
             found = work(*args), "", ""
         except BaseException as problem:

@@ -1,4 +1,4 @@
-"""The power goes at any moment: what is found then opens, says nothing that is not so, and goes on to the right result."""
+"""The power goes at any moment: what is found then opens, says nothing that is not so, and goes on as it must."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ def publish_circumstances(job: Job) -> None:
     summary = {**asdict(decision.schedule), "askers": "all", **asdict(job.place.grid), "segments": job.options.segments}
     kernels = [f"{backend.name}: {backend.reason}" for backend in dict.fromkeys(decision.backends)]
     made = {**summary, "reason": decision.reason, "kernels": kernels, "products": decision.products.library}
+    made["chunk_tokens"] = job.options.chunk_tokens
     publish_text(paths.schedule, json.dumps(made, indent=1) + "\n")
     publish_text(paths.topology, job.spec.topology + "\n")
 
@@ -44,6 +45,13 @@ def recorded_schedule(run: Path, world: int) -> str | None:
     except (KeyError, TypeError):
         return None
     return str(found["kind"]) if same else None
+
+
+def recorded_options(run: Path) -> dict[str, Any]:
+    """The options of the job that made a run which decide in what order is added; those that it says."""
+    found = _recorded(run)
+    names = {"kind": "attention", "segments": "segments", "tp": "tp", "chunk_tokens": "chunk_tokens"}
+    return {option: found[name] for name, option in names.items() if name in found}
 
 
 def _recorded(run: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -25,7 +26,7 @@ from cpmpi.engine.score import Engine
 from cpmpi.engine.state import Decision, Inputs, Model, Place, Prepared
 from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
-from cpmpi.model.fingerprint import fingerprint
+from cpmpi.model.fingerprint import Fingerprint, fingerprint
 from cpmpi.model.linear import choose_products
 from cpmpi.model.rotary import same_for
 from cpmpi.model.weights import weight_bytes
@@ -126,15 +127,23 @@ def open_stored(options: ContextOptions, ranks: Ranks) -> Iterator[tuple[Run, Ch
         checkpoint = ranks.together(Checkpoint, options.model)
         if run.kv_dtype is None:
             raise AgreedError(f"{options.run}: keeps no keys and values (it was made by `cpmpi score`); prefill it")
-        found = fingerprint(checkpoint.folder, ranks)  # the ranks read a share of the weights each
-        for name, digest in (("tokenizer", found.tokenizer_sha256), ("model", found.model_sha256)):
-            if digest != (made := run.attributes[f"{name}_sha256"]):
-                files = changed_files(recorded_files(run), found.files)
-                raise AgreedError(
-                    f"{options.model}: its {name} has the digest {digest[:12]}, but {options.run} was made with "
-                    f"another one ({made[:12]}){files and f': {files}'}"
-                )
+        check_made_by(run, options.model, fingerprint(checkpoint.folder, ranks))  # the ranks read a share each
         yield run, checkpoint
+
+
+def check_made_by(run: Run, model: Path, found: Fingerprint) -> None:
+    """Refuse a checkpoint that did not make a run. On every rank alike.
+
+    Raises:
+        AgreedError: it is another one; files that differ are named.
+    """
+    for name, digest in (("tokenizer", found.tokenizer_sha256), ("model", found.model_sha256)):
+        if digest != (made := run.attributes[f"{name}_sha256"]):
+            files = changed_files(recorded_files(run), found.files)
+            raise AgreedError(
+                f"{model}: its {name} has the digest {digest[:12]}, but {run.paths.folder} was made with another one "
+                f"({made[:12]}){files and f': {files}'}"
+            )
 
 
 def prepare_contexts(options: ContextOptions, ranks: Ranks, run: Run, checkpoint: Checkpoint, work: New) -> ContextJob:

@@ -165,6 +165,7 @@ def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place, f
         model=json.dumps(checkpoint.config.to_dict(), sort_keys=True, default=str),
         model_sha256=found.model_sha256,
         tokenizer_sha256=found.tokenizer_sha256,
+        checkpoint_folder=str(checkpoint.folder.resolve()),
         files=tuple(sorted(found.files.items())),
         dtype=str(model.dtype).removeprefix("torch."),
         kv=_kv_spec(options, [layer.heads for layer in model.layers]) if options.keep_kv else None,

@@ -90,7 +90,9 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
         if paths.deleted in ours and overwrite:
             return
         if paths.deleted in ours:
-            raise UserError(f"{folder}: holds what is left of a run that --overwrite was deleting; give --overwrite again")
+            raise UserError(
+                f"{folder}: holds what is left of a run that --overwrite was deleting; give --overwrite again"
+            )
         names = some([path.relative_to(folder).as_posix() for path in ours], 5)
         shards = any(path.is_relative_to(paths.shards) for path in ours)
         if shards and not overwrite:

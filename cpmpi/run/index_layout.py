@@ -63,6 +63,8 @@ def _lay_out_run(file: Any, spec: RunSpec) -> None:
     file.attrs["model"] = spec.model
     file.attrs["model_sha256"] = spec.model_sha256
     file.attrs["tokenizer_sha256"] = spec.tokenizer_sha256
+    if spec.checkpoint_folder:
+        file.attrs["checkpoint_folder"] = spec.checkpoint_folder
     if spec.files:
         file.attrs["checkpoint_files"] = json.dumps(dict(spec.files))
     file.attrs["dtype"] = spec.dtype

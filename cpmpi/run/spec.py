@@ -207,6 +207,8 @@ class RunSpec:
     command: str = ""
     version: str = __version__
     """The version of cpmpi that made the run."""
+    checkpoint_folder: str = ""
+    """Where the checkpoint is."""
     files: tuple[tuple[str, str], ...] = ()
     """Of the checkpoint: name and digest of each, to say which one changed."""
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -262,7 +264,8 @@ def shard_bytes(spec: RunSpec, rank: int) -> int:
 
 def index_bytes(spec: RunSpec) -> int:
     """Bytes of ``run.h5``: outputs, the map of the virtual datasets, and HDF5's metadata."""
-    total = FILE_METADATA_BYTES + len(spec.model) + len(spec.topology) + len(spec.command) + 128 * len(spec.files)
+    total = FILE_METADATA_BYTES + len(spec.model) + len(spec.topology) + len(spec.command) + len(spec.checkpoint_folder)
+    total += 128 * len(spec.files)
     total += 64 * sum(one.world_size for one in (*spec.earlier_sets, spec.shard_set))
     for document in (*spec.documents, *spec.set_aside):
         total += 9 * document.n_tokens + 4 * spec.hidden_size + DOCUMENT_METADATA_BYTES + 3 * ALIGNMENT_BYTES
