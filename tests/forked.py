@@ -24,7 +24,7 @@ class Ended:
     """How a child ended.
 
     Attributes:
-        value: what its work returned.
+        value: what its work returned, or the traceback.
         error: the type of the exception that its work raised; empty where none.
         text: of that exception.
         signal: that killed it, such as SIGSEGV; SIGKILL where it took too long.
@@ -72,8 +72,7 @@ def _be_child(work: Callable[..., Any], args: tuple[Any, ...], send: int, output
         try:
             found = work(*args), "", ""
         except BaseException as problem:
-            found = None, type(problem).__name__, str(problem)
-            traceback.print_exc()
+            found = traceback.format_exc(), type(problem).__name__, str(problem)
         sys.stdout.flush()
         sys.stderr.flush()
         data = pickle.dumps(found)

@@ -61,10 +61,17 @@ class Job:
 
     def history(self, disk: Path) -> None:
         """A job that is stopped inside its second document, goes on, is given another list, and is begun anew."""
+        output = disk / "new" / "run"
+        self.begin(output)
+        for name in ("again", "list", "overwrite"):
+            (disk / f"mark-{name}").touch()
+            assert self.run(COMMANDS[name], output, overwrite=name == "overwrite") == self.expected(name)
+
+    def begin(self, output: Path) -> None:
+        """A job that is told to stop inside its second document."""
         from cpmpi.engine.score import Engine
         from cpmpi.errors import Stopped
 
-        output = disk / "new" / "run"
         gather, calls = Engine._gather_keys, []
 
         def stop_in_the_second(engine: Any, way: Any, layer: int, chunks: Any) -> Any:
@@ -77,9 +84,6 @@ class Job:
             patch.setattr(Engine, "_gather_keys", stop_in_the_second)
             with pytest.raises(Stopped, match="is saved after layer"):
                 self.run(COMMANDS["begin"], output)
-        for name in ("again", "list", "overwrite"):
-            (disk / f"mark-{name}").touch()
-            assert self.run(COMMANDS[name], output, overwrite=name == "overwrite") == self.expected(name)
 
     def expected(self, command: str) -> dict[str, Made]:
         return {name: self.truth[name] for name in COMMANDS[command]}
@@ -122,7 +126,8 @@ def run_disks(folder: Path, number: int, seed: int) -> list[str]:
         with tempfile.TemporaryDirectory(dir=folder) as disk:
             crash: Crash = disk_after(recording, moment, chance.randrange(1 << 32), Path(disk))
             ended = in_child(job.look, Path(disk), command)
-            if problem := ended.value if ended.value is not None else f"{ended.signal}{ended.error}: {ended.text}":
+            bad = ended.signal or ended.error
+            if problem := f"{bad}: {ended.text}" if bad else ended.value:
                 wrong.append(f"{command}: {problem.replace(disk, '')}; {crash}")
     return wrong
 

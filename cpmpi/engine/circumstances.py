@@ -5,15 +5,16 @@ A job that goes on with a run takes from there what would change the order of su
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cpmpi.choices import SCHEDULES
 from cpmpi.engine.state import Job
+from cpmpi.errors import UserError
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.publish import publish_text
+from cpmpi.run.sealed_json import read_sealed, sealed_json
 
 
 def publish_circumstances(job: Job) -> None:
@@ -27,8 +28,8 @@ def publish_circumstances(job: Job) -> None:
     kernels = [f"{backend.name}: {backend.reason}" for backend in dict.fromkeys(decision.backends)]
     made = {**summary, "reason": decision.reason, "kernels": kernels, "products": decision.products.library}
     made["chunk_tokens"] = job.options.chunk_tokens
-    publish_text(paths.schedule, json.dumps(made, indent=1) + "\n")
     publish_text(paths.topology, job.spec.topology + "\n")
+    publish_text(paths.schedule, sealed_json(made, topology=job.spec.topology + "\n"))
 
 
 def recorded_products(run: Path) -> str | None:
@@ -55,10 +56,9 @@ def recorded_options(run: Path) -> dict[str, Any]:
 
 
 def _recorded(run: Path) -> dict[str, Any]:
-    """``schedule.json`` of a run; empty where there is none, or none that can be read."""
+    """``schedule.json`` of a run; empty where there is none, or it is damaged."""
     paths = RunPaths.of(run)
     try:
-        found = json.loads(paths.schedule.read_text(encoding="utf-8")) if paths.index.exists() else {}
-    except (OSError, ValueError):
+        return read_sealed(paths.schedule) if paths.index.exists() else {}
+    except UserError:
         return {}
-    return found if isinstance(found, dict) else {}

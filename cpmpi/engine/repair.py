@@ -109,6 +109,9 @@ def find_work(folder: Path, progress: Progress) -> list[Work]:
             raise UserError(f"{folder}: of format version 1, which is not repaired: start again with --overwrite")
         for shard_set, rank in sorted(found.damage.shards):
             mend.lay_out_anew(run, shard_set, rank)
+        mend.delete_checkpoints(found.damage.checkpoints)
+        if found.damage.circumstances:
+            mend.forget_circumstances(run)
     if found.damage.shards:
         found = verify_run(folder)
     with open_run(folder) as run:

@@ -143,3 +143,20 @@ def write_tables(shard: ShardFile, number: int, layers: set[int]) -> int:
     finally:
         os.close(descriptor)
     return int(xxhash.xxh3_64_intdigest(table.tobytes()))
+
+
+def delete_checkpoints(manifests: set[Path]) -> None:
+    """Delete checkpoints that are not whole, manifests first: their documents go on from an earlier one, or begin."""
+    for manifest in sorted(manifests):
+        parts = manifest.parent.glob(f"{manifest.stem}-rank-*.h5")
+        for path in (manifest, *parts):
+            path.unlink(missing_ok=True)
+        sync_path(manifest.parent)
+
+
+def forget_circumstances(run: Run) -> None:
+    """Delete what says how a run was made, where it is damaged: results do not depend on it, and the machine that laid
+    the run out is in ``run.h5``, too."""
+    for path in (run.paths.schedule, run.paths.topology):
+        path.unlink(missing_ok=True)
+    sync_path(run.paths.folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,14 @@ import xxhash
 from h5py import h5s
 
 from cpmpi.errors import UserError, one_line
+from cpmpi.run.checkpoint import Manifest, SavedHidden
 from cpmpi.run.document import Document
 from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
 from cpmpi.run.index import summary_text
 from cpmpi.run.layer_reader import PARTS
 from cpmpi.run.reader import Run, open_run
 from cpmpi.run.results import DIGESTS, perplexity, predicted, read_outputs, sum_nll
+from cpmpi.run.sealed_json import check_text, read_sealed
 from cpmpi.run.shard import ShardDocument, ShardFile
 from cpmpi.run.spec import KVGroup, token_digest
 
@@ -49,6 +51,8 @@ class Damage:
     """Something that can be told from the rest of the run: the summary, or what is complete."""
     checkpoints: set[Path] = field(default_factory=set)
     """Manifests of checkpoints that are not whole."""
+    circumstances: bool = False
+    """``schedule.json`` or ``topology.json``."""
 
     def note_layers(self, document: Document, rank: int, layers: Iterable[int]) -> None:
         """Some layers of a document in the shard of a rank are damaged."""
@@ -94,6 +98,8 @@ def verify_run(path: Path, *, quick: bool = False, threads: int = 4) -> Verifica
         with _noted(found, run.paths.index) as noted:
             found.problems += _state_problems(run, sound, found.damage)
         found.damage.other |= noted.failed
+        _check_circumstances(run, found)
+        _check_checkpoints(run, found)
         complete = [document for document in sound if document.complete]
         for document in complete:
             with _noted(found, run.paths.index) as noted:
@@ -130,6 +136,29 @@ def _state_problems(run: Run, sound: list[Document], damage: Damage) -> Iterator
     elif run.version > 1 and run.paths.summary.read_bytes() != summary_text(run.file).encode():
         damage.other = True
         yield f"{run.paths.summary}: does not say what run.h5 says"
+
+
+def _check_circumstances(run: Run, found: Verification) -> None:
+    """By which schedule and on what machine the run was made, where that is said; a job under way writes both anew."""
+    schedule, topology = run.paths.schedule, run.paths.topology
+    if not schedule.exists():
+        return
+    with _noted(found, schedule) as noted:
+        said = read_sealed(schedule)
+        if run.complete:
+            with _noted(found, topology) as other:
+                check_text(topology, said.get("topology_xxh3"))
+            found.damage.circumstances |= other.failed
+    found.damage.circumstances |= noted.failed
+
+
+def _check_checkpoints(run: Run, found: Verification) -> None:
+    """The checkpoints inside documents that are not finished."""
+    for path in sorted(run.paths.checkpoints.glob("*.json")):
+        with _noted(found, path) as noted, closing(SavedHidden(run.paths.folder, Manifest.read(path))) as saved:
+            saved.check(0, 1)
+        if noted.failed:
+            found.damage.checkpoints.add(path)
 
 
 def output_problems(document: Document) -> Iterator[str]:
