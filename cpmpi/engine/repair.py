@@ -100,13 +100,15 @@ def repair(folder: Path, model: Path | None, ranks: Ranks, progress: Progress) -
 
 def find_work(folder: Path, progress: Progress) -> list[Work]:
     """Give shards that cannot be opened a structure again, and say what is to be computed. On rank 0."""
+    with open_run(folder) as run:
+        if run.version == 1:
+            raise UserError(f"{folder}: of format version 1, which is not repaired: start again with --overwrite")
+        mend.sweep(run.paths)
     mend.mend_states(folder)
     found = verify_run(folder)
     for problem in found.problems:
         progress.say(problem)
     with open_run(folder) as run:
-        if run.version == 1:
-            raise UserError(f"{folder}: of format version 1, which is not repaired: start again with --overwrite")
         for shard_set, rank in sorted(found.damage.shards):
             mend.lay_out_anew(run, shard_set, rank)
         mend.delete_checkpoints(found.damage.checkpoints)

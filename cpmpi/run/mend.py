@@ -18,6 +18,7 @@ from cpmpi.errors import UserError
 from cpmpi.run.document import Document, read_truth
 from cpmpi.run.hdf5 import changed_file, pwrite_all, set_attribute
 from cpmpi.run.index import summary_text, write_datasets, write_results
+from cpmpi.run.paths import RunPaths
 from cpmpi.run.publish import make_folder, publish_text, sync_path
 from cpmpi.run.reader import Run, open_run
 from cpmpi.run.results import Results, read_results, result_digest
@@ -34,8 +35,7 @@ def lay_out_anew(run: Run, shard_set: int, rank: int) -> None:
 
     Which of these are what they must be, checksums tell afterwards.
     """
-    path, beside = run.paths.shard(rank, shard_set), run.paths.folder / "repair"
-    shutil.rmtree(beside, ignore_errors=True)
+    path, beside = run.paths.shard(rank, shard_set), run.paths.repair
     make_folder(beside)
     new = create_shard(beside, _spec_of_set(run, shard_set), rank)
     if path.is_file():
@@ -43,10 +43,15 @@ def lay_out_anew(run: Run, shard_set: int, rank: int) -> None:
     make_folder(path.parent)
     os.replace(new, path)
     sync_path(path.parent)
-    shutil.rmtree(beside)
+    sweep(run.paths)
     sizes = np.array(run.shard_sets[shard_set].sizes, "<i8")
     sizes[rank] = path.stat().st_size
     write_datasets(run.paths.index, f"/shards/{shard_set:06d}", {"size": sizes})
+
+
+def sweep(paths: RunPaths) -> None:
+    """Delete what a repair that was interrupted left behind."""
+    shutil.rmtree(paths.repair, ignore_errors=True)
 
 
 def _spec_of_set(run: Run, shard_set: int) -> RunSpec:

@@ -33,6 +33,11 @@ class RunPaths:
         """What ``run.h5`` is called while the run is deleted: what is left is known as a run's, and is no run."""
         return self.folder / "run.h5.deleted"
 
+    @property
+    def repair(self) -> Path:
+        """Where a shard is laid out anew, before it takes its place."""
+        return self.folder / "repair"
+
     @classmethod
     def of(cls, path: Path) -> RunPaths:
         """Of a run that is named by its folder, or by the ``run.h5`` in it."""

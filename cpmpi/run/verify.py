@@ -17,7 +17,6 @@ import xxhash
 from h5py import h5s
 
 from cpmpi.errors import UserError, one_line
-from cpmpi.run.checkpoint import Manifest, SavedHidden
 from cpmpi.run.document import Document
 from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
 from cpmpi.run.index import summary_text
@@ -154,7 +153,10 @@ def _check_circumstances(run: Run, found: Verification) -> None:
 
 def _check_checkpoints(run: Run, found: Verification) -> None:
     """The checkpoints inside documents that are not finished."""
-    for path in sorted(run.paths.checkpoints.glob("*.json")):
+    paths = sorted(run.paths.checkpoints.glob("*.json"))
+    if paths:
+        from cpmpi.run.checkpoint import Manifest, SavedHidden  # needs torch
+    for path in paths:
         with _noted(found, path) as noted, closing(SavedHidden(run.paths.folder, Manifest.read(path))) as saved:
             saved.check(0, 1)
         if noted.failed:
