@@ -183,7 +183,8 @@ class _Reader:
                     self.found.folders.add(inode := self._new(path, ended))
                     self.sizes.pop(inode, None)
             case "rename" | "renameat" | "renameat2":
-                self._rename(*[_text(arg) for arg in args if arg.startswith('"')], ended)
+                old, new = (_text(arg) for arg in args if arg.startswith('"'))
+                self._rename(old, new, ended)
             case "unlink" | "unlinkat" | "rmdir":
                 self._unname(_path(args), ended)
             case "link" | "linkat" | "symlink" | "symlinkat" | "truncate":
@@ -306,7 +307,7 @@ def disk_after(recording: Recording, moment: int, seed: int, folder: Path) -> Cr
     """Build in ``folder``, empty before, what may be found when the power went before call ``moment``."""
     chance = random.Random(seed)
     happened = [op for op in recording.ops if op.ended < moment]
-    last = defaultdict(lambda: -1)
+    last: dict[int, int] = defaultdict(lambda: -1)
     for sync in recording.syncs:
         if sync.ended < moment:
             last[sync.target] = max(last[sync.target], sync.begun)

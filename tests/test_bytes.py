@@ -155,10 +155,10 @@ def test_no_damage_is_silent_and_no_command_breaks(tmp_path, lengths, flips, job
 
 
 if __name__ == "__main__":
-    counts = [int(number) for number in sys.argv[1:4]]
+    lengths_, flips_, each = (int(number) for number in sys.argv[1:4])
     chosen = int(sys.argv[4]) if len(sys.argv) > 4 else random.randrange(1 << 32)
     with tempfile.TemporaryDirectory(prefix="cpmpi-bytes-") as made_here:
-        faults, often = run_cases(Path(made_here), *counts, chosen)
+        faults, often = run_cases(Path(made_here), lengths_, flips_, each, chosen)
     print("\n".join(faults))
     print("\n".join(f"{count:5} {file}" for file, count in often.items()))
     print(f"seed {chosen}: {sum(often.values())} damages, {len(faults)} wrong")

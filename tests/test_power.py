@@ -110,8 +110,8 @@ class Job:
             return f"before: {before}"
         if self.run(COMMANDS[command], run, overwrite=command == "overwrite") != self.expected(command):
             return "the result is not what it must be"
-        left = list((run / "checkpoints").glob("*"))
-        return " ".join(map(str, verify_run(run).problems + left))
+        left = map(str, (run / "checkpoints").glob("*"))
+        return " ".join([*verify_run(run).problems, *left])
 
 
 def run_disks(folder: Path, number: int, seed: int) -> list[str]:
