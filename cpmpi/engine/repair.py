@@ -100,7 +100,7 @@ def repair(folder: Path, model: Path | None, ranks: Ranks, progress: Progress) -
 
 def find_work(folder: Path, progress: Progress) -> list[Work]:
     """Give shards that cannot be opened a structure again, and say what is to be computed. On rank 0."""
-    with open_run(folder) as run:
+    with open_run(folder, locking=False) as run:
         if run.version == 1:
             raise UserError(f"{folder}: of format version 1, which is not repaired: start again with --overwrite")
         mend.sweep(run.paths)
@@ -108,7 +108,7 @@ def find_work(folder: Path, progress: Progress) -> list[Work]:
     found = verify_run(folder)
     for problem in found.problems:
         progress.say(problem)
-    with open_run(folder) as run:
+    with open_run(folder, locking=False) as run:
         for shard_set, rank in sorted(found.damage.shards):
             mend.lay_out_anew(run, shard_set, rank)
         mend.delete_checkpoints(found.damage.checkpoints)
@@ -116,7 +116,7 @@ def find_work(folder: Path, progress: Progress) -> list[Work]:
             mend.forget_circumstances(run)
     if found.damage.shards:
         found = verify_run(folder)
-    with open_run(folder) as run:
+    with open_run(folder, locking=False) as run:
         return list(_work(run, found, progress))
 
 
@@ -137,7 +137,7 @@ def _work(run: Run, found: Verification, progress: Progress) -> Iterator[Work]:
 
 
 def _compute(folder: Path, model: Path | None, work: list[Work], ranks: Ranks, progress: Progress) -> None:
-    with ranks.together(open_run, folder) as run:
+    with ranks.together(open_run, folder, locking=False) as run:
         job = _prepare(run, model, work, ranks, progress)
         with load_engine(job) as engine:
             for one in work:

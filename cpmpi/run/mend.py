@@ -85,7 +85,7 @@ def mend_states(folder: Path) -> None:
 
     What can be shown neither to be complete nor to have failed is for the job to do again.
     """
-    with open_run(folder) as run:
+    with open_run(folder, locking=False) as run:
         ended = _truth(run.file, run)
         for document in (*run.documents, *run.set_aside):
             complete, failed = _truth(document.group, run), bool(document.group.attrs.get("failed"))
@@ -95,10 +95,10 @@ def mend_states(folder: Path) -> None:
                 _set(run.paths.index, document.group.name, "complete", True)
             elif complete is None or ended is not False or failed:
                 unfinish(run, document)
-    with open_run(folder) as run:
+    with open_run(folder, locking=False) as run:
         if _truth(run.file, run) is None:
             _set(run.paths.index, "/", "complete", all(d.complete or d.failed for d in run.documents))
-    with open_run(folder) as run:
+    with open_run(folder, locking=False) as run:
         if run.complete:
             publish_text(run.paths.summary, summary_text(run.file))
 
