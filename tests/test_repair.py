@@ -7,9 +7,11 @@ import shutil
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from cpmpi import open_run
 from cpmpi.errors import UserError
+from cpmpi.jobs import verify
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.verify import verify_run
 from tests.test_damage import said_of
@@ -280,4 +282,9 @@ def test_what_cannot_be_repaired_is_said(made, capsys):
     save_llama(made / "other", 1, LAYERS)
     with pytest.raises(UserError, match=r"its model has the digest .*model\.safetensors has changed"):
         repaired(run, comm, model=made / "other")
-    assert repaired(run, comm, model=made / "moved")[0] == []
+    said = CliRunner().invoke(verify.command, [str(run), "--repair", "--model", str(made / "moved")])
+    assert (said.exit_code, said.stdout) == (0, f"{run}: ok (2 documents, 1 shard, {said.stdout.split(', ')[-1]}")
+    assert "a.npy: layers 1 of rank 0 computed again; " in said.stderr
+    assert "written as they were, bit for bit" in said.stderr
+    with pytest.raises(UserError, match="--model is for --repair"):
+        verify.command.main([str(run), "--model", "x"], standalone_mode=False)
