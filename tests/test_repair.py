@@ -125,6 +125,8 @@ DAMAGES = [
     a_log_probability, the_last_hidden_state, the_nll, what_is_complete, what_is_complete_beyond_reading, the_summary,
 ]  # fmt: skip
 
+FEW = [a_shard_that_is_cut_off, a_log_probability, what_is_complete]
+
 
 def prefill(folder, output, **more):
     import cpmpi
@@ -174,12 +176,13 @@ def made(tmp_path):
 
 
 @pytest.mark.mpi(2)
-def test_every_damage_is_repaired_to_the_bit(made):
+@pytest.mark.parametrize("damages", [FEW, pytest.param(DAMAGES, marks=pytest.mark.slow)])
+def test_every_damage_is_repaired_to_the_bit(made, damages):
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
     run, whole = made / "run", bytes_of(made / "run")
-    for damage in DAMAGES:
+    for damage in damages:
         layers = comm.bcast(damage(run) if comm.rank == 0 else None)
         if comm.rank == 0:
             assert said_of(run), damage.__name__
@@ -194,6 +197,7 @@ def test_every_damage_is_repaired_to_the_bit(made):
         comm.Barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.mpi(2)
 def test_on_another_number_of_ranks_it_is_right_within_rounding(made):
     """One rank repairs what two made, and two what one made with other segments; the rest stays as it is."""
@@ -227,6 +231,7 @@ def test_on_another_number_of_ranks_it_is_right_within_rounding(made):
     comm.Barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.mpi(1)
 def test_a_kill_in_the_middle_of_a_repair_loses_nothing(made):
     """At each step that writes; the same command goes on, and in the end all is as it was."""

@@ -50,6 +50,9 @@ from cpmpi.run.verify import Verification, verify_run
 from cpmpi.text import counted, human_bytes
 
 
+Outputs = tuple[RawArray, RawArray, torch.Tensor | None, int]  # of a rank, as `assemble` takes them
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What is to be computed again of a document.
@@ -216,8 +219,8 @@ def _repair_document(job: Job, engine: Engine, run: Run, work: Work) -> None:
         )
 
 
-def _outputs(scores: Scores) -> tuple[RawArray, RawArray, torch.Tensor | None]:
-    return scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden
+def _outputs(scores: Scores) -> Outputs:
+    return scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, 0
 
 
 def _words(document: Document, work: Work, written: int, same: bool) -> str:
@@ -233,7 +236,7 @@ def _words(document: Document, work: Work, written: int, same: bool) -> str:
     return f"{', '.join(parts)} computed again{kv}"
 
 
-def _finish(run: Run, document: Document, work: Work, everyone: list[tuple[RawArray, RawArray, object]] | None) -> bool:
+def _finish(run: Run, document: Document, work: Work, everyone: list[Outputs] | None) -> bool:
     """Record what was written; whether the keys and values are what they were, bit for bit. On rank 0."""
     index, name, same = run.paths.index, work.name, True
     results = read_results(document.group)
