@@ -49,7 +49,6 @@ from cpmpi.run.spec import DocumentSpec, token_digest
 from cpmpi.run.verify import Verification, verify_run
 from cpmpi.text import counted, human_bytes
 
-
 Outputs = tuple[RawArray, RawArray, torch.Tensor | None, int]  # of a rank, as `assemble` takes them
 
 
