@@ -103,7 +103,7 @@ class Runs:
         if case.file != "run.h5" or case.bit or case.length >= 0:
             return True
         header = (self.folder / case.run / case.file).read_bytes()[: seal.HEADER.size]
-        return case.offset != seal.HEADER.unpack(header)[3] + seal.WRITE_MARKS[0]
+        return bool(case.offset != seal.HEADER.unpack(header)[3] + seal.WRITE_MARKS[0])
 
     def result(self, run: Path) -> list[str]:
         """What a job that went on made of it: right, or else `verify` says what is wrong."""
