@@ -30,7 +30,7 @@ from cpmpi.engine.state import Decision, Inputs, Model, Place, Prepared
 from cpmpi.engine.trunk import Trunk
 from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
-from cpmpi.model.fingerprint import model_sha256, tokenizer_sha256
+from cpmpi.model.fingerprint import Fingerprint, fingerprint
 from cpmpi.model.linear import choose_products
 from cpmpi.model.rotary import length_matters, same_for
 from cpmpi.model.size import inner_width
@@ -38,6 +38,7 @@ from cpmpi.model.weights import weight_bytes
 from cpmpi.run.cache import StoredKeys
 from cpmpi.run.hdf5 import STORED_FLOATS
 from cpmpi.run.reader import Document, Run, open_run
+from cpmpi.run.unchanged import changed_files, recorded_files
 
 BATCH_TOKENS = 4096  # of continuations that a rank takes through the layers at a time
 
@@ -158,17 +159,23 @@ def open_stored(options: ContextOptions, ranks: Ranks) -> Iterator[tuple[Run, Ch
         checkpoint = ranks.together(lambda: Checkpoint(model_folder(options, run)))
         if run.kv_dtype is None:
             raise AgreedError(f"{options.run}: keeps no keys and values (it was made by `cpmpi score`); prefill it")
-        found = {
-            "tokenizer": ranks.on_root(tokenizer_sha256, checkpoint.folder),
-            "model": model_sha256(checkpoint.folder, ranks),  # the ranks read a share of the weights each
-        }
-        for name, digest in found.items():
-            if digest != (made := run.attributes[f"{name}_sha256"]):
-                raise AgreedError(
-                    f"{checkpoint.folder}: its {name} has the digest {digest[:12]}, but {options.run} was made with "
-                    f"another one ({made[:12]})"
-                )
+        check_made_by(run, checkpoint.folder, fingerprint(checkpoint.folder, ranks))  # the ranks read a share each
         yield run, checkpoint
+
+
+def check_made_by(run: Run, model: Path, found: Fingerprint) -> None:
+    """Refuse a checkpoint that did not make a run. On every rank alike.
+
+    Raises:
+        AgreedError: it is another one; files that differ are named.
+    """
+    for name, digest in (("tokenizer", found.tokenizer_sha256), ("model", found.model_sha256)):
+        if digest != (made := run.attributes[f"{name}_sha256"]):
+            files = changed_files(recorded_files(run), found.files)
+            raise AgreedError(
+                f"{model}: its {name} has the digest {digest[:12]}, but {run.paths.folder} was made with another one "
+                f"({made[:12]}){files and f': {files}'}"
+            )
 
 
 def prepare_contexts(options: ContextOptions, ranks: Ranks, run: Run, checkpoint: Checkpoint, work: New) -> ContextJob:

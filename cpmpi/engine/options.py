@@ -121,6 +121,10 @@ class JobOptions(ModelOptions):
     )  # fmt: skip
     trace: Path | None = option(None, "Write what every rank did when, for chrome://tracing.", metavar="FILE")
     plot: Path | None = option(None, "Draw it: FILE.png, FILE.svg or FILE.pdf.", metavar="FILE")
+    keep_finished: bool = option(
+        False, "Go on where documents have changed since the last start: keep the finished that did not.", flag=True
+    )
+    retry_failed: bool = option(False, "Compute documents again that failed in an earlier start.", flag=True)
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
 
 

@@ -14,23 +14,25 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from cpmpi.errors import UserError, some
 from cpmpi.run.document import Document
 from cpmpi.run.hdf5 import open_file
 from cpmpi.run.index import RunIndex, create_index
-from cpmpi.run.index_layout import FORMAT, kv_dtype
+from cpmpi.run.index_layout import FORMAT
 from cpmpi.run.paths import RunPaths, document_name
-from cpmpi.run.publish import make_folder, saying
+from cpmpi.run.publish import make_folder, saying, sync_path
 from cpmpi.run.reader import Run, open_run
 from cpmpi.run.seal import HDF5_SIGNATURE, MAGIC
 from cpmpi.run.spec import DocumentSpec, KVShape, RunSpec, ShardSet, index_bytes, shard_bytes
 from cpmpi.run.spec import check_room as check_free
+from cpmpi.run.unchanged import check_same_documents, check_same_run
 from cpmpi.text import human_bytes
 
 
-def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunIndex:
+def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False, keep_finished: bool = False) -> RunIndex:
     """The ``run.h5`` to write to: a new one, or that of the same run, to be continued. On rank 0.
 
     ``RunIndex.spec`` says what holds, ``RunIndex.finished`` and ``RunIndex.failed`` which documents are done.
@@ -39,9 +41,11 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunI
         folder: the run folder; it may not exist yet, and may hold files that are no part of a run.
         spec: what is to be run.
         overwrite: delete the run that is in the folder first.
+        keep_finished: go on where documents have changed: the finished ones that did not are kept.
 
     Raises:
-        UserError: the folder has a file where a run would put one, or holds a run of another model.
+        UserError: the folder has a file where a run would put one, or holds a run of another model, or of documents
+            that have changed.
     """
     check_folder(folder, overwrite=overwrite)
     if overwrite:
@@ -49,7 +53,8 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunI
     if not RunPaths(folder).index.exists():
         return create_index(folder, spec)
     with open_run(folder) as run:
-        _check_same_run(run, spec)
+        check_same_run(run, spec, partial(what_is_deleted, folder))
+        check_same_documents(run, spec, keep_finished=keep_finished)
         _check_same_shapes(run, spec)
         if _goes_on(run, spec):
             spec = _as_laid_out(run, spec)
@@ -82,6 +87,12 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
         paths = RunPaths(folder)
         ours = [path for path in paths.contents() if path.suffix != ".tmp"]
     if not paths.index.exists():
+        if paths.deleted in ours and overwrite:
+            return
+        if paths.deleted in ours:
+            raise UserError(
+                f"{folder}: holds what is left of a run that --overwrite was deleting; give --overwrite again"
+            )
         names = some([path.relative_to(folder).as_posix() for path in ours], 5)
         shards = any(path.is_relative_to(paths.shards) for path in ours)
         if shards and not overwrite:
@@ -157,13 +168,24 @@ def check_room(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> None:
 def delete_run(folder: Path) -> None:
     """Delete the files of a run but its logs.
 
-    ``run.h5`` first, so that no half-deleted run is taken for a run; shards last, so that what is left is known as one.
+    ``run.h5`` loses its name first, so that no half-deleted run is taken for a run, and goes last, so that what is left
+    is known as one, wherever this is interrupted.
     """
     paths = RunPaths(folder)
-    if folder.is_dir():
-        for path in sorted(paths.contents(), key=lambda path: (path != paths.index, path.is_relative_to(paths.shards))):
-            path.unlink(missing_ok=True)
-        _remove_if_empty(*paths.shards.glob("[0-9]" * 6), paths.shards, paths.report, paths.checkpoints)
+    if not folder.is_dir():
+        return
+    if paths.index.exists():
+        os.replace(paths.index, paths.deleted)
+        sync_path(folder)
+    left = [path for path in paths.contents() if path != paths.deleted]
+    for path in left:
+        path.unlink(missing_ok=True)
+    for within in {path.parent for path in left}:
+        sync_path(within)
+    _remove_if_empty(*paths.shards.glob("[0-9]" * 6), paths.shards, paths.report, paths.checkpoints)
+    if paths.deleted.exists():
+        paths.deleted.unlink()
+        sync_path(folder)
 
 
 def delete_shards_but(folder: Path, sets: set[int]) -> None:
@@ -208,29 +230,6 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _check_same_run(run: Run, spec: RunSpec) -> None:
-    kinds = ["continuations" if one.documents[0].continues else "documents" for one in (run, spec)]
-    if kinds[0] != kinds[1]:
-        raise UserError(
-            f"{run.paths.folder}: holds a run of {kinds[0]}, this one is of {kinds[1]}; choose another --output, "
-            f"or --overwrite, which deletes {what_is_deleted(run.paths.folder)}"
-        )
-    expected = {
-        "model_sha256": spec.model_sha256,
-        "tokenizer_sha256": spec.tokenizer_sha256,
-        "dtype": spec.dtype,
-        "kv_dtype": kv_dtype(spec),
-        "hidden_size": spec.hidden_size,
-    }
-    for name, value in expected.items():
-        found = run.attributes[name]
-        if found != value:
-            raise UserError(
-                f"{run.paths.folder}: holds a run with {name} {found}, this one has {value}; choose another --output, "
-                f"or --overwrite, which deletes {what_is_deleted(run.paths.folder)}"
-            )
 
 
 def _check_same_shapes(run: Run, spec: RunSpec) -> None:

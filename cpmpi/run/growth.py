@@ -37,6 +37,7 @@ from cpmpi.run.spec import (
     shard_bytes,
     token_digest,
 )
+from cpmpi.run.unchanged import recorded_files
 
 TokenIds = npt.NDArray[np.int64]
 
@@ -71,7 +72,9 @@ class Found:
 
 def spec_of(run: Run) -> RunSpec:
     """The spec of a run as it is on disk."""
-    text = {name: str(run.attributes[name]) for name in ("model", "model_sha256", "tokenizer_sha256", "dtype")}
+    text: dict[str, Any] = {
+        name: str(run.attributes[name]) for name in ("model", "model_sha256", "tokenizer_sha256", "dtype")
+    }
     documents = tuple(document.spec for document in run.documents)
     shapes, sets = run.documents[0].kv_shapes, [run.shard_sets[number] for number in sorted(run.shard_sets)]
     return RunSpec(
@@ -80,7 +83,8 @@ def spec_of(run: Run) -> RunSpec:
         set_aside=tuple(document.spec for document in run.set_aside), topology=str(run.attributes["topology"]),
         shard_set=sets[-1] if sets else ShardSet(world_size=run.world_size), earlier_sets=tuple(sets[:-1]),
         command=str(run.attributes["command"]), version=str(run.attributes["cpmpi_version"]),
-        model_path=run.model_path, run_id=str(run.attributes["run_id"]),
+        model_path=run.model_path, files=tuple(sorted(recorded_files(run).items())),
+        run_id=str(run.attributes["run_id"]),
     )  # fmt: skip
 
 

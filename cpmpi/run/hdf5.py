@@ -127,6 +127,7 @@ def create_contiguous(
     plist = h5p.create(h5p.DATASET_CREATE)
     plist.set_layout(h5d.CONTIGUOUS)
     plist.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+    plist.set_obj_track_times(False)  # the same file again where it has to be laid out anew
     plist.set_fill_time(h5d.FILL_TIME_NEVER if fill is None else h5d.FILL_TIME_ALLOC)
     if fill is not None:
         plist.set_fill_value(np.asarray(fill))

@@ -158,37 +158,12 @@ class RunIndex:
         sync_path(self._paths.index)
 
     def _write_results(self, document_index: int, results: Results, *, complete: bool) -> None:
-        """Write the attributes of a document, with the checksums that cover its datasets, then ``complete``."""
-        outputs = outputs_digest(results.arrays) if results.arrays else 0
         self._check_ours()
-        with changed_file(self._paths.index) as file:
-            group = file[document_name(document_index)]
-            set_attribute(group, "nll", results.nll)
-            set_attribute(group, "perplexity", results.perplexity)
-            set_attribute(group, "failed", results.failed)
-            set_attribute(group, "outputs_xxh3", outputs)
-            set_attribute(group, "result_xxh3", result_digest(results, outputs))
-            self._sync(file)
-            if complete:
-                set_attribute(group, "complete", True)
-        sync_path(self._paths.index)
+        write_results(self._paths.index, document_name(document_index), results, complete=complete)
 
     def _write_datasets(self, group: str, arrays: dict[str, RawArray]) -> None:
-        """Write whole datasets at their offsets, past HDF5, and make them durable."""
         self._check_ours()
-        with open_file(self._paths.index, locking=False, check=False) as file:
-            places = {name: file[f"{group}/{name}"] for name in arrays}
-            for name, array in arrays.items():
-                assert places[name].shape == array.shape, (name, places[name].shape, array.shape)
-            offsets = {name: dataset_offset(place) for name, place in places.items()}
-        with saying(self._paths.index, "cannot be written"):
-            descriptor = os.open(self._paths.index, os.O_WRONLY)
-            try:
-                for name, array in arrays.items():
-                    pwrite_all(descriptor, np.ascontiguousarray(array), offsets[name])
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        write_datasets(self._paths.index, group, arrays)
 
     def _check_ours(self) -> None:
         """Refuse to write into a file that another job has laid out since."""
@@ -196,9 +171,46 @@ class RunIndex:
             if file.attrs["run_id"] != self.spec.run_id:
                 raise UserError(f"{self._paths.index}: another job has started this run anew; nothing more is written")
 
-    def _sync(self, file: Any) -> None:
+
+def write_results(index: Path, name: str, results: Results, *, complete: bool) -> None:
+    """Write the attributes of a document, with the checksums that cover its datasets, then ``complete``.
+
+    Args:
+        index: the file.
+        name: of the document's group.
+        results: with the arrays that are in the datasets already, if any.
+        complete: whether the document is.
+    """
+    outputs = outputs_digest(results.arrays) if results.arrays else 0
+    with changed_file(index) as file:
+        group = file[name]
+        set_attribute(group, "nll", results.nll)
+        set_attribute(group, "perplexity", results.perplexity)
+        set_attribute(group, "failed", results.failed)
+        set_attribute(group, "outputs_xxh3", outputs)
+        set_attribute(group, "result_xxh3", result_digest(results, outputs))
         file.flush()
-        sync_path(self._paths.index)
+        sync_path(index)
+        if complete:
+            set_attribute(group, "complete", True)
+    sync_path(index)
+
+
+def write_datasets(index: Path, group: str, arrays: Mapping[str, RawArray]) -> None:
+    """Write whole datasets at their offsets, past HDF5, and make them durable."""
+    with open_file(index, locking=False, check=False) as file:
+        places = {name: file[f"{group}/{name}"] for name in arrays}
+        for name, array in arrays.items():
+            assert places[name].shape == array.shape, (name, places[name].shape, array.shape)
+        offsets = {name: dataset_offset(place) for name, place in places.items()}
+    with saying(index, "cannot be written"):
+        descriptor = os.open(index, os.O_WRONLY)
+        try:
+            for name, array in arrays.items():
+                pwrite_all(descriptor, np.ascontiguousarray(array), offsets[name])
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def checked_results(document: DocumentSpec, outputs: dict[str, RawArray]) -> Results:

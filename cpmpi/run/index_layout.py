@@ -5,6 +5,7 @@ Shapes: ``L`` layers, ``T`` tokens of a document, ``N`` ranks, ``G`` KV heads, `
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def _lay_out_run(file: Any, spec: RunSpec) -> None:
     file.attrs["model_path"] = spec.model_path
     file.attrs["model_sha256"] = spec.model_sha256
     file.attrs["tokenizer_sha256"] = spec.tokenizer_sha256
+    if spec.files:
+        file.attrs["checkpoint_files"] = json.dumps(dict(spec.files))
     file.attrs["dtype"] = spec.dtype
     file.attrs["kv_dtype"] = kv_dtype(spec)
     file.attrs["world_size"] = spec.world_size

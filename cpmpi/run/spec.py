@@ -269,6 +269,9 @@ class RunSpec:
     command: str = ""
     version: str = __version__
     """The version of cpmpi that made the run."""
+    """Where the checkpoint is."""
+    files: tuple[tuple[str, str], ...] = ()
+    """Of the checkpoint: name and digest of each, to say which one changed."""
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Of one layout of ``run.h5``. Made once, on rank 0; when a run is resumed, the one in the file holds."""
 
@@ -334,7 +337,8 @@ def shard_bytes(spec: RunSpec, rank: int) -> int:
 
 def index_bytes(spec: RunSpec) -> int:
     """Bytes of ``run.h5``: outputs, the map of the virtual datasets, and HDF5's metadata."""
-    total = FILE_METADATA_BYTES + len(spec.model) + len(spec.topology) + len(spec.command)
+    total = FILE_METADATA_BYTES + len(spec.model) + len(spec.topology) + len(spec.command) + len(spec.model_path)
+    total += 128 * len(spec.files)
     total += 64 * sum(one.world_size for one in (*spec.earlier_sets, spec.shard_set))
     for document in (*spec.documents, *spec.set_aside):
         total += 9 * document.n_tokens + 4 * spec.hidden_size + DOCUMENT_METADATA_BYTES + 3 * ALIGNMENT_BYTES
