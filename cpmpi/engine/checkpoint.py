@@ -35,9 +35,10 @@ from cpmpi.engine.pace import Pace
 from cpmpi.errors import Stopped, one_line
 from cpmpi.model.blocks import Blocks, watched
 from cpmpi.model.forward import Chunk
-from cpmpi.run import checkpoint
-from cpmpi.run.checkpoint import Manifest, Part
+from cpmpi.run import checkpoint, hidden
+from cpmpi.run.manifest import KVPlace, Manifest, Part
 from cpmpi.run.paths import RunPaths
+from cpmpi.run.spec import RunSpec
 from cpmpi.run.writer import ShardWriter
 from cpmpi.text import duration
 
@@ -92,7 +93,7 @@ class Checkpoints:
     """The checkpoints of a job, on one rank. Use `opened`.
 
     Args:
-        folder: of the run.
+        folder, spec: of the run.
         ranks, grid: who writes what: ranks that share the weights have the same hidden states, and write a part each.
         blocks: where a document can go on.
         writer: of the KV, where it is kept.
@@ -102,6 +103,7 @@ class Checkpoints:
     """
 
     folder: Path
+    spec: RunSpec
     ranks: Ranks
     grid: Grid
     blocks: Blocks
@@ -247,7 +249,7 @@ class Checkpoints:
             if self.writer is not None:
                 self.writer.sync(layers)
                 kv_digest = self.writer.digest(document.index, pending.attention)
-            part = checkpoint.write_part(self.folder, document.identity, pending.layer, self.ranks.rank, runs)
+            part = hidden.write_part(self.folder, document.identity, pending.layer, self.ranks.rank, runs)
         except Exception as problem:  # the document goes on without
             logger.warning("checkpoint after layer %d: %s", pending.layer, one_line(problem))
             self._told = self._told._replace(failed=pending.number)
@@ -280,16 +282,16 @@ class Checkpoints:
         assert document is not None
         names = [paths.checkpoint_part(document.identity, pending.layer, rank) for rank in range(len(everyone))]
         parts = tuple(
-            Part(
-                name=name.relative_to(self.folder).as_posix(), size=told.size, digest=_unsigned(told.digest),
-                kv_digest=_unsigned(told.kv_digest),
-            )
+            Part(name=name.relative_to(self.folder).as_posix(), size=told.size, digest=_unsigned(told.digest))
             for name, told in zip(names, everyone, strict=True)
-        )  # fmt: skip
+        )
+        kv = None
+        if self.writer is not None:
+            kv = KVPlace.of(self.spec, document.index, [_unsigned(told.kv_digest) for told in everyone])
         return Manifest(
             identity=document.identity, layer=pending.layer, attention=pending.attention,
             n_tokens=document.n_tokens, shape=self.blocks.shape, dtype=str(self.blocks.dtype).removeprefix("torch."),
-            seconds=pending.seconds, parts=parts,
+            seconds=pending.seconds, parts=parts, kv=kv,
         )  # fmt: skip
 
     def _publish(self, manifest: Manifest) -> None:

@@ -5,23 +5,23 @@ Shapes: ``T`` tokens, ``G`` KV heads, ``D`` key dim, ``E`` value dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 from h5py import h5a
 
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout
 from cpmpi.errors import UserError
-from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
-from cpmpi.run.layer_reader import Source, read_layer
+from cpmpi.run.hdf5 import STORED_FLOATS, RawArray, tensor_of
+from cpmpi.run.layer_reader import read_layer
 from cpmpi.run.publish import saying
 from cpmpi.run.results import DIGESTS, GREEDY, Results, outputs_digest, read_outputs, result_digest
+from cpmpi.run.sharded_kv import ShardedKV
 from cpmpi.run.spec import CONTINUES, DocumentSpec, KVGroup, KVShape, Origin
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ class Document:
         with saying(self._path, f"{name} cannot be read"):
             self.group = run.file[name]
         self._result_checked = False
-        self._tables: dict[int, npt.NDArray[np.uint64]] = {}
 
     def __repr__(self) -> str:
         """What is in it, for a notebook."""
@@ -225,37 +224,19 @@ class Document:
         first, last, _ = slice(start, stop).indices(self.n_tokens)
         stored = STORED_FLOATS[self.run.kv_dtype]
         key_TGD, value_TGE = (np.empty((max(0, last - first), heads, dim), stored.raw) for dim in dims)
-        read_layer(self._sources(layer, first, last, verify), first, key_TGD, value_TGE)
+        read_layer(self._sharded.sources(layer, first, last, verify=verify), first, key_TGD, value_TGE)
         if as_torch:
-            return _as_torch(key_TGD, self.run.kv_dtype), _as_torch(value_TGE, self.run.kv_dtype)
+            return tensor_of(key_TGD, self.run.kv_dtype), tensor_of(value_TGE, self.run.kv_dtype)
         return (key_TGD, value_TGE) if raw else (stored.widen(key_TGD), stored.widen(value_TGE))
 
-    def _sources(self, layer: int, first: int, last: int, verify: bool) -> Iterator[Source]:
-        """The shards that hold some of the positions ``first .. last``."""
+    @cached_property
+    def _sharded(self) -> ShardedKV:
+        """Its keys and values in the shards."""
         assert self.kv_shapes is not None
-        for rank in range(self.spec.first_rank, self.spec.first_rank + self.spec.n_ranks):
-            pieces = self.spec.pieces(rank)
-            if any(piece.start < last and first < piece.stop for piece in pieces):
-                shard = self.run.shard(rank, self.shard_set)
-                place, heads = shard.document(self.shard_number), self.spec.heads(rank, self.kv_shapes[layer].heads)
-                if place.pieces != pieces or place.layers[layer].shape != self.kv_shapes[layer]._replace(
-                    heads=heads.size
-                ):
-                    raise UserError(f"{shard.path}: damaged: document {self.id!r} is not laid out as in run.h5")
-                checksums = self._checksums(rank)[layer] if verify else None
-                yield Source(
-                    shard=shard, place=place, layer=layer, heads=heads, document=self.id, checksums_B2=checksums
-                )
-
-    def _checksums(self, rank: int) -> npt.NDArray[np.uint64]:
-        """The checksum table (L, B, 2) in a shard, which is the one that ``run.h5`` has the digest of."""
-        if rank not in self._tables:
-            shard = self.run.shard(rank, self.shard_set)
-            table = shard.checksums(self.shard_number)
-            if xxhash.xxh3_64_intdigest(table.tobytes()) != self.group[DIGESTS][rank]:
-                raise UserError(f"{shard.path}: document {self.id!r}: its checksums are not those that run.h5 recorded")
-            self._tables[rank] = table
-        return self._tables[rank]
+        return ShardedKV(
+            document=self.spec, shapes=self.kv_shapes, shard=lambda rank: self.run.shard(rank, self.shard_set),
+            digest=lambda rank: int(self.group[DIGESTS][rank]), recorded_in="run.h5",
+        )  # fmt: skip
 
     def check_result(self) -> None:
         """Compare what was recorded of the document, but for its outputs, with its checksum (from format version 2 on).
@@ -317,10 +298,3 @@ def read_truth(owner: Any, name: str, path: Path) -> bool:
     if value not in (0, 1):
         raise UserError(f"{path}: damaged: `{name}` of {owner.name} is {value}")
     return bool(value)
-
-
-def _as_torch(raw: RawArray, dtype: str) -> Any:
-    import torch
-
-    bits = torch.from_numpy(raw.view(np.int16) if dtype == "bfloat16" else raw)
-    return bits.view(torch.bfloat16) if dtype == "bfloat16" else bits

@@ -7,9 +7,10 @@ begins and ends in whole. Blocks are read by several threads: a checksum costs l
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ import xxhash
 from cpmpi.attention.layout import Piece
 from cpmpi.errors import UserError
 from cpmpi.run.hdf5 import RawArray
-from cpmpi.run.shard import Block, ShardDocument, ShardFile
+from cpmpi.run.shard import MOST_OPEN, Block, ShardDocument, ShardFile
 
 CHUNK_BYTES = 1 << 18  # stays in a core's own cache between the read and the checksum
 THREADS = min(8, len(os.sched_getaffinity(0)))
@@ -82,6 +83,12 @@ class Source:
 
 def read_layer(sources: Iterable[Source], first: int, key_TGD: RawArray, value_TGE: RawArray) -> None:
     """Fill the rows, which are positions ``first`` and following, from all shards that hold some of them."""
+    sources = iter(sources)
+    while some := list(islice(sources, MOST_OPEN // 2)):  # those before may be closed when further shards are opened
+        _read_from(some, first, key_TGD, value_TGE)
+
+
+def _read_from(sources: Sequence[Source], first: int, key_TGD: RawArray, value_TGE: RawArray) -> None:
     last = first + len(key_TGD)
     work = [
         (source, number, part, rows)
