@@ -30,7 +30,7 @@ def options_of(folder, output, **own):
     from cpmpi.engine.options import JobOptions
 
     given = {"keep_kv": False, "kv_dtype": "float32", "chunk_tokens": 20, "quiet": True, "attention": "ring"}
-    given |= {"inputs": (str(folder / "d.npy"),), **own}
+    given |= {"inputs": (str(folder / "d.npy"),), "allow_longer": True, **own}
     return JobOptions(model=folder / "model", output=folder / output, **given)
 
 
