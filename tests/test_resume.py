@@ -202,6 +202,7 @@ def test_checkpoints_of_a_job(tmp_path, capfd):
     check_order(prepared(tmp_path / "order", layers=8))
     check_unwritable(prepared(tmp_path / "unwritable", layers=9), capfd)
     check_damaged(prepared(tmp_path / "damaged"), capfd)
+    check_the_one_before(prepared(tmp_path / "before"), capfd)
 
 
 def check_damaged(folder, capfd):
@@ -263,6 +264,31 @@ def check_damaged(folder, capfd):
             same(folder / "whole", folder / "run")
 
 
+def check_the_one_before(folder, capfd):
+    """Two checkpoints are there, as after a kill before the older was deleted, and the later one is damaged."""
+    from mpi4py import MPI
+
+    comm, kept = MPI.COMM_WORLD, {"keep_kv": True, "quiet": False}
+    run_counted(options_of(folder, "whole", **kept))
+    run_stopped(options_of(folder, "run", **kept), at=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cpmpi.run.checkpoint.delete", lambda *_, **__: None)
+        run_stopped(options_of(folder, "run", **kept), at=1)
+    saved = sorted((folder / "run" / "checkpoints").glob("*.json"))
+    assert [path.name[-10:] for path in saved] == ["00000.json", "00001.json"]
+    comm.Barrier()
+    if comm.rank == 0:
+        saved[1].write_bytes(saved[1].read_bytes()[:-40])
+    comm.Barrier()
+    capfd.readouterr()
+    assert run_counted(options_of(folder, "run", **kept))[0] == [1, 2, 3, 4]
+    if comm.rank == 0:
+        said = capfd.readouterr().err
+        assert f"d.npy: the checkpoint {saved[1]} is not used: {saved[1]}: not a checkpoint's manifest" in said
+        assert "d.npy: goes on after layer 1 of 5: " in said
+        same(folder / "whole", folder / "run")
+
+
 def leave_when_written(patch):
     """Every rank's file is whole when it leaves an attention: a checkpoint after every other layer, at every speed."""
     from cpmpi.engine.checkpoint import Checkpoints
@@ -294,11 +320,13 @@ def check_unwritable(folder, capfd):
     with pytest.MonkeyPatch.context() as patch:
         leave_when_written(patch)
         patch.setattr(hidden, "write_part", full)
-        run_counted(options_of(folder, "run", checkpoint="0", quiet=False))
+        run_counted(options_of(folder, "run", checkpoint="0", quiet=False, grace=0))
     assert tried == [0, 2, 4, 6]
     if comm.rank == 0:
         said = capfd.readouterr().err
         assert said.count("could not be written") == 1
+        warned = r"^warning: a layer and its checkpoint take about [\d.]+ m?s, more than --grace 0 s: a stop would drop"
+        assert len(re.findall(warned, said, re.M)) == 1, said
         assert f"the checkpoint after layer {tried[0] + 1} could not be written (see " in said
         assert "No space left" in (folder / "run" / "log" / "rank-00001.log").read_text()
 
