@@ -18,9 +18,9 @@ import pytest
 from cpmpi import open_run
 from cpmpi.attention.layout import Layout
 from cpmpi.errors import UserError
+from cpmpi.run import checkpoint
 from cpmpi.run.folder import check_room, delete_run, only_writer, start_index
 from cpmpi.run.index import create_index
-from cpmpi.run.manifest import identity_of
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.spec import DocumentSpec, KVSpec, checkpoint_bytes, index_bytes, shard_bytes
 from cpmpi.run.spec import check_room as check_free
@@ -158,7 +158,7 @@ def test_room_for_checkpoints(tmp_path):
     assert 2 * 4000 * 1000 < checkpoint_bytes(spec, 1000) < 2.1 * 4000 * 1000
     index = start_index(tmp_path, spec)
     (tmp_path / "checkpoints").mkdir()
-    saved = RunPaths(tmp_path).checkpoint_part(identity_of(spec, spec.documents[0]), 1, 0)
+    saved = RunPaths(tmp_path).checkpoint_part(checkpoint.identity_of(spec, spec.documents[0]), 1, 0)
     saved.write_bytes(b"0" * 4_000_000)
     left = check_room(tmp_path, spec, hidden_bytes=1000)
     assert re.search(r"([\d.]+ MB) of it for checkpoints", left)[1] == human_bytes(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from .families import FAMILIES, UNSHARED
+from .runs import make_spec
 from .test_exact import shared_folder
 from .test_resume import options_of, prepared, run_counted, run_stopped, same, save_document
 from .tiny_models import save_tiny, tiny_config
@@ -119,6 +121,25 @@ def test_faults_are_survived_and_other_documents_stay(tmp_path, capfd):
     check_two(prepared(folder / "two", layers=3, lengths=(150, 90)))
 
 
+def test_kv_moves_where_it_lies_elsewhere(tmp_path):
+    """In another set, or as another document of the same set: a twin's."""
+    from cpmpi.engine.redeal import Redeal
+    from cpmpi.errors import UserError
+    from cpmpi.run.manifest import KVPlace, Manifest
+
+    spec = make_spec((50, 50))
+    redeal = Redeal(folder=tmp_path, spec=spec, ranks=None, writer=None, stop=None, progress=None)
+    place = KVPlace.of(spec, 0, [1, 2, 3])
+    found = Manifest(
+        identity="a", layer=0, attention=1, n_tokens=50, shape=(8,), dtype="float32", seconds=1.0, parts=(), kv=place
+    )
+    assert not redeal.needed(found, 0)
+    assert redeal.needed(found, 1)
+    assert redeal.needed(replace(found, kv=replace(place, set_id="another")), 0)
+    with pytest.raises(UserError, match="it was made where no keys and values are kept"):
+        redeal.needed(replace(found, kv=None), 0)
+
+
 class PowerCutError(BaseException):
     """What a kill does, without ending the test."""
 
@@ -131,10 +152,22 @@ def check_faults(folder, kinds):
 
     from cpmpi.errors import Stopped, UserError
     from cpmpi.run.sharded_kv import ShardedKV
+    from cpmpi.run.writer import ShardWriter
 
     root, read = MPI.COMM_WORLD.rank == 0, ShardedKV.read
 
+    sync, synced = ShardWriter.sync, []
+
+    def note_sync(writer, *first):
+        sync(writer, *first)
+        synced.append(writer.layers_done(0).tolist())
+
     def cut(*_, **__):
+        raise PowerCutError
+
+    def cut_at_publishing(_, manifest):
+        assert synced == [[True, True, False]]
+        assert manifest.kv.shard_set > 1
         raise PowerCutError
 
     def refuse(*_, **__):
@@ -153,12 +186,14 @@ def check_faults(folder, kinds):
         "put": (PowerCutError, cut, "cpmpi.run.writer.ShardWriter.put"),
         "sync": (UserError, refuse, "cpmpi.run.writer.ShardWriter.sync"),
         "read": (Stopped, read_and_signal, "cpmpi.run.sharded_kv.ShardedKV.read"),
-        "publish": (PowerCutError, cut, "cpmpi.engine.redeal.checkpoint.publish"),
+        "publish": (PowerCutError, cut_at_publishing, "cpmpi.engine.redeal.checkpoint.publish"),
     }
     for error, fault, name in (faults[kind] for kind in kinds):
         if root:
             with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(ShardWriter, "sync", note_sync)
                 patch.setattr(name, fault)
+                synced.clear()
                 said = fails(error, options_of(folder, "run", keep_kv=True))
             assert error is not Stopped or "document 'd.npy' was about to go on after layer 2; the same" in said
             held = [*manifests, *(folder / "run" / "shards" / "000001").iterdir()]

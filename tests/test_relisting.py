@@ -12,7 +12,7 @@ from cpmpi.attention.grid import Grid
 from cpmpi.errors import UserError
 from cpmpi.run import checkpoint
 from cpmpi.run.folder import start_index, what_is_deleted
-from cpmpi.run.manifest import KVPlace, Manifest, identity_of
+from cpmpi.run.manifest import KVPlace, Manifest
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.spec import DocumentSpec, RunSpec, ShardSet
 from cpmpi.run.verify import verify_run
@@ -262,7 +262,7 @@ def saved(folder: Path, index, i: int, layers: int) -> Manifest:
             writer.put(i, layer, *(x[held(document, rank), heads] for x in whole))
         writer.sync()
     manifest = Manifest(
-        identity=identity_of(spec, document), layer=layers - 1, attention=layers, n_tokens=document.n_tokens,
+        identity=checkpoint.identity_of(spec, document), layer=layers - 1, attention=layers, n_tokens=document.n_tokens,
         shape=(8,), dtype="float32", seconds=1.0, parts=(),
         kv=KVPlace.of(spec, i, [writer.digest(i, layers) for writer in writers]),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -102,6 +103,21 @@ def test_what_is_not_as_recorded_is_refused(tmp_path):
             stored(tmp_path, other, spec, 2).check(0)
     with pytest.raises(UserError, match=r"rank-00000.h5: belongs to run \w+, not to this run another"):
         stored(tmp_path, replace(place, set_id="another"), spec, 2).check(0)
+
+
+def test_a_flipped_bit_is_found_when_it_is_read(tmp_path):
+    spec = dealt(2, 2, Grid())
+    place = begun(tmp_path, spec, layers=2)
+    path = tmp_path / "shards" / "rank-00001.h5"
+    with h5py.File(path) as file:
+        at = file[f"documents/00000{INDEX}/value0"].id.get_offset()  # of layers 0 and 2
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+    kv = stored(tmp_path, place, spec, 2)
+    kv.read(1, [Piece(0, TOKENS)], Piece(0, 2), KV.stored)
+    with pytest.raises(UserError, match=r"rank-00001.h5: document 'd1': layer 0: value of tokens \d+ to \d+ does not"):
+        kv.read(0, [Piece(0, TOKENS)], Piece(0, 4), KV.stored)
 
 
 def test_more_shards_than_may_be_open(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from cpmpi.model.blocks import Blocks
 from cpmpi.model.forward import Chunk
 from cpmpi.run import checkpoint, folder
 from cpmpi.run.hidden import SavedHidden
-from cpmpi.run.manifest import Manifest, identity_of
+from cpmpi.run.manifest import Manifest
 from cpmpi.run.spec import RunSpec
 from cpmpi.text import duration
 
@@ -77,7 +77,7 @@ class Seeker:
             index: the document's place in the run.
         """
         document = self.spec.documents[index]
-        identity = identity_of(self.spec, document)
+        identity = checkpoint.identity_of(self.spec, document)
         chosen: Resume | None = None
         for path, found in self.ranks.on_root(checkpoint.find, self.folder, identity):
             problem, resume = self._open(found, index)

@@ -33,7 +33,6 @@ from cpmpi.model.linear import use_products
 from cpmpi.model.size import pair_weight
 from cpmpi.run import checkpoint, folder
 from cpmpi.run.index import NotFiniteError, RunIndex
-from cpmpi.run.manifest import identity_of
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.shard import prepare_shard
 from cpmpi.run.spec import RunSpec
@@ -199,7 +198,7 @@ def score_document(job: Job, engine: Engine, files: Files, seeker: Seeker, i: in
         assert writer is not None
         writer.put(i, layer, k_TGD.cpu(), v_TGE.cpu())
 
-    identity = identity_of(files.spec, document)
+    identity = checkpoint.identity_of(files.spec, document)
     with seeker.find(i) as resume:
         if engine.checkpoints is not None:
             spent_s = resume.spent_s if resume is not None else 0.0

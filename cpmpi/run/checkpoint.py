@@ -9,6 +9,7 @@ list of documents, the ranks and the schedule are when the job goes on.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -17,6 +18,13 @@ from cpmpi.errors import UserError
 from cpmpi.run.manifest import Manifest
 from cpmpi.run.paths import CHECKPOINT, IDENTITY_DIGITS, RunPaths
 from cpmpi.run.publish import TEMPORARY_SUFFIX, publish_text, sync_path
+from cpmpi.run.spec import DocumentSpec, RunSpec
+
+
+def identity_of(run: RunSpec, document: DocumentSpec) -> str:
+    """What decides a document's hidden states: model, type to compute in, tokens; as 64 hexadecimal digits."""
+    text = "\n".join((run.model_sha256, run.dtype, document.token_ids_sha256))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def publish(folder: Path, manifest: Manifest) -> None:

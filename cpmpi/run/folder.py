@@ -22,7 +22,6 @@ from cpmpi.run.document import Document
 from cpmpi.run.hdf5 import open_file
 from cpmpi.run.index import RunIndex, create_index
 from cpmpi.run.index_layout import FORMAT, kv_dtype
-from cpmpi.run.manifest import identity_of
 from cpmpi.run.paths import RunPaths, document_name
 from cpmpi.run.publish import make_folder, saying
 from cpmpi.run.reader import Run, open_run
@@ -60,7 +59,7 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunI
             index = create_index(folder, spec, {name: document.group for name, document in kept.items()})
             RunPaths(folder).summary.unlink(missing_ok=True)
     left = [document for i, document in enumerate(index.spec.documents) if i not in {*index.finished, *index.failed}]
-    checkpoint.delete_others(folder, [identity_of(index.spec, document) for document in left])
+    checkpoint.delete_others(folder, [checkpoint.identity_of(index.spec, document) for document in left])
     delete_unused_shards(folder, index.spec)  # a kill may have left some, too
     return index
 

@@ -6,7 +6,6 @@ the KV of the finished layers with that of theirs; it carries a checksum of its 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -146,9 +145,3 @@ class Manifest:
 
 def _digest(content: Any) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
-
-
-def identity_of(run: RunSpec, document: DocumentSpec) -> str:
-    """What decides a document's hidden states: model, type to compute in, tokens; as 64 hexadecimal digits."""
-    text = "\n".join((run.model_sha256, run.dtype, document.token_ids_sha256))
-    return hashlib.sha256(text.encode()).hexdigest()
