@@ -268,6 +268,7 @@ def saved(folder: Path, index, i: int, layers: int) -> Manifest:
     )  # fmt: skip
     for writer in writers:
         writer.close()
+    RunPaths(folder).checkpoints.mkdir(exist_ok=True)
     checkpoint.publish(folder, manifest)
     return manifest
 

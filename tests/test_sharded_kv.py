@@ -26,7 +26,8 @@ TOKENS, INDEX = 40, 1
 
 
 def dealt(positions: int, segments: int, grid: Grid):
-    """A run of two documents, the second of which ``positions`` ranks of each head group hold."""
+    """A run of two documents, dealt to ``positions`` ranks, times its copies, of each head group."""
+    positions *= grid.copies
     spec = make_spec((5, TOKENS), world=positions, segments=segments, kv=KV)
     world = positions * grid.head_groups
     documents = tuple(replace(document, grid=grid) for document in spec.documents)
