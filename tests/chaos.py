@@ -140,6 +140,13 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def close(self) -> None:
+        """Leave nothing behind, however the series ends."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.launcher.wait()
+
     def wait(self, timeout_s: float) -> tuple[int, list[int]]:
         """The launcher's exit status, -1 if it has none by then, and processes that live on, which are killed then."""
         try:
@@ -149,10 +156,7 @@ class Job:
         ends = time.monotonic() + (GONE_S if status != -1 else 0)
         while (left := self.processes()) and time.monotonic() < ends:
             time.sleep(0.05)
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.launcher.wait()
+        self.close()
         return status, left
 
 
@@ -264,14 +268,14 @@ def kill_until_done(
 ) -> None:
     """Start a job, end it at a random moment of its work, and so on until it is done or there were enough kills."""
     while True:
-        job = Job(folder, output, ranks or chance.randint(1, MOST_RANKS))
         killed, kind = False, KINDS[sum(figures.kills.values()) % len(KINDS)]
-        if sum(figures.kills.values()) < kills:
-            wait_for_moment(job, output, chance)
-            if killed := job.launcher.poll() is None:
-                job.end(kind, chance)
-                figures.kills[kind] += 1
-        status, left = job.wait(GONE_S if killed else DONE_S)
+        with contextlib.closing(Job(folder, output, ranks or chance.randint(1, MOST_RANKS))) as job:
+            if sum(figures.kills.values()) < kills:
+                wait_for_moment(job, output, chance)
+                if killed := job.launcher.poll() is None:
+                    job.end(kind, chance)
+                    figures.kills[kind] += 1
+            status, left = job.wait(GONE_S if killed else DONE_S)
         said = job.log.read_text()
         figures.inside += " goes on after layer " in said
         figures.dealt_anew += " is dealt anew to " in said
@@ -302,6 +306,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figures", type=Path, help="JSON file to add the figures to, and those before to these")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))
     with tempfile.TemporaryDirectory() as folder:
         figures = chaos(Path(folder), asked.kills, asked.seed, asked.ranks)
     if asked.figures:
