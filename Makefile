@@ -37,7 +37,7 @@ cluster-test: $(STAMP)
 	$(RUN)/python -m pytest -m "cluster and not slow" tests/cluster
 
 chaos-short: $(STAMP)
-	$(RUN)/python -m pytest -m "" "tests/test_chaos.py::test_nothing_is_lost[6]"
+	$(RUN)/python -m pytest -m "" "tests/test_chaos.py::test_nothing_is_lost[10]"
 
 chaos: $(STAMP)
 	$(RUN)/python -m tests.chaos --kills 200

@@ -178,7 +178,7 @@ def test_bad_input_is_one_line_on_rank_0(ranks, tmp_path, capsys, monkeypatch):
 
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 5, 5)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    line = r"new: the run needs .* \(\d+ bytes\), but its file system has .* \(5 bytes\) free"
+    line = r"new: the run needs .* \(\d+ bytes\), .* of it for checkpoints, but its file system has .* \(5 bytes\) free"
     check("no room", ["prefill", "--quiet", *good, "--output", f"{folder}/new"], line, 1)
 
 

@@ -54,8 +54,17 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
         decision=decide(options, inputs, model, place, run_spec), progress=progress_of(options, place.ranks),
     )  # fmt: skip
     introduce(job)
-    place.ranks.on_root(folder.check_room, options.output, job.spec, overwrite=options.overwrite)
+    needed = place.ranks.on_root(
+        folder.check_room, options.output, job.spec, overwrite=options.overwrite,
+        hidden_bytes=_hidden_bytes(options, place),
+    )  # fmt: skip
+    job.progress.say(needed)
     return job
+
+
+def _hidden_bytes(options: JobOptions, place: Place) -> int:
+    """Bytes of a token's hidden state in checkpoints; 0 where there are none."""
+    return place.blocks.token_bytes if options.checkpoint != OFF and place.blocks.whole else 0
 
 
 def progress_of(options: ModelOptions, ranks: Ranks) -> Progress:
@@ -139,7 +148,7 @@ def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place, run_
     sizes = TokenSizes(
         hidden=run_spec.hidden_size, inner=inner_width(place.skeleton), vocabulary=inputs.checkpoint.vocab_size,
         chunk_tokens=options.chunk_tokens, stored_itemsize=run_spec.kv.stored.itemsize if run_spec.kv else 0,
-        checkpoint_bytes=place.blocks.token_bytes if options.checkpoint != OFF and place.blocks.whole else 0,
+        checkpoint_bytes=_hidden_bytes(options, place),
     )  # fmt: skip
     memory = ranks.together(
         choose_residence, document_memory(work, schedule, sizes), weight_bytes(place.reader), choice=options.weights,

@@ -23,6 +23,7 @@ from cpmpi.engine.options import JobOptions, hang_seconds
 from cpmpi.engine.pace import ASSUMED_BYTES_PER_S, Pace
 from cpmpi.engine.placement import split
 from cpmpi.engine.prepare import prepare
+from cpmpi.engine.redeal import Redeal
 from cpmpi.engine.report import Outcome, log_document
 from cpmpi.engine.resume import Seeker
 from cpmpi.engine.score import Engine
@@ -69,17 +70,16 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
         of, finished = len(files.spec.documents), len(files.finished)
         stop = stop or Stop(job.options.grace)
         watch = stack.enter_context(watched(job, job.options.output, stop, documents=of, finished=finished))
-        identities = [checkpoint.identity_of(files.spec, files.spec.documents[i]) for i in todo]
-        job.ranks.on_root(checkpoint.delete_others, job.options.output, identities)
         if todo:
             checkpoints = stack.enter_context(make_checkpoints(job, files, stop).opened())
+            seeker = make_seeker(job, files, stop)
             engine = stack.enter_context(load_engine(job, recorder, checkpoints))
             job.ranks.on_root(publish_circumstances, job)
             weight = pair_weight(job.model.skeleton, job.inputs.checkpoint, job.model.layers)
             job.progress.job([files.spec.documents[i].n_tokens for i in todo], weight)
             for i in todo:
                 watch.go_on()
-                if reason := score_document(job, engine, files, i):
+                if reason := score_document(job, engine, files, seeker, i):
                     failed[i] = reason
                     job.progress.say(f"failed: {reason}; the others go on")
                 seconds[i] = checkpoints.spent_s
@@ -168,7 +168,7 @@ def make_checkpoints(job: Job, files: Files, stop: Stop) -> Checkpoints:
     share = max(d.n_tokens for d in files.spec.documents) / place.ranks.size
     guess_s = share * place.blocks.token_bytes / ASSUMED_BYTES_PER_S
     return Checkpoints(
-        folder=options.output, ranks=place.ranks, grid=place.grid, blocks=place.blocks,
+        folder=options.output, spec=files.spec, ranks=place.ranks, grid=place.grid, blocks=place.blocks,
         writer=files.writer, stop=stop, progress=job.progress,
         pace=Pace(choice=options.checkpoint, nodes=len(place.topology.nodes), write_s=guess_s),
     )  # fmt: skip
@@ -202,7 +202,7 @@ def load_engine(
         )  # fmt: skip
 
 
-def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None:
+def score_document(job: Job, engine: Engine, files: Files, seeker: Seeker, i: int) -> str | None:
     """One document, from where it was left: compute, store, mark as finished; or as failed, then the reason.
     Collective."""
     document, ranks, index, writer = files.spec.documents[i], job.ranks, files.index, files.writer
@@ -212,12 +212,9 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
     if writer is not None:
         assert engine.checkpoints is not None
         keeper = Keeper(document=i, writer=writer, checkpoints=engine.checkpoints, flight=ranks.flight)
-    seeker = Seeker(
-        folder=job.options.output, ranks=ranks, blocks=job.place.blocks, writer=writer, progress=job.progress
-    )  # fmt: skip
     identity = checkpoint.identity_of(files.spec, document)
     ranks.flight.begin(i, document.id, len(job.place.layers))
-    with seeker.find(i, document, identity) as resume:
+    with seeker.find(i) as resume:
         if engine.checkpoints is not None:
             spent_s = resume.spent_s if resume is not None else 0.0
             engine.checkpoints.document = InWork(
@@ -247,6 +244,15 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
     failed = ranks.on_root(store)
     log_document(scores, writer, document.id)
     return failed
+
+
+def make_seeker(job: Job, files: Files, stop: Stop) -> Seeker:
+    """What finds where documents go on."""
+    run, spec, ranks, progress = job.options.output, files.spec, job.ranks, job.progress
+    redeal = None
+    if files.writer is not None:
+        redeal = Redeal(folder=run, spec=spec, ranks=ranks, writer=files.writer, stop=stop, progress=progress)
+    return Seeker(folder=run, spec=spec, ranks=ranks, blocks=job.place.blocks, progress=progress, redeal=redeal)
 
 
 def assemble(everyone: list[Any], n_tokens: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 from h5py import h5a
 
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout, Piece
 from cpmpi.errors import UserError
-from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
+from cpmpi.run.hdf5 import STORED_FLOATS, RawArray, tensor_of
 from cpmpi.run.layer_reader import Rows, Source, read_layer
 from cpmpi.run.publish import saying
 from cpmpi.run.results import DIGESTS, GREEDY, Results, outputs_digest, read_outputs, result_digest
+from cpmpi.run.sharded_kv import ShardedKV
 from cpmpi.run.spec import APPENDED, CONTINUES, DocumentSpec, KVGroup, KVShape, Origin, Part
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ class Document:
         with saying(self._path, f"{name} cannot be read"):
             self.group = run.file[name]
         self._result_checked = False
-        self._tables: dict[int, npt.NDArray[np.uint64]] = {}
 
     def __repr__(self) -> str:
         """What is in it, for a notebook."""
@@ -248,7 +247,7 @@ class Document:
         rows = Rows(first, Piece(0, heads), (key_TGD, value_TGE))
         read_layer(self._sources(layer, first, last, verify), rows)
         if as_torch:
-            return _as_torch(key_TGD, self.run.kv_dtype), _as_torch(value_TGE, self.run.kv_dtype)
+            return tensor_of(key_TGD, self.run.kv_dtype), tensor_of(value_TGE, self.run.kv_dtype)
         return (key_TGD, value_TGE) if raw else (stored.widen(key_TGD), stored.widen(value_TGE))
 
     def read_rows(self, layer: int, rows: Rows, pool: Executor | None = None) -> None:
@@ -267,38 +266,24 @@ class Document:
 
     def _sources(self, layer: int, first: int, last: int, verify: bool) -> Iterator[Source]:
         """The shards that hold some of the positions ``first .. last``."""
-        for placed in self.places:
-            layout, first_rank = placed.part.layout, placed.part.first_rank
+        for stored in self._sharded:
+            layout = stored.part.layout
             if layout.start < last and first < layout.start + layout.n_tokens:
-                for rank in range(first_rank, first_rank + placed.part.n_ranks):
-                    if any(piece.start < last and first < piece.stop for piece in placed.part.pieces(rank)):
-                        yield self._source(placed, rank, layer, verify)
+                yield from stored.sources(layer, first, last, verify=verify)
 
-    def _source(self, placed: Placed, rank: int, layer: int, verify: bool) -> Source:
-        """What a rank's shard holds of a part."""
+    @cached_property
+    def _sharded(self) -> tuple[ShardedKV, ...]:
+        """Its keys and values in the shards, part by part."""
+        return tuple(map(self._sharded_part, self.places))
+
+    def _sharded_part(self, placed: Placed) -> ShardedKV:
         assert self.kv_shapes is not None
-        shard, shape = self.run.shard(rank, placed.shard_set), self.kv_shapes[layer]
-        place, heads = shard.document(placed.number), placed.part.heads(rank, shape.heads)
-        expected = placed.part.pieces(rank), shape._replace(heads=heads.size)
-        if (place.pieces, place.layers[layer].shape) != expected:
-            raise UserError(f"{shard.path}: damaged: document {self.id!r} is not laid out as in run.h5")
-        checksums = self._checksums(placed, rank)[layer] if verify else None
         assert self.run.kv_dtype is not None
-        return Source(
-            shard=shard, place=place, layer=layer, heads=heads, document=self.id, checksums_B2=checksums,
-            raw=STORED_FLOATS[self.run.kv_dtype].raw,
+        return ShardedKV(
+            name=self.id, part=placed.part, number=placed.number, shapes=self.kv_shapes,
+            stored=STORED_FLOATS[self.run.kv_dtype], shard=lambda rank: self.run.shard(rank, placed.shard_set),
+            digest=lambda rank: int(self.group[DIGESTS][placed.first_digest + rank]), recorded_in="run.h5",
         )  # fmt: skip
-
-    def _checksums(self, placed: Placed, rank: int) -> npt.NDArray[np.uint64]:
-        """The checksum table (L, B, 2) in a shard, which is the one that ``run.h5`` has the digest of."""
-        row = placed.first_digest + rank
-        if row not in self._tables:
-            shard = self.run.shard(rank, placed.shard_set)
-            table = shard.checksums(placed.number)
-            if xxhash.xxh3_64_intdigest(table.tobytes()) != self.group[DIGESTS][row]:
-                raise UserError(f"{shard.path}: document {self.id!r}: its checksums are not those that run.h5 recorded")
-            self._tables[row] = table
-        return self._tables[row]
 
     def check_result(self) -> None:
         """Compare what was recorded of the document, but for its outputs, with its checksum (from format version 2 on).
@@ -360,10 +345,3 @@ def read_truth(owner: Any, name: str, path: Path) -> bool:
     if value not in (0, 1):
         raise UserError(f"{path}: damaged: `{name}` of {owner.name} is {value}")
     return bool(value)
-
-
-def _as_torch(raw: RawArray, dtype: str) -> Any:
-    import torch
-
-    bits = torch.from_numpy(raw.view(np.int16) if dtype == "bfloat16" else raw)
-    return bits.view(torch.bfloat16) if dtype == "bfloat16" else bits

@@ -11,13 +11,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from cpmpi.errors import UserError, some
+from cpmpi.run import checkpoint
 from cpmpi.run.document import Document
 from cpmpi.run.hdf5 import open_file
 from cpmpi.run.index import RunIndex, create_index
@@ -26,7 +27,7 @@ from cpmpi.run.paths import RunPaths, document_name
 from cpmpi.run.publish import make_folder, saying, sync_path
 from cpmpi.run.reader import Run, open_run
 from cpmpi.run.seal import HDF5_SIGNATURE, MAGIC
-from cpmpi.run.spec import DocumentSpec, KVShape, RunSpec, ShardSet, index_bytes, shard_bytes
+from cpmpi.run.spec import DocumentSpec, KVShape, RunSpec, ShardSet, checkpoint_bytes, index_bytes, shard_bytes
 from cpmpi.run.spec import check_room as check_free
 from cpmpi.run.unchanged import check_same_documents, check_same_run
 from cpmpi.text import human_bytes
@@ -57,14 +58,21 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False, keep_fi
         check_same_documents(run, spec, keep_finished=keep_finished)
         _check_same_shapes(run, spec)
         if _goes_on(run, spec):
-            spec = _as_laid_out(run, spec)
-            delete_shards_but(folder, {*run.shard_sets, spec.shard_set.number})  # a kill may have left some
-            return RunIndex(folder, spec)
-        spec, kept = _keep_finished(run, spec)
-        index = create_index(folder, spec, {name: document.group for name, document in kept.items()})
-    RunPaths(folder).summary.unlink(missing_ok=True)
-    delete_shards_but(folder, {one.number for one in (*spec.earlier_sets, spec.shard_set)})
+            index = RunIndex(folder, _as_laid_out(run, spec))
+        else:
+            spec, kept = _keep_finished(run, spec)
+            index = create_index(folder, spec, {name: document.group for name, document in kept.items()})
+            RunPaths(folder).summary.unlink(missing_ok=True)
+    left = [document for i, document in enumerate(index.spec.documents) if i not in {*index.finished, *index.failed}]
+    checkpoint.delete_others(folder, [checkpoint.identity_of(index.spec, document) for document in left])
+    delete_unused_shards(folder, index.spec)  # a kill may have left some, too
     return index
+
+
+def delete_unused_shards(folder: Path, spec: RunSpec) -> None:
+    """Delete the shards of sets that neither the run nor a checkpoint names any more. On rank 0."""
+    run = {one.number for one in (*spec.earlier_sets, spec.shard_set)}
+    delete_shards_but(folder, run | checkpoint.shard_sets(folder))
 
 
 def check_folder(folder: Path, *, overwrite: bool = False) -> None:
@@ -130,7 +138,7 @@ def what_is_deleted(folder: Path) -> str:
     """What ``--overwrite`` deletes, in words: how many documents, how many of them finished, how many bytes."""
     paths = RunPaths(folder)
     ours = paths.contents() if folder.is_dir() else []
-    size = human_bytes(sum(path.stat().st_blocks * 512 for path in ours))
+    size = human_bytes(_size(ours))
     if not paths.index.exists():
         return f"{len(ours)} files of a run ({size})"
     try:
@@ -142,27 +150,44 @@ def what_is_deleted(folder: Path) -> str:
         return f"a run that cannot be read ({size})"
 
 
-def check_room(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> None:
+def check_room(folder: Path, spec: RunSpec, *, overwrite: bool = False, hidden_bytes: int = 0) -> str:
     """Refuse, before any work, a run that cannot fit; what is finished or laid out already needs no room. On rank 0.
+
+    Args:
+        folder: the run folder.
+        spec: what is to be run.
+        overwrite: whether the run that is there is deleted first.
+        hidden_bytes: of a token's hidden state in checkpoints; 0: there are none.
+
+    Returns:
+        What is needed, in words.
 
     Raises:
         UserError: the file system has too little room.
     """
-    written = 0
+    paths, written = RunPaths(folder), []
     if overwrite and folder.is_dir():
-        written = sum(path.stat().st_blocks * 512 for path in RunPaths(folder).contents())
-    elif RunPaths(folder).index.exists():
+        written = paths.contents()
+    elif paths.index.exists():
         with open_run(folder) as run:
             goes_on = _goes_on(run, spec)
             spec = _as_laid_out(run, spec) if goes_on else _keep_finished(run, spec)[0]
-            files = [run.paths.shard(rank, spec.shard_set.number) for rank in range(spec.world_size)]
         if goes_on:
-            files = [path for path in (*files, RunPaths(folder).index) if path.exists()]
-            written = sum(path.stat().st_blocks * 512 for path in files)
+            written = [paths.index, *(paths.shard(rank, spec.shard_set.number) for rank in range(spec.world_size))]
+    saved = () if overwrite else (path for path in paths.contents() if path.is_relative_to(paths.checkpoints))
+    checkpoints = max(0, checkpoint_bytes(spec, hidden_bytes) - _size(saved))
     needed = index_bytes(spec)
     if any(document.origin is None for document in spec.documents):
         needed += sum(shard_bytes(spec, rank) for rank in range(spec.world_size))
-    check_free(folder, max(0, needed - written))
+    needed = max(0, needed - _size(written)) + checkpoints
+    check_free(folder, needed, checkpoints)
+    words = f", {human_bytes(checkpoints)} of it for checkpoints" if checkpoints else ""
+    return f"disk: {human_bytes(needed)} to be written{words}"
+
+
+def _size(paths: Iterable[Path]) -> int:
+    """Bytes that files take on disk."""
+    return sum(path.stat().st_blocks * 512 for path in paths if path.exists())
 
 
 def delete_run(folder: Path) -> None:
@@ -189,7 +214,7 @@ def delete_run(folder: Path) -> None:
 
 
 def delete_shards_but(folder: Path, sets: set[int]) -> None:
-    """Delete the shards of sets that the run does not name any more."""
+    """Delete the shards of all sets but some."""
     paths = RunPaths(folder)
     for path in paths.contents():
         if path.is_relative_to(paths.shards):
@@ -309,11 +334,12 @@ def _keep_finished(run: Run, spec: RunSpec) -> tuple[RunSpec, dict[str, Document
     aside = [each for each in (*run.documents, *run.set_aside) if each.complete and each not in taken]
     kept |= {document_name(i, set_aside=True): document for i, document in enumerate(aside)}
     used = {placed.shard_set for document in kept.values() for placed in document.places} & run.shard_sets.keys()
+    numbers = {*run.shard_sets, *checkpoint.shard_sets(run.paths.folder)}
     laid_out = replace(
         spec,
         documents=tuple(documents),
         set_aside=tuple(document.spec for document in aside),
         earlier_sets=tuple(run.shard_sets[number] for number in sorted(used)),
-        shard_set=ShardSet(world_size=spec.world_size, number=max(run.shard_sets, default=-1) + 1),
+        shard_set=ShardSet(world_size=spec.world_size, number=max(numbers, default=-1) + 1),
     )
     return laid_out, kept

@@ -64,6 +64,14 @@ STORED_FLOATS = {
 }
 
 
+def tensor_of(raw: RawArray, dtype: str) -> Any:
+    """The tensor whose bits are in an array, in one of `STORED_FLOATS`."""
+    import torch
+
+    bits = torch.from_numpy(raw.view(np.int16) if dtype == "bfloat16" else raw)
+    return bits.view(torch.bfloat16) if dtype == "bfloat16" else bits
+
+
 @contextmanager
 def created_file(path: Path, *, most_places: int, attributes: Collection[str] = ()) -> Iterator[Any]:
     """Yield a new h5py file for laying out; it appears at ``path``, sealed and durable, when the block ends well.

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ import xxhash
 from cpmpi.attention.layout import Piece
 from cpmpi.errors import UserError
 from cpmpi.run.hdf5 import RawArray
-from cpmpi.run.shard import Block, ShardDocument, ShardFile
+from cpmpi.run.shard import MOST_OPEN, Block, ShardDocument, ShardFile
 
 CHUNK_BYTES = 1 << 20  # stays in a core's own cache between the read and the checksum; less costs more calls
 THREADS = min(8, len(os.sched_getaffinity(0)))
@@ -115,6 +116,13 @@ class Source:
 
 def read_layer(sources: Iterable[Source], rows: Rows, pool: Executor | None = None) -> None:
     """Fill the rows from all shards that hold some of them, by the threads of a pool, or of one for this call."""
+    sources = iter(sources)
+    with nullcontext(pool) if pool is not None else ThreadPoolExecutor(THREADS) as used:
+        while some := list(islice(sources, MOST_OPEN // 2)):  # those before may be closed when further ones are opened
+            _read_from(some, rows, used)
+
+
+def _read_from(sources: Sequence[Source], rows: Rows, pool: Executor) -> None:
     first, last = rows.first, rows.first + len(rows.into[0])
     work = [
         (source, number, part) for source in sources for number in source.overlapping(first, last) for part in (0, 1)
@@ -128,9 +136,8 @@ def read_layer(sources: Iterable[Source], rows: Rows, pool: Executor | None = No
         for one in work:
             read(one)
         return
-    with nullcontext(pool) if pool is not None else ThreadPoolExecutor(THREADS) as used:
-        for _ in used.map(read, work):
-            pass
+    for _ in pool.map(read, work):
+        pass
 
 
 def _overlap(block: Block, first: int, last: int) -> bool:

@@ -23,11 +23,10 @@ from cpmpi.run.hdf5 import open_file
 from cpmpi.run.index_layout import FORMAT, FORMAT_VERSION, OLDER_VERSIONS
 from cpmpi.run.paths import RunPaths, document_name
 from cpmpi.run.publish import saying
-from cpmpi.run.shard import ShardFile
+from cpmpi.run.shard import OpenShards, ShardFile
 from cpmpi.run.spec import ShardSet
 
 __all__ = ["Document", "Documents", "Run", "open_run"]
-MOST_OPEN = 64  # shards: each takes two descriptors, of which a process may have some 1,000
 SUMMARY = ("id", "source", "n_tokens", "nll", "perplexity", "complete", "failed")
 
 
@@ -53,7 +52,7 @@ class Run:
         if not found:
             raise UserError(f"{self.paths.folder}: no run here (no run.h5)")
         self.file = open_file(self.paths.index, locking=locking)
-        self._shards: dict[tuple[int, int], ShardFile] = {}
+        self._shards = OpenShards(self.paths.folder)
         try:
             self.attributes: dict[str, Any] = dict(self.file.attrs)
             """The attributes of ``/``: model, dtype, world_size, topology, command and so on."""
@@ -129,20 +128,11 @@ class Run:
         Raises:
             UserError: it is missing, truncated, damaged, or belongs to another run.
         """
-        key = (rank, shard_set)
-        if key not in self._shards:
-            while len(self._shards) >= MOST_OPEN:
-                self._shards.pop(next(iter(self._shards))).close()
-            one = self.shard_sets[shard_set]
-            size = one.sizes[rank] if one.sizes[rank] >= 0 else None  # not recorded yet
-            self._shards[key] = ShardFile(self.paths.shard(rank, shard_set), one.id, rank, size)
-        return self._shards[key]
+        return self._shards.get(self.shard_sets[shard_set], rank)
 
     def close(self) -> None:
         """Close ``run.h5`` and the shards."""
-        for shard in self._shards.values():
-            shard.close()
-        self._shards.clear()
+        self._shards.close()
         self.file.close()
 
     def _read_version(self) -> int:

@@ -34,11 +34,12 @@ from cpmpi.errors import UserError
 from cpmpi.run.hdf5 import RawArray, create_contiguous, created_file, dataset_offset, open_file, pread_all
 from cpmpi.run.paths import RunPaths, document_name
 from cpmpi.run.publish import make_folder, saying
-from cpmpi.run.spec import BLOCK_TOKENS, Inside, KVShape, KVSpec, RunSpec
+from cpmpi.run.spec import BLOCK_TOKENS, Inside, KVShape, KVSpec, RunSpec, ShardSet
 
 FORMAT = "cpmpi-shard"
 FORMAT_VERSION = 2
 LABELS = ("layer", "token", "head", "dim")
+MOST_OPEN = 64  # shards: each takes two descriptors, of which a process may have some 1,000
 
 
 def create_shard(folder: Path, spec: RunSpec, rank: int) -> Path:
@@ -233,6 +234,39 @@ class ShardFile:
         """xxh3_64 of a document's checksum table: ties all its bytes in this shard to ``run.h5``, or those of its first
         ``layers`` layers to a checkpoint."""
         return xxhash.xxh3_64_intdigest(self.checksums(number)[:layers].tobytes())
+
+
+class OpenShards:
+    """The shards of a run, opened when they are asked for; those not asked for longest are closed where many are open.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._paths = RunPaths(folder)
+        self._open: dict[tuple[str, int], ShardFile] = {}
+
+    def get(self, shard_set: ShardSet, rank: int) -> ShardFile:
+        """The shard of a rank; it stays open while fewer than `MOST_OPEN` others are asked for.
+
+        Raises:
+            UserError: it is missing, truncated, damaged, or belongs to another run.
+        """
+        key = (shard_set.id, rank)
+        shard = self._open.pop(key, None)
+        if shard is None:
+            while len(self._open) >= MOST_OPEN:
+                self._open.pop(next(iter(self._open))).close()
+            size = shard_set.sizes[rank] if shard_set.sizes and shard_set.sizes[rank] >= 0 else None  # not recorded yet
+            shard = ShardFile(self._paths.shard(rank, shard_set.number), shard_set.id, rank, size)
+        self._open[key] = shard  # now the last
+        return shard
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._open:
+            self._open.popitem()[1].close()
 
 
 def _places(group: Any) -> ShardDocument:

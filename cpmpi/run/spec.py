@@ -350,12 +350,24 @@ def index_bytes(spec: RunSpec) -> int:
     return total
 
 
-def check_room(folder: Path, needed: int) -> None:
+def checkpoint_bytes(spec: RunSpec, token_bytes: int) -> int:
+    """Bytes of checkpoints inside documents, of all ranks together: the next one beside the last.
+
+    Args:
+        spec: of the run; documents that are finished have none.
+        token_bytes: of a token's hidden state; 0: there are none.
+    """
+    longest = max((document.n_tokens for document in spec.documents if document.origin is None), default=0)
+    return 2 * (longest * token_bytes + spec.world_size * FILE_METADATA_BYTES) if longest and token_bytes else 0
+
+
+def check_room(folder: Path, needed: int, checkpoints: int = 0) -> None:
     """Refuse, before any work, a run that cannot fit. Quotas are not seen here; they show when they are hit.
 
     Args:
         folder: the run folder; it need not exist yet.
         needed: bytes to be written there, of all ranks together.
+        checkpoints: how many of them are for checkpoints.
 
     Raises:
         UserError: the file system has less room than that.
@@ -363,8 +375,10 @@ def check_room(folder: Path, needed: int) -> None:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
+        of_it = f", {human_bytes(checkpoints)} of it for checkpoints," if checkpoints else ","
+        off = "--checkpoint off, " if checkpoints else ""
         raise UserError(
-            f"{folder}: the run needs {human_bytes(needed)} ({needed} bytes), but its file system has "
-            f"{human_bytes(free)} ({free} bytes) free; choose another --output, a smaller --kv-dtype, or "
+            f"{folder}: the run needs {human_bytes(needed)} ({needed} bytes){of_it} but its file system has "
+            f"{human_bytes(free)} ({free} bytes) free; choose another --output, a smaller --kv-dtype, {off}or "
             "`cpmpi score`, which keeps no KV"
         )

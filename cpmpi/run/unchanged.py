@@ -31,6 +31,12 @@ def check_same_run(run: Run, spec: RunSpec, deletes: Callable[[], str]) -> None:
     Raises:
         UserError: something differs.
     """
+    kinds = ["continuations" if one.documents[0].continues else "documents" for one in (run, spec)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"{run.paths.folder}: holds a run of {kinds[0]}, this one is of {kinds[1]}; choose another --output, "
+            f"or --overwrite, which deletes {deletes()}"
+        )
     expected = {
         "model_sha256": spec.model_sha256,
         "tokenizer_sha256": spec.tokenizer_sha256,

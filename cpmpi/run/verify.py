@@ -155,7 +155,8 @@ def _check_checkpoints(run: Run, found: Verification) -> None:
     """The checkpoints inside documents that are not finished."""
     paths = sorted(run.paths.checkpoints.glob("*.json"))
     if paths:
-        from cpmpi.run.checkpoint import Manifest, SavedHidden  # needs torch
+        from cpmpi.run.hidden import SavedHidden  # needs torch
+        from cpmpi.run.manifest import Manifest
     for path in paths:
         with _noted(found, path) as noted, closing(SavedHidden(run.paths.folder, Manifest.read(path))) as saved:
             saved.check(0, 1)
