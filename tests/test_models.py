@@ -123,7 +123,7 @@ class Kept:
 
 
 def check_continued(whole, name, comm, engine):
-    """After the first tokens of the long document, the rest of it: half as a question, half as its answer; and alone."""
+    """After the first tokens of the long document, the rest of it: half as a question, half as answer; and alone."""
     from dataclasses import replace
 
     from cpmpi.attention.layout import Layout
