@@ -147,6 +147,15 @@ class ExtendOptions(ContextOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportOptions(ModelOptions):
+    """What a user asks of the job that makes a run of keys and values that were computed elsewhere."""
+
+    files: tuple[str, ...] = option((), "safetensors files, a document each.", command_line=False)
+    output: Path = option(None, "Run folder for the documents.", needed=True)
+    overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateOptions(ContextOptions):
     """What a user asks of the job that answers prompts from a stored document."""
 

@@ -8,13 +8,19 @@ fit stays on disk).
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from cpmpi.attention.execute import Heads, Keys
 from cpmpi.attention.layout import Layout
-from cpmpi.run.reader import Document
+
+
+class Source(Protocol):
+    """A document with keys and values: of a run, or of a file that becomes one."""
+
+    def kv(self, layer: int, start: int, stop: int, *, as_torch: bool) -> tuple[Any, Any]:
+        """Keys (t, G, D) and values (t, G, E) of a layer at the positions ``start .. stop``."""
 
 
 class StoredKeys:
@@ -31,7 +37,7 @@ class StoredKeys:
     """
 
     def __init__(
-        self, document: Document, layout: Layout, position: int, *, group: int, heads: tuple[Heads, ...],
+        self, document: Source, layout: Layout, position: int, *, group: int, heads: tuple[Heads, ...],
         device: torch.device, resident: bool,
     ) -> None:  # fmt: skip
         self.document, self.layout, self.pieces = document, layout, layout.pieces(position)

@@ -101,6 +101,11 @@ class Document:
         return self._output("token_ids").astype(np.int32, copy=False)
 
     @property
+    def scored(self) -> bool:
+        """Whether its log-probabilities are known; not where its keys and values alone were imported."""
+        return bool(self._attributes.get("scored", True))
+
+    @property
     def continues(self) -> Mapping[str, Any]:
         """What a continuation follows: ``context_run_id``, ``context_document``, ``context_tokens``, and, of an answer,
         ``question`` and ``answer``. Empty for documents that follow nothing."""
@@ -138,6 +143,7 @@ class Document:
             grid=grid,
             first_rank=int(attributes["first_rank"]),
             token_ids_sha256=str(attributes["token_ids_sha256"]),
+            scored=self.scored,
             origin=Origin(
                 world_size=self.world_size,
                 shard_set=int(attributes.get("shard_set", 0)),

@@ -96,6 +96,8 @@ def _lay_out_document(group: Any, index: int, document: DocumentSpec, spec: RunS
         "outputs_xxh3": np.uint64(0), "result_xxh3": np.uint64(0), "complete": False,
     }  # fmt: skip
     attributes |= dict(document.continues)
+    if not document.scored:
+        attributes["scored"] = False
     if spec.kv is not None:
         attributes |= {"shard_set": shard_set.number, "shard_document": number}
     for name, value in attributes.items():

@@ -148,6 +148,8 @@ class DocumentSpec:
     """``token_digest`` of the token ids; empty: unknown, so that it cannot be found finished."""
     origin: Origin | None = None
     """None: it is for this job to do."""
+    scored: bool = True
+    """Whether its log-probabilities are known; not where its keys and values alone were imported."""
     continues: tuple[tuple[str, str | int], ...] = ()
     """Of a continuation: what it follows, as the attributes of ``CONTINUES`` with their values."""
 
