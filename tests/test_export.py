@@ -47,8 +47,7 @@ def export(*arguments):
     return done.exit_code, str(done.exception) if told else done.output
 
 
-@pytest.mark.parametrize("layout", ["safetensors", "transformers"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("layout", "dtype"), [("transformers", "bfloat16"), ("safetensors", "float32")])
 def test_keys_and_values_are_those_of_the_run_in_their_type(tmp_path, monkeypatch, layout, dtype):
     kv, n = replace(UNEQUAL, dtype=dtype), 2100
     make_run(tmp_path / "run", make_spec((n, 3), world=3, kv=kv))

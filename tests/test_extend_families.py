@@ -20,7 +20,7 @@ from tests.tiny_models import VOCABULARY, save_tiny, tiny_config
 from tests.tolerances import TOKEN, of_a_sum
 
 CONTEXT, EARLY = 75, 29  # the window is 24, a chunk of Llama 4 has 32
-STEM, ANSWERS, ALONE = 7, (4, 30, 1), 40
+STEM, ANSWERS, ALONE, PREFIX = 7, (4, 30, 1), 40, 2
 PROMPTS, NEW = (26, 3), 9
 SCHEDULES = ("tree", "ring", "hybrid")
 FAMILY = {family.name: family for family in FAMILIES}
@@ -117,8 +117,10 @@ def ranks_are(comm):
 
 
 def check_scores(run, truth, context, *what) -> None:
+    from cpmpi.run.scores import read_scores
+
     expected = before_and_after(context)
-    assert [d.id for d in run.documents] == [*expected]
+    assert [d.id for d in run.documents][: len(expected)] == [*expected]
     for name, (before, after) in expected.items():
         logprobs, greedy = truth.score(before, after)
         document = run.documents[name]
@@ -126,6 +128,11 @@ def check_scores(run, truth, context, *what) -> None:
         assert error.max() <= TOKEN, (*what, name, error.max())
         assert error.sum() <= of_a_sum(len(after)), (*what, name)
         assert (document.greedy == greedy).all(), (*what, name)
+    for row in read_scores(run.paths.scores):
+        if not np.isnan(row.unconditional):
+            total = float(truth.score(ids_of(PREFIX, 9), expected[row.id][1])[0].sum())
+            assert abs(row.unconditional - total) <= of_a_sum(row.n_tokens), (*what, row.id)
+            assert row.mutual_info == row.logprob - row.unconditional
 
 
 def check_family(comm, folder, family, seed, attention, **extending) -> None:
@@ -141,7 +148,10 @@ def check_family(comm, folder, family, seed, attention, **extending) -> None:
     with ranks_are(comm):
         cpmpi.prefill(**given, inputs=folder / "context.npy", output=folder / "run", kv_dtype="float32").close()
         given["run"] = folder / "run"
-        scored = cpmpi.extend(**given, inputs=folder / "lines.jsonl", output=folder / "scores", **extending)
+        scored = cpmpi.extend(
+            **given, inputs=folder / "lines.jsonl", output=folder / "scores", unconditional=words(ids_of(PREFIX, 9)),
+            **extending,
+        )  # fmt: skip
         answers = cpmpi.generate(**given, prompts=prompts, max_new_tokens=NEW)
     if comm.rank == 0:
         truth, context = Truth(folder / "model"), ids_of(CONTEXT, 1)

@@ -16,8 +16,17 @@ from tests.test_bad_input import call
 from tests.test_exact import VOCABULARY, save_llama, shared_folder
 from tests.test_extend import scratch
 from tests.test_extend_families import (
-    CONTEXT, FAMILY, GOES_ON, NEW, PROMPTS, Truth, check_scores, ids_of, prepare, words,
-)  # fmt: skip
+    CONTEXT,
+    FAMILY,
+    NEW,
+    PROMPTS,
+    Truth,
+    check_scores,
+    ids_of,
+    prepare,
+    words,
+)
+from tests.test_models import GOES_ON
 
 TOKENS = 70
 LATENT = "DeepSeek V3"  # transformers caches something else than what its attention gets

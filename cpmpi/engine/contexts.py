@@ -108,6 +108,8 @@ def context_of(document: Document, upto: int | None, source: str) -> Context:
     """
     if upto is None or upto == document.n_tokens:
         return Context(document=document.index, n_tokens=document.n_tokens, upto=document.n_tokens)
+    if upto == 0:  # no context: what comes before is all in the line
+        return Context(document=document.index, n_tokens=0, upto=0)
     if upto > document.n_tokens:
         raise UserError(f'{source}: "upto" is {upto}, but document {document.id!r} has {document.n_tokens} tokens')
     return Context(document=document.index, n_tokens=upto - 1, upto=upto)

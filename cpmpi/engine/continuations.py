@@ -11,7 +11,14 @@ import numpy.typing as npt
 
 from cpmpi.attention.layout import Layout
 from cpmpi.comm.ranks import Ranks, start
-from cpmpi.documents.continuations import Continuation, read_continuations, would_merge
+from cpmpi.documents.continuations import (
+    ALONE,
+    Continuation,
+    prefix_ids,
+    read_continuations,
+    without_context,
+    would_merge,
+)
 from cpmpi.documents.tokenization import load_tokenizer
 from cpmpi.engine.contexts import (
     BATCH_TOKENS,
@@ -34,7 +41,7 @@ from cpmpi.run import folder
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.publish import make_folder, publish_text
 from cpmpi.run.reader import Run
-from cpmpi.run.scores import Row, scores_text
+from cpmpi.run.scores import Row, compared, scores_text
 from cpmpi.run.spec import DocumentSpec, RunSpec
 from cpmpi.text import counted, duration
 
@@ -71,9 +78,7 @@ def extend(options: ExtendOptions) -> Extended:
 
 def _extend(options: ExtendOptions, ranks: Ranks, run: Run, checkpoint: Checkpoint, began: float) -> Extended:
     """Score the continuations of an open run. Collective."""
-    continuations = ranks.on_root(
-        read_continuations, options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size
-    )
+    continuations = ranks.on_root(_read, options, checkpoint)
     asked = ranks.on_root(_by_context, run, continuations)
     longest = max(a.context.upto for a in asked)
     most = max(len(c.stem) + max(map(len, c.answers)) for c in continuations)
@@ -97,6 +102,22 @@ def _extend(options: ExtendOptions, ranks: Ranks, run: Run, checkpoint: Checkpoi
             job.progress.say(f"{i + 1} of {len(asked)} contexts, {duration(time.perf_counter() - began)}")
     rows = job.ranks.on_root(_store, job, continuations, scores)
     return Extended(job=job, rows=rows, seconds=time.perf_counter() - began)
+
+
+def _read(options: ExtendOptions, checkpoint: Checkpoint) -> list[Continuation]:
+    """The lines, and after them, where that is asked for, their answers without a context."""
+    lines = read_continuations(options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size)
+    if options.unconditional is None:
+        return lines
+    bos = checkpoint.text_config_value("bos_token_id")
+    prefix = prefix_ids(options.unconditional, lambda: load_tokenizer(checkpoint.folder), bos)
+    return [*lines, *without_context(lines, prefix)]
+
+
+def alone_of(continuations: Sequence[Continuation]) -> dict[str, str]:
+    """For the id of each answer that is scored without a context, that of the same with it."""
+    alone = [c for c in continuations if c.upto == 0]
+    return {name: c.id.removesuffix(ALONE) + name[len(c.id) :] for c in alone for name in c.names}
 
 
 def _by_context(run: Run, continuations: Sequence[Continuation]) -> list[Asked]:
@@ -197,7 +218,7 @@ def _store(
                 n, token_ids=continuations[line].answers[i], logprobs=found.logprobs, last_hidden=found.last_hidden,
                 greedy=found.greedy,
             )  # fmt: skip
-        rows = rows_of(continuations, scores)
+        rows = compared(rows_of(continuations, scores), alone_of(continuations))
         publish_text(RunPaths(options.output).scores, scores_text(rows))
         index.finish()
     return rows

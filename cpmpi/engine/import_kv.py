@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpmpi.attention.layout import Dealt, Layout
+from cpmpi.attention.execute import Heads, Keys
+from cpmpi.attention.layout import Dealt, Layout, Piece
 from cpmpi.comm.device import room_of
 from cpmpi.comm.ranks import Ranks, start
 from cpmpi.cost.choose import choose_schedule
@@ -59,6 +60,29 @@ class ImportJob(Prepared):
     options: ImportOptions
     files: tuple[KVFile, ...]
     spec: RunSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileKeys:
+    """One rank's share of a file's keys and values, a layer at a time, as `cpmpi.run.cache.StoredKeys` has a run's."""
+
+    file: KVFile
+    layout: Layout
+    pieces: tuple[Piece, ...]
+    group: int
+    heads: tuple[Heads, ...]
+    device: torch.device
+
+    def layer(self, layer: int) -> Keys:
+        """Keys and values of a layer, in the type that the model computes in."""
+        heads = self.heads[layer]
+        keys = Keys.empty(self.pieces, heads, self.device)
+        held, row = slice(self.group * heads.kv_heads, (self.group + 1) * heads.kv_heads), 0
+        for piece in self.pieces:
+            for given, place in zip(self.file.kv(layer, *piece), (keys.k_SGD, keys.v_SGE), strict=True):
+                place[row : row + piece.size] = given[:, held]
+            row += piece.size
+        return keys
 
 
 @dataclass(kw_only=True)
@@ -231,12 +255,12 @@ def last_hidden(job: ImportJob, engine: Engine, file: KVFile) -> npt.NDArray[np.
         n_tokens=n, world=job.ranks.size // grid.head_groups, segments=job.options.segments
     )  # fmt: skip
     heads = tuple(layer.heads for layer in job.place.layers)
-    with StoredKeys(
-        file, layout, engine.position, group=grid.group(job.ranks.rank), heads=heads, device=engine.device,
-        resident=False,
-    ) as stored:  # fmt: skip
-        last = LastToken(engine=engine, context=stored, n_tokens=n, last_hidden=None)
-        computed = last.compute(int(file.token_ids[-1]))
+    keys = FileKeys(
+        file=file, layout=layout, pieces=layout.pieces(engine.position), group=grid.group(job.ranks.rank), heads=heads,
+        device=engine.device,
+    )  # fmt: skip
+    last = LastToken(engine=engine, context=cast(StoredKeys, keys), n_tokens=n, last_hidden=None)
+    computed = last.compute(int(file.token_ids[-1]))
     job.ranks.together(_check_last, job, file, last.made, computed)
     found = [x for x in job.ranks.comm.allgather(computed if computed is None else computed.numpy()) if x is not None]
     given, again = file.result("last_hidden"), found[0]

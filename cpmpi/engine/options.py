@@ -143,6 +143,10 @@ class ExtendOptions(ContextOptions):
         (), '.jsonl lines: "document", "id", and "text", "token_ids" or "choices".', command_line=False
     )
     output: Path = option(None, "Run folder for the scores.", needed=True)
+    unconditional: str | None = option(
+        None, "Score answers also after this text alone, or after the token that begins a text, and compare by the "
+        "difference.", metavar="bos|TEXT",
+    )  # fmt: skip
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
 
 

@@ -8,19 +8,13 @@ fit stays on disk).
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from cpmpi.attention.execute import Heads, Keys
 from cpmpi.attention.layout import Layout
-
-
-class Source(Protocol):
-    """A document with keys and values: of a run, or of a file that becomes one."""
-
-    def kv(self, layer: int, start: int, stop: int, *, as_torch: bool) -> tuple[Any, Any]:
-        """Keys (t, G, D) and values (t, G, E) of a layer at the positions ``start .. stop``."""
+from cpmpi.run.reader import Document
 
 
 class StoredKeys:
@@ -37,7 +31,7 @@ class StoredKeys:
     """
 
     def __init__(
-        self, document: Source, layout: Layout, position: int, *, group: int, heads: tuple[Heads, ...],
+        self, document: Document, layout: Layout, position: int, *, group: int, heads: tuple[Heads, ...],
         device: torch.device, resident: bool,
     ) -> None:  # fmt: skip
         self.document, self.layout, self.pieces = document, layout, layout.pieces(position)

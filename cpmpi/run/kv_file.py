@@ -124,9 +124,8 @@ class KVFile:
                 f"{self.path}: {name} is of {dtype}; all keys and values must be of one of {', '.join(STORED)}"
             )
 
-    def kv(self, layer: int, start: int, stop: int, *, as_torch: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    def kv(self, layer: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (t, G, D) and values (t, G, E) of a layer at the positions ``start .. stop``, in the file's type."""
-        assert as_torch
         parts = []
         for part in PARTS:
             rows = self._file.get_slice(f"layers.{layer}.{part}")
