@@ -278,14 +278,14 @@ def test_nothing_is_written_where_the_run_cannot_be_opened(tmp_path):
 
 @pytest.mark.mpi(1)
 def test_the_documented_lines_go_on_in_transformers(tmp_path):
-    """The three lines as they stand in docs/export.md: tokens and logits are those of the whole text from scratch."""
+    """The lines as they stand in docs/export.md: tokens are those of the whole text from scratch; and the way back."""
     import safetensors.torch
     import transformers
 
     import cpmpi
     from tests.conftest import ROOT
 
-    (lines,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "export.md").read_text(), re.M | re.S)
+    lines, saving = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "export.md").read_text(), re.M | re.S)
     assert lines.count("\n") == 3
     (tmp_path / "book.txt").write_text(TEXT)
     cpmpi.prefill(model=CHECKPOINT, inputs=tmp_path / "book.txt", output=tmp_path / "run", kv_dtype="float32").close()
@@ -304,6 +304,13 @@ def test_the_documented_lines_go_on_in_transformers(tmp_path):
         patch.chdir(tmp_path)
         exec(lines, names)
     assert torch.equal(names["answer"], model.generate(whole))
+    names |= {"token_ids": whole[0, : -len(prompt_ids)]}
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.chdir(tmp_path)
+        exec(saving, names)
+    with cpmpi.import_kv(model=CHECKPOINT, files=tmp_path / "book.safetensors", output=tmp_path / "again") as run:
+        key_TGD, _ = run.documents["book"].kv(1)
+    np.testing.assert_allclose(key_TGD, names["t"]["layers.1.key"][0].transpose(0, 1), atol=1e-3)
     names["t"]["layers.0.value"][:] = 0  # it is what was stored that answers
     cache = transformers.DynamicCache(
         [(names["t"][f"layers.{i}.key"], names["t"][f"layers.{i}.value"]) for i in range(3)]

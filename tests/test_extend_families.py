@@ -94,7 +94,7 @@ class Truth:
         found = self._torch.log_softmax(logits_TV, -1).gather(1, targets[:, None])[:, 0]
         return found.numpy(), (logits_TV.argmax(1) == targets).numpy()
 
-    def greedy(self, ids, n: int) -> list[int]:
+    def greedy(self, ids, n: int):
         ids, start, end = list(ids), len(ids), self._model.generation_config.eos_token_id
         while len(ids) < start + n:
             token = int(self.logits(ids)[-1].argmax())

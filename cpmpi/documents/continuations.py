@@ -106,7 +106,9 @@ def prefix_ids(given: str, tokenizer: Callable[[], Any], bos: int | None) -> Tok
         if bos is None:
             raise UserError("--unconditional bos: this checkpoint has no token that begins a text; give a text")
         return np.array([bos], np.int64)
-    ids = tokenize(tokenizer(), whole_characters(given, "--unconditional")).astype(np.int64) if given else ()
+    ids = np.empty(0, np.int64)
+    if given:
+        ids = tokenize(tokenizer(), whole_characters(given, "--unconditional")).astype(np.int64)
     if not len(ids):
         raise UserError("--unconditional is empty: it has no token after which to score; give a text, or bos")
     return ids

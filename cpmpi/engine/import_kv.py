@@ -299,10 +299,7 @@ def _store(job: ImportJob, hidden: Sequence[npt.NDArray[np.float32]]) -> None:
     opened: list[RunIndex] = []
     with ExitStack() as stack:
         ranks.on_root(stack.enter_context, folder.only_writer(options.output))
-        spec = ranks.on_root(
-            lambda: opened.append(folder.start_index(options.output, spec, overwrite=options.overwrite))
-            or opened[0].spec
-        )  # fmt: skip
+        spec = ranks.on_root(_open_index, job, opened)
         path = ranks.together(prepare_shard, options.output, spec, ranks.rank, ())
         sizes = ranks.comm.gather(path.stat().st_size)
         ranks.on_root(lambda: opened[0].write_manifest(sizes or ()))
@@ -312,6 +309,11 @@ def _store(job: ImportJob, hidden: Sequence[npt.NDArray[np.float32]]) -> None:
             digests = ranks.comm.gather(ranks.together(writer.finish, i))
             ranks.on_root(_finish, opened, i, file, hidden[i], digests)
         ranks.on_root(lambda: opened[0].finish())
+
+
+def _open_index(job: ImportJob, opened: list[RunIndex]) -> RunSpec:
+    opened.append(folder.start_index(job.options.output, job.spec, overwrite=job.options.overwrite))
+    return opened[0].spec
 
 
 def _put(writer: ShardWriter, spec: RunSpec, i: int, file: KVFile, rank: int) -> None:

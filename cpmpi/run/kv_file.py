@@ -41,7 +41,8 @@ class KVFile:
         if not path.is_file():
             raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: is not a file")
         try:
-            self._file: Any = safe_open(path, "pt").__enter__()
+            opened: Any = safe_open(path, "pt")
+            self._file: Any = opened.__enter__()
             self.names = frozenset(self._file.keys())
             self.metadata: dict[str, str] = self._file.metadata() or {}
         except (OSError, SafetensorError) as problem:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from cpmpi.errors import UserError, one_line
 
@@ -69,13 +69,16 @@ def compared(rows: Sequence[Row], alone: Mapping[str, str]) -> tuple[Row, ...]:
             value = getattr(row, score)
             if not math.isnan(value):
                 most[row.question, best] = max(value, most.get((row.question, best), -math.inf))
-    return tuple(
-        row._replace(**{
-            best: row.question != "" and getattr(row, score) == most.get((row.question, best))
-            for best, score in SCORES.items()
-        })
-        for row in found
-    )  # fmt: skip
+    return tuple(_with_best(row, most) for row in found)
+
+
+def _with_best(row: Row, most: Mapping[tuple[str, str], float]) -> Row:
+    """The row with what it is best by, given the highest scores of each question."""
+    is_best: dict[str, Any] = {
+        best: row.question != "" and getattr(row, score) == most.get((row.question, best))
+        for best, score in SCORES.items()
+    }
+    return row._replace(**is_best)
 
 
 def read_scores(path: Path) -> list[Row]:
@@ -85,7 +88,12 @@ def read_scores(path: Path) -> list[Row]:
         UserError: it cannot be read, or is none.
     """
     kinds = get_type_hints(Row)
-    take = {int: int, float: float, str: str, bool: lambda text: {"yes": True, "no": False}[text]}
+    take: dict[Any, Callable[[str], Any]] = {
+        int: int,
+        float: float,
+        str: str,
+        bool: {"yes": True, "no": False}.__getitem__,
+    }
     try:
         with open(path, encoding="utf-8", newline="") as file:
             lines = list(csv.DictReader(file))
