@@ -142,6 +142,9 @@ def _document_facts(document: Document) -> dict[str, Any]:
         "complete": document.complete,
         "failed": document.failed or None,
         "world_size": document.world_size,
+        "appended": [
+            {"id": part.id, "start": part.layout.start, "n_tokens": part.layout.n_tokens} for part in document.appended
+        ],
     }
 
 
@@ -175,8 +178,9 @@ def _unfinished_facts(run: Run) -> dict[str, Any] | None:
     layers_done = None
     if run.kv_dtype is not None:
         try:
-            shards = [run.shard(rank, document.shard_set) for rank in range(document.world_size)]
-            layers_done = min(int(shard.layers_done(document.shard_number).sum()) for shard in shards)
+            placed = document.places[0]
+            shards = [run.shard(rank, placed.shard_set) for rank in range(document.world_size)]
+            layers_done = min(int(shard.layers_done(placed.number).sum()) for shard in shards)
         except UserError:
             layers_done = 0
     return {"id": document.id, "layers_done": layers_done}

@@ -69,6 +69,7 @@ def save_document(folder):
     (folder / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+@pytest.mark.slow
 @pytest.mark.mpi(2)
 def test_a_cache_of_transformers_goes_on_as_a_native_run_does(tmp_path):
     """And what was exported and is imported is the run that it was, bit for bit, in both layouts."""

@@ -52,6 +52,7 @@ def make_runs(folder, capsys) -> None:
     flip(weights, weights.stat().st_size - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.mpi(1)
 def test_extend_and_generate_refuse_alike(tmp_path, capsys):
     make_runs(tmp_path, capsys)

@@ -138,7 +138,9 @@ def _texts(options: ExportOptions, run: Run, say: Say) -> Texts | None:
 
 def _recorded(run: Run) -> Path:
     """The checkpoint folder that the run was made with, as it was called then."""
-    path = Path(json.loads(run.attributes["model"]).get("_name_or_path") or "")
+    if run.model_path:
+        return Path(run.model_path)
+    path = Path(json.loads(run.attributes["model"]).get("_name_or_path") or "")  # a run of an earlier version
     return path.parent if path.name == "config.json" else path
 
 

@@ -25,6 +25,7 @@ from cpmpi.comm.device import room_of
 from cpmpi.comm.ranks import Ranks, start
 from cpmpi.cost.choose import choose_schedule
 from cpmpi.cost.memory import choose_residence
+from cpmpi.engine.contexts import check_rotary
 from cpmpi.engine.extend import Branch, Extension, keys_of
 from cpmpi.engine.options import ImportOptions
 from cpmpi.engine.prepare import find_place, inspect, progress_of, workload
@@ -35,11 +36,12 @@ from cpmpi.errors import UserError, some
 from cpmpi.model.attention_call import Call
 from cpmpi.model.cached_keys import check_cached
 from cpmpi.model.checkpoint import Checkpoint
-from cpmpi.model.fingerprint import model_sha256, tokenizer_sha256
+from cpmpi.model.fingerprint import Fingerprint, fingerprint
 from cpmpi.model.linear import choose_products
 from cpmpi.model.weights import weight_bytes
 from cpmpi.run import folder
 from cpmpi.run.cache import StoredKeys
+from cpmpi.run.export.tensors import FORMAT
 from cpmpi.run.index import RunIndex
 from cpmpi.run.kv_file import PARTS, KVFile
 from cpmpi.run.paths import RunPaths
@@ -151,12 +153,9 @@ def _prepare(options: ImportOptions, ranks: Ranks, checkpoint: Checkpoint, files
     ranks.together(_check_files, checkpoint, model, files)
     place = find_place(options, ranks, inputs, model)
     ranks = place.ranks
-    digests = (
-        model_sha256(checkpoint.folder, ranks),
-        ranks.on_root(tokenizer_sha256, checkpoint.folder),
-    )  # fmt: skip
-    ranks.together(_check_digests, files, *digests)
-    run_spec = ranks.on_root(_make_spec, options, checkpoint, model, place, files, digests)
+    found = fingerprint(checkpoint.folder, ranks)
+    ranks.together(_check_digests, files, found.model_sha256, found.tokenizer_sha256)
+    run_spec = ranks.on_root(_make_spec, options, checkpoint, model, place, files, found)
     ranks.on_root(folder.check_room, options.output, run_spec, overwrite=options.overwrite)
     computed = workload(options, model, place, tokens=1, stored=inputs.longest)
     schedule, reason = choose_schedule(ranks, place.topology, options.attention, computed)
@@ -198,6 +197,8 @@ def _check_files(checkpoint: Checkpoint, model: Model, files: Sequence[KVFile]) 
             raise UserError(
                 f"{file.path}: is of {file.dtype}, but {files[0].path} of {files[0].dtype}; a run has one type"
             )
+    grown = [file for file in files if file.metadata.get("format") != FORMAT]  # in calls of any length
+    check_rotary(model, [(1, file.n_tokens) for file in grown])
     if cached := [file for file in files if file.as_cached]:
         try:
             check_cached(model.skeleton)
@@ -221,7 +222,7 @@ def _shapes(model: Model) -> tuple[KVShape, ...]:
 
 def _make_spec(
     options: ImportOptions, checkpoint: Checkpoint, model: Model, place: Place, files: Sequence[KVFile],
-    digests: tuple[str, str],
+    found: Fingerprint,
 ) -> RunSpec:  # fmt: skip
     """What the run folder will hold."""
     world = place.topology.world
@@ -237,8 +238,9 @@ def _make_spec(
         for file in files
     )  # fmt: skip
     return RunSpec(
-        model=json.dumps(checkpoint.config.to_dict(), sort_keys=True, default=str), model_sha256=digests[0],
-        tokenizer_sha256=digests[1], dtype=files[0].metadata.get("dtype", computed), world_size=world,
+        model=json.dumps(checkpoint.config.to_dict(), sort_keys=True, default=str), model_sha256=found.model_sha256,
+        tokenizer_sha256=found.tokenizer_sha256, model_path=str(checkpoint.folder.absolute()),
+        files=tuple(sorted(found.files.items())), dtype=files[0].metadata.get("dtype", computed), world_size=world,
         kv=KVSpec(shapes=_shapes(model), dtype=files[0].dtype), topology=place.topology.to_json(),
         hidden_size=checkpoint.text_config_value("hidden_size"), documents=documents, command=options.command,
     )  # fmt: skip
@@ -262,7 +264,7 @@ def last_hidden(job: ImportJob, engine: Engine, file: KVFile) -> npt.NDArray[np.
     last = LastToken(engine=engine, context=cast(StoredKeys, keys), n_tokens=n, last_hidden=None)
     computed = last.compute(int(file.token_ids[-1]))
     job.ranks.together(_check_last, job, file, last.made, computed)
-    found = [x for x in job.ranks.comm.allgather(computed if computed is None else computed.numpy()) if x is not None]
+    found = [x for x in job.ranks.allgather(computed if computed is None else computed.numpy()) if x is not None]
     given, again = file.result("last_hidden"), found[0]
     hidden: npt.NDArray[np.float32] = again if given is None else given
     return hidden
@@ -301,12 +303,12 @@ def _store(job: ImportJob, hidden: Sequence[npt.NDArray[np.float32]]) -> None:
         ranks.on_root(stack.enter_context, folder.only_writer(options.output))
         spec = ranks.on_root(_open_index, job, opened)
         path = ranks.together(prepare_shard, options.output, spec, ranks.rank, ())
-        sizes = ranks.comm.gather(path.stat().st_size)
+        sizes = ranks.gather(path.stat().st_size)
         ranks.on_root(lambda: opened[0].write_manifest(sizes or ()))
         writer = stack.enter_context(ShardWriter(path, spec, ranks.rank, queue_bytes=0))
         for i, file in enumerate(job.files):
             ranks.together(_put, writer, spec, i, file, ranks.rank)
-            digests = ranks.comm.gather(ranks.together(writer.finish, i))
+            digests = ranks.gather(ranks.together(writer.finish, i))
             ranks.on_root(_finish, opened, i, file, hidden[i], digests)
         ranks.on_root(lambda: opened[0].finish())
 

@@ -28,7 +28,7 @@ from cpmpi.engine.report import introduce
 from cpmpi.engine.state import Decision, Inputs, Job, Model, Place
 from cpmpi.model.blocks import blocks_of
 from cpmpi.model.checkpoint import Checkpoint
-from cpmpi.model.fingerprint import model_sha256, tokenizer_sha256
+from cpmpi.model.fingerprint import Fingerprint, fingerprint
 from cpmpi.model.linear import choose_products
 from cpmpi.model.probe import Layer, backends_of, probe
 from cpmpi.model.size import inner_width
@@ -47,8 +47,8 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
     inputs = read(options, ranks)
     model = inspect(options, ranks, inputs)
     place = find_place(options, ranks, inputs, model)
-    digest = model_sha256(inputs.checkpoint.folder, place.ranks)
-    run_spec = place.ranks.on_root(make_spec, options, inputs, model, place, digest)
+    found = fingerprint(inputs.checkpoint.folder, place.ranks)
+    run_spec = place.ranks.on_root(make_spec, options, inputs, model, place, found)
     job = Job(
         options=options, inputs=inputs, model=model, place=place, spec=run_spec,
         decision=decide(options, inputs, model, place, run_spec), progress=progress_of(options, place.ranks),
@@ -158,13 +158,15 @@ def workload(options: ModelOptions, model: Model, place: Place, *, tokens: int, 
     )  # fmt: skip
 
 
-def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place, digest: str) -> spec.RunSpec:
+def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place, found: Fingerprint) -> spec.RunSpec:
     """What the run folder will hold; on rank 0."""
     checkpoint, world = inputs.checkpoint, place.topology.world
     return spec.RunSpec(
         model=json.dumps(checkpoint.config.to_dict(), sort_keys=True, default=str),
-        model_sha256=digest,
-        tokenizer_sha256=tokenizer_sha256(checkpoint.folder),
+        model_path=str(checkpoint.folder.absolute()),
+        model_sha256=found.model_sha256,
+        tokenizer_sha256=found.tokenizer_sha256,
+        files=tuple(sorted(found.files.items())),
         dtype=str(model.dtype).removeprefix("torch."),
         kv=_kv_spec(options, [layer.heads for layer in model.layers]) if options.keep_kv else None,
         world_size=world,

@@ -37,7 +37,7 @@ from cpmpi.run.paths import RunPaths
 from cpmpi.run.shard import prepare_shard
 from cpmpi.run.spec import RunSpec
 from cpmpi.run.writer import ShardWriter
-from cpmpi.text import duration
+from cpmpi.text import counted, duration
 from cpmpi.timeline.files import save_files
 from cpmpi.timeline.intervals import Recorder
 
@@ -68,7 +68,7 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
         todo = [i for i in range(len(files.spec.documents)) if i not in files.finished and i not in failed]
         of, finished = len(files.spec.documents), len(files.finished)
         stop = stop or Stop(job.options.grace)
-        watch = stack.enter_context(watched(job, stop, documents=of, finished=finished))
+        watch = stack.enter_context(watched(job, job.options.output, stop, documents=of, finished=finished))
         identities = [checkpoint.identity_of(files.spec, files.spec.documents[i]) for i in todo]
         job.ranks.on_root(checkpoint.delete_others, job.options.output, identities)
         if todo:
@@ -132,8 +132,16 @@ def open_run_folder(job: Job) -> tuple[RunIndex | None, RunSpec, frozenset[int],
     def open_index() -> tuple[RunSpec, frozenset[int], Mapping[int, str]]:
         if job.options.overwrite and RunPaths(job.options.output).contents():
             job.progress.say(f"--overwrite deletes {folder.what_is_deleted(job.options.output)}")
-        opened.append(folder.start_index(job.options.output, job.spec, overwrite=job.options.overwrite))
-        return opened[0].spec, opened[0].finished, dict(opened[0].failed)
+        options = job.options
+        opened.append(
+            folder.start_index(
+                options.output, job.spec, overwrite=options.overwrite, keep_finished=options.keep_finished
+            )
+        )
+        failed = opened[0].failed
+        if options.retry_failed and failed:  # each keeps its mark until it is done
+            job.progress.say(f"{counted(len(failed), 'document')} failed before, and will be tried again")
+        return opened[0].spec, opened[0].finished, {} if options.retry_failed else dict(failed)
 
     spec, finished, failed = job.ranks.on_root(open_index)
     if finished:

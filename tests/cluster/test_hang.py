@@ -74,9 +74,13 @@ def test_a_node_is_lost(end, cluster, tmp_path):
             os.kill(pid, signal.SIGKILL)
         job.wait()
     said = (tmp_path / "out").read_text()
-    assert status != 0
     assert left == [], said
     lines = re.findall(r"^error: .*$", said, re.MULTILINE)
+    if end == "node" and not lines:  # Open MPI's launcher saw its daemon go, and ended all; its status may be 0
+        assert "prterun" in said
+        assert not (run / "summary.csv").exists()
+        return
+    assert status != 0
     assert len(lines) == 1, said
     assert last_hang(run).line == lines[0]
     if end == "node":
