@@ -468,7 +468,7 @@ def test_rotary_embeddings_are_compared_for_every_document(tmp_path):
     """LongRoPE changes at 64 positions: a short document may cross them where the longest one does not."""
     from types import SimpleNamespace
 
-    from cpmpi.engine.contexts import New, _check_rotary
+    from cpmpi.engine.contexts import New, check_rotary
     from cpmpi.errors import UserError
     from cpmpi.model.checkpoint import Checkpoint
 
@@ -479,6 +479,6 @@ def test_rotary_embeddings_are_compared_for_every_document(tmp_path):
     import torch
 
     model = SimpleNamespace(skeleton=Checkpoint(tmp_path).skeleton(torch.float32))
-    _check_rotary(model, New(stored=100, longest=20, at_once=1, spans=((100, 110), (30, 50))))
+    check_rotary(model, New(stored=100, longest=20, at_once=1, spans=((100, 110), (30, 50))).lengths)
     with pytest.raises(UserError, match="keys of 50 tokens are not those of 70"):
-        _check_rotary(model, New(stored=100, longest=20, at_once=1, spans=((100, 110), (50, 70))))
+        check_rotary(model, New(stored=100, longest=20, at_once=1, spans=((100, 110), (50, 70))).lengths)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cpmpi.comm.ranks import OPEN_MPI
-from cpmpi.engine.options import ExtendOptions, GenerateOptions, JobOptions
+from cpmpi.engine.options import ExtendOptions, GenerateOptions, ImportOptions, JobOptions
 from cpmpi.run.reader import Run, open_run
 
 PathText = str | os.PathLike[str]
@@ -100,6 +100,30 @@ def generate(
     with _as_before():
         done = job.generate(GenerateOptions.of(model=model, run=run, prompts=prompts, quiet=quiet, **options))
     return [answer.text for answer in done.answers]
+
+
+def import_kv(
+    *, model: PathText, files: PathText | Sequence[PathText], output: PathText, quiet: bool = True, **options: Any
+) -> Run:  # fmt: skip
+    """A run of keys and values that were computed elsewhere. Collective; see docs/export.md.
+
+    Args:
+        model: the checkpoint folder that they are of.
+        files: safetensors files, a document each.
+        output: run folder.
+        quiet: no progress on standard error.
+        **options: as for `prefill` (see `cpmpi.engine.options.ImportOptions`).
+
+    Raises:
+        UserError, TypeError: as for `prefill`.
+    """
+    from cpmpi.engine import import_kv as job
+
+    wanted = ImportOptions.of(model=model, files=files, output=output, quiet=quiet, **options)
+    with _as_before():
+        done = job.import_kv(wanted)
+    done.ranks.comm.Barrier()
+    return open_run(wanted.output)
 
 
 def _run(options: JobOptions) -> Run:

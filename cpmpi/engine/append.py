@@ -87,6 +87,8 @@ def append(options: ExtendOptions) -> Extended:
     began = time.perf_counter()
     if options.output is not None or options.overwrite:
         raise AgreedError("--append extends the documents where they are: leave --output and --overwrite out")
+    if options.unconditional is not None:
+        raise AgreedError("--append makes no scores to compare: leave --unconditional out")
     with ExitStack() as stack:
         stop = stack.enter_context(listening(options.grace, speaks=ranks.is_root))
         hold(options, ranks, stack)

@@ -6,7 +6,7 @@ As in `cpmpi.engine.prepare`, each step is collective, and what can be refused i
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,6 +125,8 @@ def context_of(document: Document, upto: int | None, source: str) -> Context:
     """
     if upto is None or upto == document.n_tokens:
         return Context(document=document.index, n_tokens=document.n_tokens, upto=document.n_tokens)
+    if upto == 0:  # no context: what comes before is all in the line
+        return Context(document=document.index, n_tokens=0, upto=0)
     if upto > document.n_tokens:
         raise UserError(f'{source}: "upto" is {upto}, but document {document.id!r} has {document.n_tokens} tokens')
     return Context(document=document.index, n_tokens=upto - 1, upto=upto)
@@ -189,7 +191,7 @@ def prepare_contexts(options: ContextOptions, ranks: Ranks, run: Run, checkpoint
     ranks.together(_check_positions, options, checkpoint, work)
     inputs = Inputs(checkpoint=checkpoint, documents=(), longest=work.stored + work.longest)
     model = inspect(options, ranks, inputs)
-    ranks.together(_check_rotary, model, work)
+    ranks.together(check_rotary, model, work.lengths)
     place = find_place(options, ranks, inputs, model)
     computed = workload(options, model, place, tokens=work.at_once, stored=work.stored)
     schedule, reason = choose_schedule(place.ranks, place.topology, options.attention, computed)
@@ -218,9 +220,18 @@ def _check_positions(options: ContextOptions, checkpoint: Checkpoint, work: New)
         )
 
 
-def _check_rotary(model: Model, work: New) -> None:
-    for span in sorted(set(work.lengths)) if length_matters(model.skeleton) else ():
-        if not same_for(model.skeleton, span):
+def check_rotary(model: Model, spans: Sequence[tuple[int, int]]) -> None:
+    """Refuse keys that would be others in a longer text.
+
+    Args:
+        model: whose they are.
+        spans: tokens that there are keys of, and those of the longest text that they are used in.
+
+    Raises:
+        UserError: that.
+    """
+    for span in sorted(set(spans)) if length_matters(model.skeleton) else ():
+        if not same_for(model.skeleton, (max(1, span[0]), span[1])):
             raise UserError(
                 f"the rotary embeddings of this model depend on the document's length: keys of {span[0]} tokens are "
                 f"not those of {span[1]}; prefill the whole text instead"

@@ -12,7 +12,13 @@ import numpy.typing as npt
 
 from cpmpi.comm.ranks import Ranks, start
 from cpmpi.comm.stop import Stop, listening
-from cpmpi.documents.continuations import Continuation, read_continuations, would_merge
+from cpmpi.documents.continuations import (
+    Continuation,
+    prefix_ids,
+    read_continuations,
+    without_context,
+    would_merge,
+)
 from cpmpi.documents.tokenization import load_tokenizer
 from cpmpi.engine.contexts import (
     BATCH_TOKENS,
@@ -67,9 +73,7 @@ def extend(options: ExtendOptions) -> Extended:
     began = time.perf_counter()
     ranks.on_root(check_output, options)
     with listening(options.grace, speaks=ranks.is_root) as stop, open_stored(options, ranks) as (run, checkpoint):
-        continuations = ranks.on_root(
-            read_continuations, options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size
-        )
+        continuations = ranks.on_root(_read, options, checkpoint)
         asked = ranks.on_root(_by_context, run, continuations)
         longest = max(a.context.upto for a in asked)
         sizes = [len(c.stem) + max(map(len, c.answers)) for c in continuations]
@@ -84,6 +88,16 @@ def extend(options: ExtendOptions) -> Extended:
             _score(job, asked, results, stop)
             rows = results.finish()
     return Extended(job=job, rows=rows, seconds=time.perf_counter() - began)
+
+
+def _read(options: ExtendOptions, checkpoint: Checkpoint) -> list[Continuation]:
+    """The lines, and after them, where that is asked for, their answers without a context."""
+    lines = read_continuations(options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size)
+    if options.unconditional is None:
+        return lines
+    bos = checkpoint.text_config_value("bos_token_id")
+    prefix = prefix_ids(options.unconditional, lambda: load_tokenizer(checkpoint.folder), bos)
+    return [*lines, *without_context(lines, prefix)]
 
 
 def _score(job: ContextJob, asked: Sequence[Asked], results: Results, stop: Stop) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cpmpi.comm.ranks import AgreedError, Ranks, start
-from cpmpi.documents.continuations import whole_characters
+from cpmpi.documents.continuations import whole_characters, would_merge
 from cpmpi.documents.tokenization import load_tokenizer, tokenize
 from cpmpi.engine.append import append_group, hold
 from cpmpi.engine.contexts import (
@@ -127,6 +127,11 @@ def _generate(
         f"{counted(job.ranks.size, 'rank')}"
     )
     introduce_stored(job)
+    if joined := job.ranks.on_root(lambda: sum(would_merge(tokenizer, document.token_ids, ids) for ids in prompts)):
+        job.progress.say(
+            f"note: the tokenizer would have joined the first token of {counted(joined, 'prompt')} with the document's "
+            "last; it is a token of its own (begin the prompt with a space or a new line to say otherwise)"
+        )
     answers = [Answer(prompt=prompt, tokenizer=tokenizer, stop=options.stop) for prompt in options.prompts]
     before = document.token_ids.tolist() if sampling.repetition_penalty != 1 else []
     ends = _end_tokens(checkpoint)

@@ -150,11 +150,24 @@ class ExtendOptions(ContextOptions):
         (), '.jsonl lines: "document", "id", and "text", "token_ids" or "choices".', command_line=False
     )
     output: Path | None = option(None, "Run folder for the scores. The same command again goes on.")
+    unconditional: str | None = option(
+        None, "Score answers also after this text alone, or after the token that begins a text, and compare by the "
+        "difference.", metavar="bos|TEXT",
+    )  # fmt: skip
     append: bool = option(
         False, "Make the texts a part of the stored documents, with their KV, instead of scoring them in --output.",
         flag=True,
     )  # fmt: skip
     grace: int = option(100, "Seconds from SIGTERM or SIGUSR1 until the job must have ended.", least=0)
+    overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions(ModelOptions):
+    """What a user asks of the job that makes a run of keys and values that were computed elsewhere."""
+
+    files: tuple[str, ...] = option((), "safetensors files, a document each.", command_line=False)
+    output: Path = option(None, "Run folder for the documents.", needed=True)
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cpmpi.attention.layout import Layout
-from cpmpi.documents.continuations import Continuation
+from cpmpi.documents.continuations import ALONE, Continuation
 from cpmpi.engine.contexts import ContextJob
 from cpmpi.engine.extend import Question, Scored
 from cpmpi.engine.options import ExtendOptions
@@ -21,7 +21,7 @@ from cpmpi.run.index import RunIndex
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.publish import publish_text
 from cpmpi.run.reader import Run, open_run
-from cpmpi.run.scores import Row, scores_text
+from cpmpi.run.scores import Row, compared, scores_text
 from cpmpi.run.spec import DocumentSpec, RunSpec, token_digest
 from cpmpi.text import counted
 
@@ -96,7 +96,7 @@ class Results:
             assert self._index is not None
             assert isinstance(self.job.options, ExtendOptions)
             assert self.job.options.output is not None
-            rows = rows_of(self.continuations, self._scores)
+            rows = compared(rows_of(self.continuations, self._scores), alone_of(self.continuations))
             publish_text(RunPaths(self.job.options.output).scores, scores_text(rows))
             self._index.finish()
             return rows
@@ -191,3 +191,9 @@ def rows_of(continuations: Sequence[Continuation], scores: dict[tuple[int, int],
             )  # fmt: skip
             rows.append(row)
     return tuple(rows)
+
+
+def alone_of(continuations: Sequence[Continuation]) -> dict[str, str]:
+    """For the id of each answer that is scored without a context, that of the same with it."""
+    alone = [c for c in continuations if c.upto == 0]
+    return {name: c.id.removesuffix(ALONE) + name[len(c.id) :] for c in alone for name in c.names}

@@ -111,6 +111,11 @@ class Document:
         return self._output("token_ids").astype(np.int32, copy=False)
 
     @property
+    def scored(self) -> bool:
+        """Whether its log-probabilities are known; not where its keys and values alone were imported."""
+        return bool(self._attributes.get("scored", True))
+
+    @property
     def continues(self) -> Mapping[str, Any]:
         """What a continuation follows: ``context_run_id``, ``context_document``, ``context_tokens``, and, of an answer,
         ``question`` and ``answer``. Empty for documents that follow nothing."""
@@ -140,7 +145,7 @@ class Document:
             id=self.id, source=self.source, n_tokens=self.n_tokens, layout=first.layout, grid=first.grid,
             first_rank=first.first_rank, token_ids_sha256=str(self._attributes["token_ids_sha256"]),
             origin=first.origin, appended=appended, first_sha256=str(self._attributes.get("first_sha256", "")),
-            continues=tuple(self.continues.items()),
+            scored=self.scored, continues=tuple(self.continues.items()),
         )  # fmt: skip
 
     @cached_property

@@ -222,7 +222,7 @@ def checked_results(document: DocumentSpec, outputs: dict[str, RawArray]) -> Res
     """
     logprobs, who = outputs["logprobs"], f"document {document.id!r} ({document.source})"
     first = 0 if document.continues else 1
-    bad = np.flatnonzero(~np.isfinite(logprobs[first:])) + first
+    bad = np.flatnonzero(~np.isfinite(logprobs[first:]) & document.scored) + first
     if len(bad):
         raise NotFiniteError(f"{who}: {len(bad)} log-probabilities are not finite, the first at token {bad[0]}")
     assert first == 0 or np.isnan(logprobs[0]), "nothing predicts the first token"

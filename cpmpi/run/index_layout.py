@@ -99,6 +99,8 @@ def _lay_out_document(group: Any, index: int, document: DocumentSpec, spec: RunS
         "outputs_xxh3": np.uint64(0), "result_xxh3": np.uint64(0), "complete": False,
     }  # fmt: skip
     attributes |= dict(document.continues)
+    if not document.scored:
+        attributes["scored"] = False
     if document.appended:
         attributes["first_sha256"] = document.first_sha256
     if spec.kv is not None:

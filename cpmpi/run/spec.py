@@ -188,6 +188,9 @@ class DocumentSpec:
     """What later jobs added."""
     first_sha256: str = ""
     """``token_digest`` of the tokens that were there at first, where some were added."""
+    scored: bool = True
+    """Whether its log-probabilities are known; not where its keys and values alone were imported. Those of appended
+    tokens always are."""
     continues: tuple[tuple[str, str | int], ...] = ()
     """Of a continuation: what it follows, as the attributes of ``CONTINUES`` with their values."""
 

@@ -177,11 +177,15 @@ def output_problems(document: Document) -> Iterator[str]:
     if not np.isnan(logprobs[0]) and not document.continues:
         yield f"{who}: logprobs[0] is {logprobs[0]}, not NaN"
     found = predicted(logprobs)
+    imported = document.spec.layout.n_tokens  # what was appended to them has log-probabilities
+    if not document.scored and not np.isnan(logprobs[:imported]).all():
+        yield f"{who}: has log-probabilities, but is said to have none"
+    found = found if document.scored else found[:0]
     wrong = np.flatnonzero(~(found <= LOGPROB_ROUNDING) | np.isinf(found)) + len(logprobs) - len(found)
     if len(wrong):
         yield f"{who}: {len(wrong)} log-probabilities are not finite or above 0, the first at token {wrong[0]}"
     nll = sum_nll(logprobs)
-    if not np.isclose(document.nll, nll, rtol=1e-12, atol=1e-12):
+    if not np.isclose(document.nll, nll, rtol=1e-12, atol=1e-12, equal_nan=not document.scored):
         yield f"{who}: nll is {document.nll}, but its log-probabilities sum to {nll}"
     if not np.isclose(document.perplexity, perplexity(document.nll, len(found)), rtol=1e-12, equal_nan=True):
         yield f"{who}: perplexity is {document.perplexity}, not exp(nll / (T - 1)) of nll {document.nll}"
