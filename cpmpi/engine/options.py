@@ -18,6 +18,7 @@ from cpmpi.choices import (
     STORED_DTYPES,
     check_segments,
     one_of,
+    split_keep,
 )  # fmt: skip
 from cpmpi.errors import UserError
 from cpmpi.text import parse_bytes
@@ -102,6 +103,11 @@ class JobOptions(ModelOptions):
     special_tokens: bool | None = option(
         None, "Whether the tokenizer adds its special tokens.  [default: as the tokenizer does]"
     )
+    keep: tuple[str, ...] = option(
+        (), "Keep also rank, entropy, greedy, moments, topk=K or ids=FILE (docs/scores.md); once or several times.",
+        repeated="--keep", metavar="WHAT",
+    )  # fmt: skip
+    from_position: int = option(0, "Score only tokens from this position on.", least=0)
     fail_fast: bool = option(False, "End the job with the first document that fails, instead of going on.", flag=True)
     checkpoint: str = option(
         AUTO, "Minutes between checkpoints inside a document (0: as often as can be), off, or auto: by their cost.",
@@ -170,8 +176,8 @@ def minutes_between(checkpoint: str) -> float | None:
 
 
 def spelled(name: str) -> str:
-    """An option's name on the command line."""
-    return f"--{name.replace('_', '-')}"
+    """An option's name on the command line: ``from`` itself is no name in Python."""
+    return "--from" if name == "from_position" else f"--{name.replace('_', '-')}"
 
 
 def _as_declared(each: Field[Any], value: Any) -> Any:
@@ -201,6 +207,8 @@ def _check(each: Field[Any], value: Any) -> None:
         check_segments(value)
     if each.name == "checkpoint":
         minutes_between(value)
+    if each.name == "keep":
+        split_keep(value)
     if each.name == "inputs" and "" in value:
         raise UserError("--input is empty; is a variable not set?")
     if known.get("needed") and value is None:

@@ -21,6 +21,7 @@ from cpmpi.cost.memory import choose_residence, document_memory
 from cpmpi.cost.workload import TokenSizes, Workload
 from cpmpi.documents.read import InputDocument, ReadOptions, read_documents
 from cpmpi.engine.circumstances import recorded_products, recorded_schedule
+from cpmpi.engine.keep import Keeping, read_keeping
 from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.engine.placement import check_grid, number_ranks
 from cpmpi.engine.report import introduce
@@ -69,8 +70,9 @@ def read(options: JobOptions, ranks: Ranks) -> Inputs:
     checkpoint = ranks.together(Checkpoint, options.model)
     documents: list[InputDocument] = []
     ranks.on_root(lambda: documents.extend(_read_documents(options, checkpoint, progress_of(options, ranks))))
-    longest: int = ranks.on_root(lambda: max(len(d.token_ids) for d in documents))
-    return Inputs(checkpoint=checkpoint, documents=tuple(documents), longest=longest)
+    keeping: Keeping = ranks.on_root(read_keeping, options, checkpoint, documents)
+    longest: int = ranks.on_root(lambda: max(len(d.token_ids) for d in documents)) + keeping.scoring.prefix
+    return Inputs(checkpoint=checkpoint, documents=tuple(documents), longest=longest, keeping=keeping)
 
 
 def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progress) -> list[InputDocument]:
@@ -168,8 +170,9 @@ def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place, d
         world_size=world,
         topology=place.topology.to_json(),
         hidden_size=checkpoint.text_config_value("hidden_size"),
-        documents=tuple(_document_spec(d, world, options.segments, place.grid) for d in inputs.documents),
+        documents=tuple(_document_spec(d, world, options.segments, place.grid, inputs) for d in inputs.documents),
         command=options.command,
+        scoring=inputs.keeping.scoring,
     )
 
 
@@ -178,13 +181,16 @@ def _kv_spec(options: JobOptions, heads: list[Heads]) -> spec.KVSpec:
     return spec.KVSpec(shapes=shapes, dtype=options.kv_dtype)
 
 
-def _document_spec(document: InputDocument, world: int, segments: int, grid: Grid) -> spec.DocumentSpec:
-    n_tokens = len(document.token_ids)
+def _document_spec(
+    document: InputDocument, world: int, segments: int, grid: Grid, inputs: Inputs
+) -> spec.DocumentSpec:  # fmt: skip
+    n_tokens, keeping = len(document.token_ids), inputs.keeping
     return spec.DocumentSpec(
         id=document.id,
         source=document.source,
         n_tokens=n_tokens,
-        layout=Layout(n_tokens=n_tokens, world=world // grid.head_groups, segments=segments),
+        layout=Layout(n_tokens=n_tokens + keeping.scoring.prefix, world=world // grid.head_groups, segments=segments),
         grid=grid,
         token_ids_sha256=spec.token_digest(document.token_ids),
+        extras=keeping.extras(n_tokens),
     )

@@ -6,10 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from cpmpi.comm.log import rank_log
@@ -19,6 +16,7 @@ from cpmpi.comm.transport import MPITransport
 from cpmpi.engine.checkpoint import Checkpoints, InWork
 from cpmpi.engine.circumstances import publish_circumstances
 from cpmpi.engine.options import JobOptions
+from cpmpi.engine.outputs import assemble, write_kept
 from cpmpi.engine.pace import ASSUMED_BYTES_PER_S, Pace
 from cpmpi.engine.placement import split
 from cpmpi.engine.prepare import prepare
@@ -184,7 +182,7 @@ def load_engine(
             transport=stack.enter_context(closing(MPITransport(group))), backends=decision.backends,
             device=job.model.device, progress=job.progress, grid=place.grid, summing=summing,
             checkpoints=checkpoints, recorder=recorder, chunk_tokens=options.chunk_tokens,
-            check_finite=options.check_finite,
+            check_finite=options.check_finite, wanted=job.inputs.keeping.wanted, first=job.inputs.keeping.first,
         )  # fmt: skip
 
 
@@ -212,6 +210,7 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
         scores = engine.score(token_ids, document.layout, document.id, keep if writer is not None else None, resume)
     digest = writer.finish(i) if writer is not None else 0
     everyone = ranks.comm.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
+    write_kept(ranks, index, i, document.extras, scores, [positions for positions, *_ in everyone or ()])
 
     def store() -> str | None:
         assert everyone is not None
@@ -220,7 +219,10 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
         logprobs, last_hidden = assemble(everyone, document.n_tokens)
         digests = [digest for *_, digest in everyone] if writer is not None else ()
         try:
-            index.write_outputs(i, token_ids=token_ids, logprobs=logprobs, last_hidden=last_hidden, digests=digests)
+            index.write_outputs(
+                i, token_ids=token_ids, logprobs=logprobs, last_hidden=last_hidden, digests=digests,
+                extras=job.inputs.keeping.known,
+            )  # fmt: skip
         except NotFiniteError as problem:
             if job.options.fail_fast:
                 raise
@@ -232,15 +234,6 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
     failed = ranks.on_root(store)
     log_document(scores, writer, document.id)
     return failed
-
-
-def assemble(everyone: list[Any], n_tokens: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """A document's log-probabilities (T,), the first of them NaN, and last hidden state from what all ranks found."""
-    logprobs = np.full(n_tokens, np.nan, np.float32)
-    for positions, values, *_ in everyone:
-        logprobs[positions] = values
-    (last_hidden,) = (hidden.numpy() for _, _, hidden, _ in everyone if hidden is not None)
-    return logprobs, last_hidden
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def _largest(values_TV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     n = values_TV.shape[1] // BLOCK
     if n < 4 * k:
         return values_TV.topk(k, 1)
-    maxima_TN = values_TV[:, : n * BLOCK].unflatten(1, (BLOCK, n)).amax(1)
+    maxima_TN = values_TV[:, : n * BLOCK].view(-1, BLOCK, n).amax(1)
     blocks_TK = maxima_TN.topk(k, 1, sorted=False).indices
     inside = torch.arange(BLOCK, device=values_TV.device) * n
     columns = (blocks_TK[:, :, None] + inside).flatten(1)

@@ -18,11 +18,13 @@ from h5py import h5a
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout
 from cpmpi.errors import UserError
+from cpmpi.run.extras import checksum_of, extras_in, recorded_checksums
 from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
+from cpmpi.run.kept import KEPT, PAIRS
 from cpmpi.run.layer_reader import Source, read_layer
 from cpmpi.run.publish import saying
 from cpmpi.run.results import DIGESTS, GREEDY, Results, outputs_digest, read_outputs, result_digest
-from cpmpi.run.spec import CONTINUES, DocumentSpec, KVGroup, KVShape, Origin
+from cpmpi.run.spec import CONTINUES, TEXT, DocumentSpec, KVGroup, KVShape, Origin
 
 if TYPE_CHECKING:
     from cpmpi.run.reader import Run
@@ -37,6 +39,7 @@ class Document:
         with saying(self._path, f"{name} cannot be read"):
             self.group = run.file[name]
         self._result_checked = False
+        self._sound: set[str] = set()
         self._tables: dict[int, npt.NDArray[np.uint64]] = {}
 
     def __repr__(self) -> str:
@@ -85,13 +88,13 @@ class Document:
 
     @property
     def nll(self) -> float:
-        """The negative log-likelihood of tokens 1 .. T-1, in nats; NaN until the document is complete."""
+        """The negative log-likelihood of the tokens from ``first_scored`` on, in nats; NaN until it is complete."""
         self.check_result()
         return float(self.group.attrs["nll"])
 
     @property
     def perplexity(self) -> float:
-        """exp(nll / (T - 1)); NaN until the document is complete."""
+        """exp(nll / tokens scored); NaN until the document is complete."""
         self.check_result()
         return float(self.group.attrs["perplexity"])
 
@@ -101,6 +104,12 @@ class Document:
         return self._output("token_ids").astype(np.int32, copy=False)
 
     @property
+    def first_scored(self) -> int:
+        """The first token that has a log-probability: 0 where something comes before it, else 1, or from where on
+        tokens are scored."""
+        return 0 if self.continues else min(self.run.scoring.first, self.n_tokens)
+
+    @property
     def continues(self) -> Mapping[str, Any]:
         """What a continuation follows: ``context_run_id``, ``context_document``, ``context_tokens``, and, of an answer,
         ``question`` and ``answer``. Empty for documents that follow nothing."""
@@ -108,18 +117,66 @@ class Document:
 
     @property
     def greedy(self) -> npt.NDArray[np.bool_] | None:
-        """(T,) whether each token is the most probable one; kept of continuations alone."""
+        """(T,) whether each token is the most probable one; None where that is not kept (``--keep greedy``)."""
+        if KEPT + GREEDY in self.group:
+            return self.extra(KEPT + GREEDY).astype(np.bool_)
         return self._output(GREEDY).astype(np.bool_) if GREEDY in self.group else None
 
     @property
     def logprobs(self) -> npt.NDArray[np.float32]:
-        """(T,) log p(token i | tokens before i), in nats; the first is NaN, but in a continuation."""
+        """(T,) log p(token i | tokens before i), in nats; NaN before ``first_scored``."""
         return self._output("logprobs").astype(np.float32, copy=False)
 
     @property
     def last_hidden(self) -> npt.NDArray[np.float32]:
         """(hidden,) of the last token, after the final norm."""
         return self._output("last_hidden").astype(np.float32, copy=False)
+
+    @property
+    def kept_names(self) -> tuple[str, ...]:
+        """What ``kept`` can give: ``rank``, ``entropy``, ``greedy``, ``moments``, ``topk``, ``ids``."""
+        names = [extra.name.removeprefix(KEPT) for extra in self.spec.extras if extra.name.startswith(KEPT)]
+        paired = {part for parts in PAIRS.values() for part in parts}
+        return tuple(n for n in names if n not in paired) + tuple(n for n, parts in PAIRS.items() if parts[0] in names)
+
+    def kept(self, name: str) -> Any:
+        """A score that was kept of every token, row i of token i; see docs/scores.md for what each is.
+
+        Args:
+            name: one of ``kept_names``.
+
+        Returns:
+            An array: ``rank`` (T,) int32, ``entropy`` (T,) float32, ``greedy`` (T,) bool, ``moments`` (T, 2) float32.
+            Or two: of ``topk`` the ids (T, K) int32 and log-probabilities (T, K) float32, of ``ids`` the ids (M,) int32
+            and log-probabilities (T, M) float32.
+
+        Raises:
+            UserError: it is not kept, or damaged, or the document is not complete.
+        """
+        if name not in self.kept_names:
+            have = ", ".join(self.kept_names) or "nothing (see --keep)"
+            raise UserError(f"{self._path}: document {self.id!r}: {name} is not kept; it has {have}")
+        if name in PAIRS:
+            return tuple(self.extra(KEPT + part) for part in PAIRS[name])
+        return self.greedy if name == GREEDY else self.extra(KEPT + name)
+
+    def extra(self, name: str) -> RawArray:
+        """A dataset besides the outputs, such as ``kept/rank``, compared with its checksum.
+
+        Raises:
+            UserError: it is damaged, or the document is not complete.
+            KeyError: there is none of this name.
+        """
+        self._check_outputs()
+        if name not in self._sound:
+            with saying(self._path, f"document {self.id!r} cannot be read"):
+                found = checksum_of(self.group[name])
+            if found != recorded_checksums(self.group)[name]:
+                raise UserError(
+                    f"{self._path}: document {self.id!r}: {name} does not have the checksum that was recorded"
+                )
+            self._sound.add(name)
+        return np.asarray(self.group[name])
 
     @cached_property
     def spec(self) -> DocumentSpec:
@@ -131,13 +188,15 @@ class Document:
             source=self.source,
             n_tokens=n_tokens,
             layout=Layout(
-                n_tokens=n_tokens,
+                n_tokens=n_tokens + self.run.scoring.prefix,
                 world=int(attributes["n_ranks"]) // grid.head_groups,
                 segments=int(attributes["segments"]),
             ),
             grid=grid,
             first_rank=int(attributes["first_rank"]),
             token_ids_sha256=str(attributes["token_ids_sha256"]),
+            text=tuple((name, int(attributes[name])) for name in TEXT if name in attributes),
+            extras=extras_in(self.group),
             origin=Origin(
                 world_size=self.world_size,
                 shard_set=int(attributes.get("shard_set", 0)),
@@ -286,13 +345,16 @@ class Document:
         return outputs_digest(outputs) == int(self.group.attrs["outputs_xxh3"])
 
     def _output(self, name: str) -> RawArray:
+        self._check_outputs()
+        return np.asarray(self.group[name])
+
+    def _check_outputs(self) -> None:
         self._check_complete()
         self.check_result()
         if not self.outputs_are_sound:
             raise UserError(
                 f"{self._path}: document {self.id!r}: its outputs do not have the checksum that was recorded"
             )
-        return np.asarray(self.group[name])
 
     def _check_complete(self) -> None:
         if self.complete:

@@ -13,7 +13,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from cpmpi.errors import UserError, some
@@ -25,7 +25,7 @@ from cpmpi.run.paths import RunPaths, document_name
 from cpmpi.run.publish import make_folder, saying
 from cpmpi.run.reader import Run, open_run
 from cpmpi.run.seal import HDF5_SIGNATURE, MAGIC
-from cpmpi.run.spec import DocumentSpec, KVShape, RunSpec, ShardSet, index_bytes, shard_bytes
+from cpmpi.run.spec import DocumentSpec, KVShape, RunSpec, Scoring, ShardSet, index_bytes, shard_bytes
 from cpmpi.run.spec import check_room as check_free
 from cpmpi.text import human_bytes
 
@@ -217,12 +217,15 @@ def _check_same_run(run: Run, spec: RunSpec) -> None:
         "dtype": spec.dtype,
         "kv_dtype": kv_dtype(spec),
         "hidden_size": spec.hidden_size,
+        **asdict(spec.scoring),
     }
+    before = asdict(Scoring())  # of runs that were made before these were choices
     for name, value in expected.items():
-        found = run.attributes[name]
+        found = run.attributes.get(name, before.get(name))
         if found != value:
             raise UserError(
-                f"{run.paths.folder}: holds a run with {name} {found}, this one has {value}; choose another --output, "
+                f"{run.paths.folder}: holds a run with {name} {'nothing' if found == '' else found}, this one has "
+                f"{'nothing' if value == '' else value}; choose another --output, "
                 f"or --overwrite, which deletes {what_is_deleted(run.paths.folder)}"
             )
 
@@ -248,7 +251,7 @@ def _goes_on(run: Run, spec: RunSpec) -> bool:
     for old, new in zip(run.documents, spec.documents):
         if old.id != new.id or _content(old.spec) != _content(new):
             return False
-        if not old.complete and not _dealt_alike(run, old, new, spec):
+        if not old.complete and not (_dealt_alike(run, old, new, spec) and _laid_out_alike(old.spec, new)):
             return False
     return True
 
@@ -257,6 +260,10 @@ def _dealt_alike(run: Run, old: Document, new: DocumentSpec, spec: RunSpec) -> b
     here = (old.spec.layout, old.spec.grid, old.spec.first_rank, old.world_size)
     there = (new.layout, new.grid, new.first_rank, spec.world_size)
     return here == there and old.shard_set == max(run.shard_sets, default=0)
+
+
+def _laid_out_alike(old: DocumentSpec, new: DocumentSpec) -> bool:
+    return (old.extras, old.text) == (new.extras, new.text)
 
 
 def _content(document: DocumentSpec) -> tuple[int, str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpmpi.errors import UserError
+from cpmpi.run.extras import CHECKSUMS, checksum_of
 from cpmpi.run.hdf5 import RawArray, changed_file, dataset_offset, open_file, pwrite_all, set_attribute
 from cpmpi.run.index_layout import REASON_BYTES, lay_out_index
 from cpmpi.run.paths import RunPaths, document_name
@@ -99,6 +102,7 @@ class RunIndex:
         logprobs: npt.ArrayLike,
         last_hidden: npt.ArrayLike,
         greedy: npt.ArrayLike | None = None,
+        extras: Mapping[str, RawArray] | None = None,
         digests: Sequence[int] = (),
     ) -> None:
         """Write the outputs of a document, make them durable, then mark it complete.
@@ -106,9 +110,10 @@ class RunIndex:
         Args:
             document_index: place of the document in the run.
             token_ids: (T,) integers.
-            logprobs: (T,) natural logarithms; the first, which nothing predicts, is NaN, but in a continuation.
+            logprobs: (T,) natural logarithms; NaN before the first that is scored.
             last_hidden: (hidden,) of the last token, after the final norm.
             greedy: (T,) whether each token is the most probable one, of a continuation.
+            extras: those of the document's other datasets that are not there yet, see ``write_rows``.
             digests: of every rank's shard (``ShardWriter.finish``), in rank order; empty without KV.
 
         Raises:
@@ -126,13 +131,41 @@ class RunIndex:
             outputs[GREEDY] = np.asarray(greedy, np.uint8)
         if self.spec.kv is not None:
             outputs[DIGESTS] = np.array(digests, "<u8")
-        _check_outputs(document, outputs)
+        _check_outputs(document, outputs, 0 if document.continues else self.spec.scoring.first)
+        if document.extras:
+            self._write_datasets(document_name(document_index), dict(extras or {}))
+            outputs[CHECKSUMS] = self._checksums(document_index)
         nll = sum_nll(outputs["logprobs"])
         results = Results(arrays=outputs, nll=nll, perplexity=perplexity(nll, len(predicted(outputs["logprobs"]))))
         self._write_datasets(document_name(document_index), outputs)
         self._write_results(document_index, results, complete=True)
         self._finished.add(document_index)
         self._failed.pop(document_index, None)
+
+    def write_rows(self, document_index: int, name: str, positions: npt.NDArray[np.int64], rows: RawArray) -> None:
+        """Write some tokens' rows of a dataset besides the outputs; ``write_outputs`` makes all of them durable.
+
+        Args:
+            document_index: place of the document in the run.
+            name: of the dataset.
+            positions: ascending, of the tokens.
+            rows: of the dataset's type, one for each position.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        (extra,) = (extra for extra in self.spec.documents[document_index].extras if extra.name == name)
+        assert (rows.dtype, rows.shape) == (np.dtype(extra.dtype), (len(positions), *extra.shape[1:])), (extra, rows)
+        if not len(positions):
+            return
+        assert 0 <= positions[0] <= positions[-1] < extra.shape[0], (positions[0], positions[-1], extra)
+        with open_file(self._paths.index, locking=False, check=False) as file:
+            offset = dataset_offset(file[f"{document_name(document_index)}/{name}"])
+        bounds = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
+        rows, row_bytes = np.ascontiguousarray(rows), rows.nbytes // len(rows)
+        with _written(self._paths.index) as descriptor:
+            for a, b in pairwise(bounds):
+                pwrite_all(descriptor, rows[a:b], offset + int(positions[a]) * row_bytes)
 
     def mark_failed(self, document_index: int, reason: str) -> None:
         """Record, durably, why a document has no result; it stays incomplete. ``write_outputs`` takes the mark away.
@@ -183,14 +216,17 @@ class RunIndex:
             for name, array in arrays.items():
                 assert places[name].shape == array.shape, (name, places[name].shape, array.shape)
             offsets = {name: dataset_offset(place) for name, place in places.items()}
-        with saying(self._paths.index, "cannot be written"):
-            descriptor = os.open(self._paths.index, os.O_WRONLY)
-            try:
-                for name, array in arrays.items():
-                    pwrite_all(descriptor, np.ascontiguousarray(array), offsets[name])
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        with _written(self._paths.index) as descriptor:
+            for name, array in arrays.items():
+                pwrite_all(descriptor, np.ascontiguousarray(array), offsets[name])
+            os.fsync(descriptor)
+
+    def _checksums(self, document_index: int) -> RawArray:
+        """Those of a document's datasets besides the outputs, as they are in the file."""
+        names = [extra.name for extra in self.spec.documents[document_index].extras]
+        with open_file(self._paths.index, locking=False, check=False) as file:
+            group = file[document_name(document_index)]
+            return np.array([checksum_of(group[name]) for name in names], "<u8")
 
     def _check_ours(self) -> None:
         """Refuse to write into a file that another job has laid out since."""
@@ -203,13 +239,24 @@ class RunIndex:
         sync_path(self._paths.index)
 
 
-def _check_outputs(document: DocumentSpec, outputs: dict[str, RawArray]) -> None:
+@contextmanager
+def _written(path: Path) -> Iterator[int]:
+    """A descriptor to write a file with; what goes wrong with it is an error that names the file."""
+    with saying(path, "cannot be written"):
+        descriptor = os.open(path, os.O_WRONLY)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def _check_outputs(document: DocumentSpec, outputs: dict[str, RawArray], first: int) -> None:
+    """Refuse what is not finite; ``first`` is the first token that is scored."""
     logprobs, who = outputs["logprobs"], f"document {document.id!r} ({document.source})"
-    first = 0 if document.continues else 1
     bad = np.flatnonzero(~np.isfinite(logprobs[first:])) + first
     if len(bad):
         raise NotFiniteError(f"{who}: {len(bad)} log-probabilities are not finite, the first at token {bad[0]}")
-    assert first == 0 or np.isnan(logprobs[0]), "nothing predicts the first token"
+    assert np.isnan(logprobs[:first]).all(), f"tokens are scored from {first} on"
     if not np.isfinite(outputs["last_hidden"]).all():
         raise NotFiniteError(f"{who}: the last hidden state is not finite")
     digest = token_digest(outputs["token_ids"])

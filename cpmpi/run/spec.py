@@ -16,6 +16,7 @@ import numpy.typing as npt
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout, Piece
 from cpmpi.errors import UserError
+from cpmpi.run.extras import Extra
 from cpmpi.run.hdf5 import ALIGNMENT_BYTES, STORED_FLOATS, StoredFloat
 from cpmpi.text import human_bytes
 from cpmpi.version import __version__
@@ -29,6 +30,8 @@ VIRTUAL_BLOCK_METADATA_BYTES = 512
 BLOCK_TOKENS = 1024
 # Attributes of a continuation of a stored document.
 CONTINUES = ("context_run_id", "context_document", "context_tokens", "question", "answer")
+# Attributes of a document that was given as text: how much of it there is, and how much of that its nll is of.
+TEXT = ("n_characters", "n_bytes", "scored_characters", "scored_bytes")
 
 
 class KVShape(NamedTuple):
@@ -127,6 +130,38 @@ class Origin(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """What is scored, given what, and what is kept of it: a run that goes on must ask for the same.
+
+    Attributes:
+        keep: the scores besides log-probabilities, in one spelling; empty: none.
+        scored_from: position of the first token that is scored, where something predicts it.
+        prefix_token: how what comes before the first token was chosen: ``tokenizer``, ``none``, ``bos`` or an id.
+        prefix_token_id: the token before the first one, which is no token of the document; -1: none.
+        spans: the parts of the text that are summed over; empty: none.
+    """
+
+    keep: str = ""
+    scored_from: int = 0
+    prefix_token: str = "tokenizer"
+    prefix_token_id: int = -1
+    spans: str = ""
+
+    @property
+    def prefix(self) -> int:
+        """How many tokens come before the first one: 0 or 1."""
+        return int(self.prefix_token_id >= 0)
+
+    @property
+    def first(self) -> int:
+        """The first token that is scored."""
+        return max(self.scored_from, 1 - self.prefix)
+
+
+PLAIN = Scoring()
+
+
+@dataclass(frozen=True, kw_only=True)
 class DocumentSpec:
     """One document and how its tokens lie on the ranks.
 
@@ -150,11 +185,15 @@ class DocumentSpec:
     """None: it is for this job to do."""
     continues: tuple[tuple[str, str | int], ...] = ()
     """Of a continuation: what it follows, as the attributes of ``CONTINUES`` with their values."""
+    text: tuple[tuple[str, int], ...] = ()
+    """Of a document given as text: the attributes of ``TEXT`` with their values."""
+    extras: tuple[Extra, ...] = ()
+    """Datasets besides the outputs."""
 
     def __post_init__(self) -> None:
         if self.n_tokens < 1:
             raise UserError(f"document {self.id!r} ({self.source}) has no tokens")
-        assert self.layout.n_tokens == self.n_tokens, (self.layout, self.n_tokens)
+        assert self.layout.n_tokens - self.n_tokens in (0, 1), (self.layout, self.n_tokens)  # 1: a prefix token
         assert self.layout.start == 0, self.layout
         assert {name for name, _ in self.continues} <= {*CONTINUES}, self.continues
 
@@ -198,6 +237,8 @@ class RunSpec:
     documents: tuple[DocumentSpec, ...]
     set_aside: tuple[DocumentSpec, ...] = ()
     """Finished documents that are no longer asked for."""
+    scoring: Scoring = PLAIN
+    """What is scored and kept of every document."""
     shard_set: ShardSet = ShardSet(world_size=0)
     """The shards of this job; made where none is given."""
     earlier_sets: tuple[ShardSet, ...] = ()
@@ -220,6 +261,7 @@ class RunSpec:
         if twice:
             raise UserError(f"document ids must differ, but these occur more than once: {', '.join(twice[:5])}")
         for document in self.documents:
+            assert document.layout.n_tokens == document.n_tokens + self.scoring.prefix, (document, self.scoring)
             assert 0 <= document.first_rank <= self.world_of(document) - document.n_ranks, document
 
     def world_of(self, document: DocumentSpec) -> int:
@@ -264,6 +306,7 @@ def index_bytes(spec: RunSpec) -> int:
     total += 64 * sum(one.world_size for one in (*spec.earlier_sets, spec.shard_set))
     for document in (*spec.documents, *spec.set_aside):
         total += 9 * document.n_tokens + 4 * spec.hidden_size + DOCUMENT_METADATA_BYTES + 3 * ALIGNMENT_BYTES
+        total += sum(e.n_bytes + 2 * DATASET_METADATA_BYTES + ALIGNMENT_BYTES for e in document.extras)
         if spec.kv is not None:
             blocks = document.n_ranks * document.layout.segments
             each = blocks * VIRTUAL_BLOCK_METADATA_BYTES + DATASET_METADATA_BYTES

@@ -18,10 +18,11 @@ from h5py import h5s
 
 from cpmpi.errors import UserError, one_line
 from cpmpi.run.document import Document
+from cpmpi.run.extras import checksum_of, recorded_checksums
 from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
 from cpmpi.run.index import summary_text
 from cpmpi.run.reader import Run, open_run
-from cpmpi.run.results import DIGESTS, perplexity, predicted, read_outputs, sum_nll
+from cpmpi.run.results import DIGESTS, perplexity, read_outputs, sum_nll
 from cpmpi.run.shard import ShardDocument, ShardFile
 from cpmpi.run.spec import KVGroup, token_digest
 
@@ -107,19 +108,23 @@ def output_problems(document: Document) -> Iterator[str]:
     expected = document.spec.token_ids_sha256
     if expected and token_digest(outputs["token_ids"]) != expected:
         yield f"{who}: its token ids are not those that it was started with"
-    if not np.isnan(logprobs[0]) and not document.continues:
-        yield f"{who}: logprobs[0] is {logprobs[0]}, not NaN"
-    found = predicted(logprobs)
+    first = document.first_scored
+    if first and not np.isnan(logprobs[:first]).all():
+        yield f"{who}: logprobs[{np.isnan(logprobs[:first]).argmin()}] is a number, but tokens are scored from {first}"
+    found = logprobs[first:]
     wrong = np.flatnonzero(~(found <= LOGPROB_ROUNDING) | np.isinf(found)) + len(logprobs) - len(found)
     if len(wrong):
         yield f"{who}: {len(wrong)} log-probabilities are not finite or above 0, the first at token {wrong[0]}"
-    nll = sum_nll(logprobs)
+    nll = sum_nll(found)
     if not np.isclose(document.nll, nll, rtol=1e-12, atol=1e-12):
         yield f"{who}: nll is {document.nll}, but its log-probabilities sum to {nll}"
     if not np.isclose(document.perplexity, perplexity(document.nll, len(found)), rtol=1e-12, equal_nan=True):
-        yield f"{who}: perplexity is {document.perplexity}, not exp(nll / (T - 1)) of nll {document.nll}"
+        yield f"{who}: perplexity is {document.perplexity}, not exp(nll / {len(found)}) of nll {document.nll}"
     if not np.isfinite(outputs["last_hidden"]).all():
         yield f"{who}: last_hidden is not finite"
+    for name, checksum in recorded_checksums(document.group).items():
+        if checksum_of(document.group[name]) != checksum:
+            yield f"{who}: {name} does not have the checksum that was recorded"
 
 
 def virtual_problems(document: Document) -> Iterator[str]:
