@@ -16,6 +16,8 @@ KV_RESIDENCES = ("memory", "mapped")
 AUTO = "auto"
 OFF = "off"
 MOST_SEGMENTS = 1024
+SPANS = ("lines", "sentences", "paragraphs")
+PREFIX_TOKENS = ("bos", "none")
 KEPT_SCORES = ("rank", "entropy", "greedy", "moments")
 KEEP_CHOICES = f"{', '.join(KEPT_SCORES)}, topk=K and ids=FILE"
 
@@ -64,3 +66,13 @@ def split_keep(keep: Sequence[str]) -> dict[str, str]:
     if "topk" in found and not (found["topk"].isdecimal() and int(found["topk"])):
         raise UserError(f"--keep topk={shown(found['topk'])}: must be a number of tokens from 1 on")
     return found
+
+
+def check_prefix_token(value: str) -> None:
+    """Refuse what is neither a choice nor a token id.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if value not in PREFIX_TOKENS and not value.isdecimal():
+        raise UserError(f"--prefix-token {shown(value)}: choose {', '.join(PREFIX_TOKENS)}, or a token id")

@@ -7,8 +7,6 @@ from logits that differ by some 1e-5 between the two sides: they must agree wher
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
@@ -79,7 +77,9 @@ def prepare(folder):
     save_llama(folder / "model", 2)
     (folder / "documents").mkdir()
     for length in LENGTHS:
-        np.save(folder / "documents" / f"{length:03d}.npy", np.random.default_rng(length).integers(0, VOCABULARY, length))
+        np.save(
+            folder / "documents" / f"{length:03d}.npy", np.random.default_rng(length).integers(0, VOCABULARY, length)
+        )
     (folder / "ids.txt").write_text(", ".join(map(str, IDS)))
 
 

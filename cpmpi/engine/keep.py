@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cpmpi.choices import KEPT_SCORES, split_keep
+from cpmpi.documents.spans import SpanRule, read_spans
+from cpmpi.documents.tokenization import load_tokenizer, tokenizer_files
 from cpmpi.errors import UserError, one_line
 from cpmpi.model.token_scores import NOTHING, Wanted
 from cpmpi.run.extras import Extra
-from cpmpi.run.kept import kept_extras
+from cpmpi.run.kept import KEPT, kept_extras
 from cpmpi.run.spec import PLAIN, Scoring
+from cpmpi.run.text_places import text_arrays, text_extras
 from cpmpi.text import counted, shown
 
 if TYPE_CHECKING:
@@ -32,24 +35,31 @@ class Keeping:
     Attributes:
         wanted: of the head.
         scoring: the same in one spelling, for the record, and what comes before the first token.
+        spans: parts of the texts that are summed over.
     """
 
     wanted: Wanted = NOTHING
     scoring: Scoring = PLAIN
+    spans: SpanRule | None = None
 
     @property
     def first(self) -> int:
         """The first that is scored of the tokens that go through the model, a prefix token among them."""
         return self.scoring.first + self.scoring.prefix
 
-    @property
-    def known(self) -> dict[str, npt.NDArray[np.int32]]:
-        """Datasets of every document that are known beforehand."""
-        return {"kept/ids": np.array(self.wanted.ids, "<i4")} if self.wanted.ids else {}
+    def preceded(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """The tokens that go through the model: those of a document, and what comes before them."""
+        before = [self.scoring.prefix_token_id] * self.scoring.prefix
+        return np.concatenate([np.array(before, token_ids.dtype), token_ids])
 
-    def extras(self, n_tokens: int) -> tuple[Extra, ...]:
-        """The datasets of a document's kept scores."""
-        return kept_extras(n_tokens, self.widths)
+    def extras(self, document: InputDocument) -> tuple[Extra, ...]:
+        """The datasets of a document besides its outputs."""
+        return (*kept_extras(len(document.token_ids), self.widths), *text_extras(document.places))
+
+    def known(self, document: InputDocument, logprobs_T: npt.NDArray[np.float32]) -> Mapping[str, npt.NDArray[Any]]:
+        """What those of them hold that no rank has computed."""
+        ids = {f"{KEPT}ids": np.array(self.wanted.ids, "<i4")} if self.wanted.ids else {}
+        return {**ids, **text_arrays(document.places, logprobs_T)}
 
     @property
     def widths(self) -> dict[str, int]:
@@ -65,21 +75,72 @@ class Keeping:
 LOGPROBS = Keeping()
 
 
-def read_keeping(options: JobOptions, checkpoint: Checkpoint, documents: Sequence[InputDocument]) -> Keeping:
-    """What is to be scored and kept of these documents, with this model.
+def read_keeping(options: JobOptions, checkpoint: Checkpoint) -> Keeping:
+    """What is to be scored and kept of documents, with this model.
 
     Raises:
-        UserError: what `read_keep` refuses; or a document ends before the first token that is to be scored.
+        UserError: it cannot be: see `read_keep`, `read_prefix` and `cpmpi.documents.spans.read_spans`.
     """
     keeping = read_keep(options.keep, checkpoint.vocab_size)
-    scoring = replace(keeping.scoring, scored_from=options.from_position)
+    rule = read_spans(options.spans) if options.spans else None
+    scoring = replace(
+        keeping.scoring, scored_from=options.from_position, prefix_token=options.prefix_token or PLAIN.prefix_token,
+        prefix_token_id=read_prefix(options, checkpoint), spans=rule.recorded if rule is not None else "",
+    )  # fmt: skip
+    return replace(keeping, scoring=scoring, spans=rule)
+
+
+def check_documents(keeping: Keeping, documents: Sequence[InputDocument]) -> str:
+    """Refuse documents that end before the first token that is to be scored; what the user should know of the others.
+
+    Raises:
+        UserError: one does.
+    """
+    scoring = keeping.scoring
     for document in documents:
         if len(document.token_ids) <= scoring.scored_from:
             raise UserError(
                 f"--from {scoring.scored_from}: {shown(document.source)}: document '{shown(document.id)}' has "
                 f"{counted(len(document.token_ids), 'token')}, 0 to {len(document.token_ids) - 1}: none would be scored"
             )
-    return replace(keeping, scoring=scoring)
+    twice = sum(int(document.token_ids[0]) == scoring.prefix_token_id for document in documents)
+    if not twice:
+        return ""
+    return f"note: {counted(twice, 'document')} begin with the prefix token of their own: they have it twice"
+
+
+def read_prefix(options: JobOptions, checkpoint: Checkpoint) -> int:
+    """The token before a document's first one, which is none of its own; -1: none.
+
+    Raises:
+        UserError: the checkpoint names no such token, the vocabulary has not the id, or other options speak against it.
+    """
+    rule = options.prefix_token
+    if rule == "none" and options.special_tokens:
+        raise UserError("--prefix-token none and --special-tokens: choose one of them")
+    if rule is None or rule == "none":
+        return PLAIN.prefix_token_id
+    if options.keep_kv:
+        raise UserError(
+            f"--prefix-token {rule}: only with `cpmpi score`: stored keys and values are those of a document's own "
+            "tokens; make it the first of the document's token ids instead"
+        )
+    id = _bos(checkpoint) if rule == "bos" else int(rule)
+    if id is None:
+        raise UserError(
+            f"--prefix-token bos: {checkpoint.folder} names no token that begins a text (bos_token_id); give an id"
+        )
+    if not 0 <= id < checkpoint.vocab_size:
+        last = checkpoint.vocab_size - 1
+        raise UserError(f"--prefix-token {id}: the vocabulary has {checkpoint.vocab_size} tokens, 0 to {last}")
+    return id
+
+
+def _bos(checkpoint: Checkpoint) -> int | None:
+    """The token that begins a text, as the tokenizer has it, and without one, or without a word of it, the config."""
+    own = load_tokenizer(checkpoint.folder).bos_token_id if tokenizer_files(checkpoint.folder) else None
+    id: int | None = own if own is not None else checkpoint.text_config_value("bos_token_id")
+    return id
 
 
 def read_keep(keep: Sequence[str], vocab_size: int) -> Keeping:

@@ -16,6 +16,7 @@ from cpmpi.choices import (
     RESIDENCES,
     SCHEDULES,
     STORED_DTYPES,
+    check_prefix_token,
     check_segments,
     one_of,
     split_keep,
@@ -107,6 +108,14 @@ class JobOptions(ModelOptions):
         (), "Keep also rank, entropy, greedy, moments, topk=K or ids=FILE (docs/scores.md); once or several times.",
         repeated="--keep", metavar="WHAT",
     )  # fmt: skip
+    prefix_token: str | None = option(
+        None, "Token before each document, so that its first one is scored too.  [default: as the tokenizer does]",
+        metavar="bos|none|ID",
+    )  # fmt: skip
+    spans: str | None = option(
+        None, "Sum scores over lines, sentences or paragraphs of the text, or over those of a file (spans.csv).",
+        metavar="lines|sentences|paragraphs|FILE.jsonl",
+    )  # fmt: skip
     from_position: int = option(0, "Score only tokens from this position on.", least=0)
     fail_fast: bool = option(False, "End the job with the first document that fails, instead of going on.", flag=True)
     checkpoint: str = option(
@@ -190,7 +199,7 @@ def _as_declared(each: Field[Any], value: Any) -> Any:
         return Path(value)
     if each.name == "memory_limit":
         return parse_bytes(value, spelled(each.name)) if isinstance(value, str) else value
-    if each.name == "checkpoint":
+    if each.name in ("checkpoint", "prefix_token", "spans"):
         return str(value)
     if each.type.startswith("tuple"):
         return (str(value),) if isinstance(value, str | Path) else tuple(map(str, value))
@@ -209,6 +218,8 @@ def _check(each: Field[Any], value: Any) -> None:
         minutes_between(value)
     if each.name == "keep":
         split_keep(value)
+    if each.name == "prefix_token" and value is not None:
+        check_prefix_token(value)
     if each.name == "inputs" and "" in value:
         raise UserError("--input is empty; is a variable not set?")
     if known.get("needed") and value is None:

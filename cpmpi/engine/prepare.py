@@ -21,7 +21,7 @@ from cpmpi.cost.memory import choose_residence, document_memory
 from cpmpi.cost.workload import TokenSizes, Workload
 from cpmpi.documents.read import InputDocument, ReadOptions, read_documents
 from cpmpi.engine.circumstances import recorded_products, recorded_schedule
-from cpmpi.engine.keep import Keeping, read_keeping
+from cpmpi.engine.keep import Keeping, check_documents, read_keeping
 from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.engine.placement import check_grid, number_ranks
 from cpmpi.engine.report import introduce
@@ -35,6 +35,7 @@ from cpmpi.model.size import inner_width
 from cpmpi.model.tensor_parallel import WHOLE, Sharing, share
 from cpmpi.model.weights import weight_bytes
 from cpmpi.run import folder, spec
+from cpmpi.run.text_places import text_facts
 from cpmpi.timeline.files import check_files
 
 
@@ -68,27 +69,33 @@ def read(options: JobOptions, ranks: Ranks) -> Inputs:
     ranks.on_root(folder.check_folder, options.output, overwrite=options.overwrite)
     ranks.on_root(check_files, plot=options.plot, trace=options.trace, run_folder=options.output)
     checkpoint = ranks.together(Checkpoint, options.model)
+    keeping: Keeping = ranks.on_root(read_keeping, options, checkpoint)
     documents: list[InputDocument] = []
-    ranks.on_root(lambda: documents.extend(_read_documents(options, checkpoint, progress_of(options, ranks))))
-    keeping: Keeping = ranks.on_root(read_keeping, options, checkpoint, documents)
+    ranks.on_root(lambda: documents.extend(_read_documents(options, checkpoint, keeping, progress_of(options, ranks))))
     longest: int = ranks.on_root(lambda: max(len(d.token_ids) for d in documents)) + keeping.scoring.prefix
     return Inputs(checkpoint=checkpoint, documents=tuple(documents), longest=longest, keeping=keeping)
 
 
-def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progress) -> list[InputDocument]:
+def _read_documents(
+    options: JobOptions, checkpoint: Checkpoint, keeping: Keeping, progress: Progress
+) -> list[InputDocument]:  # fmt: skip
     def tokenized(done: int, characters: int) -> None:
         progress.count("tokenized {done} of {of} characters", done, characters)
 
+    special = options.special_tokens
+    if special is None and options.prefix_token is not None:
+        special = False  # what comes before a text is said already
     reading = read_documents(
         options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size, progress=tokenized,
         options=ReadOptions(
             column=options.column, id_column=options.id_column, select=options.select, limit=options.limit,
-            skip_bad=options.skip_bad, special_tokens=options.special_tokens,
+            skip_bad=options.skip_bad, special_tokens=special, prefix=keeping.scoring.prefix, spans=keeping.spans,
             max_positions=None if options.allow_longer else checkpoint.max_positions,
         ),
     )  # fmt: skip
-    for note in reading.notes:
-        progress.say(note)
+    for note in (*reading.notes, check_documents(keeping, reading.documents)):
+        if note:
+            progress.say(note)
     for problem in reading.problems:  # said also where no progress is wanted: nothing is left out in silence
         Progress(enabled=True).say(f"left out: {problem}")
     return reading.documents
@@ -192,5 +199,6 @@ def _document_spec(
         layout=Layout(n_tokens=n_tokens + keeping.scoring.prefix, world=world // grid.head_groups, segments=segments),
         grid=grid,
         token_ids_sha256=spec.token_digest(document.token_ids),
-        extras=keeping.extras(n_tokens),
+        text=text_facts(document.places, keeping.scoring.first),
+        extras=keeping.extras(document),
     )

@@ -104,7 +104,7 @@ class Seeker:
         if isinstance(found, UserError):
             return str(found), None
         try:
-            self._check(found, document.n_tokens)
+            self._check(found, document.layout.n_tokens)
             if self.writer is not None:
                 self._check_kv(self.writer, index, found)
             hidden = SavedHidden(self.folder, found)

@@ -204,10 +204,14 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
         if engine.checkpoints is not None:
             spent_s = resume.spent_s if resume is not None else 0.0
             engine.checkpoints.document = InWork(
-                index=i, identity=identity, name=document.id, n_tokens=document.n_tokens,
+                index=i, identity=identity, name=document.id, n_tokens=document.layout.n_tokens,
                 began_s=time.monotonic() - spent_s,
             )  # fmt: skip
-        scores = engine.score(token_ids, document.layout, document.id, keep if writer is not None else None, resume)
+        scores = engine.score(
+            job.inputs.keeping.preceded(token_ids), document.layout, document.id, keep if writer is not None else None,
+            resume,
+        )  # fmt: skip
+        scores.positions -= job.inputs.keeping.scoring.prefix
     digest = writer.finish(i) if writer is not None else 0
     everyone = ranks.comm.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
     write_kept(ranks, index, i, document.extras, scores, [positions for positions, *_ in everyone or ()])
@@ -221,7 +225,7 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
         try:
             index.write_outputs(
                 i, token_ids=token_ids, logprobs=logprobs, last_hidden=last_hidden, digests=digests,
-                extras=job.inputs.keeping.known,
+                extras=job.inputs.keeping.known(job.inputs.documents[i], logprobs),
             )  # fmt: skip
         except NotFiniteError as problem:
             if job.options.fail_fast:

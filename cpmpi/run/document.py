@@ -18,28 +18,28 @@ from h5py import h5a
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout
 from cpmpi.errors import UserError
-from cpmpi.run.extras import checksum_of, extras_in, recorded_checksums
+from cpmpi.run.document_scores import DocumentScores
+from cpmpi.run.extras import extras_in
 from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
-from cpmpi.run.kept import KEPT, PAIRS
 from cpmpi.run.layer_reader import Source, read_layer
 from cpmpi.run.publish import saying
-from cpmpi.run.results import DIGESTS, GREEDY, Results, outputs_digest, read_outputs, result_digest
+from cpmpi.run.results import DIGESTS, Results, outputs_digest, read_outputs, result_digest
 from cpmpi.run.spec import CONTINUES, TEXT, DocumentSpec, KVGroup, KVShape, Origin
 
 if TYPE_CHECKING:
     from cpmpi.run.reader import Run
 
 
-class Document:
+class Document(DocumentScores):
     """One document of a run; ``run.documents`` makes them."""
 
     def __init__(self, run: Run, index: int, name: str) -> None:
+        super().__init__()
         self.run, self.index = run, index
         self._path: Path = run.paths.index
         with saying(self._path, f"{name} cannot be read"):
             self.group = run.file[name]
         self._result_checked = False
-        self._sound: set[str] = set()
         self._tables: dict[int, npt.NDArray[np.uint64]] = {}
 
     def __repr__(self) -> str:
@@ -104,23 +104,10 @@ class Document:
         return self._output("token_ids").astype(np.int32, copy=False)
 
     @property
-    def first_scored(self) -> int:
-        """The first token that has a log-probability: 0 where something comes before it, else 1, or from where on
-        tokens are scored."""
-        return 0 if self.continues else min(self.run.scoring.first, self.n_tokens)
-
-    @property
     def continues(self) -> Mapping[str, Any]:
         """What a continuation follows: ``context_run_id``, ``context_document``, ``context_tokens``, and, of an answer,
         ``question`` and ``answer``. Empty for documents that follow nothing."""
         return {name: value for name, value in self._attributes.items() if name in CONTINUES}
-
-    @property
-    def greedy(self) -> npt.NDArray[np.bool_] | None:
-        """(T,) whether each token is the most probable one; None where that is not kept (``--keep greedy``)."""
-        if KEPT + GREEDY in self.group:
-            return self.extra(KEPT + GREEDY).astype(np.bool_)
-        return self._output(GREEDY).astype(np.bool_) if GREEDY in self.group else None
 
     @property
     def logprobs(self) -> npt.NDArray[np.float32]:
@@ -131,52 +118,6 @@ class Document:
     def last_hidden(self) -> npt.NDArray[np.float32]:
         """(hidden,) of the last token, after the final norm."""
         return self._output("last_hidden").astype(np.float32, copy=False)
-
-    @property
-    def kept_names(self) -> tuple[str, ...]:
-        """What ``kept`` can give: ``rank``, ``entropy``, ``greedy``, ``moments``, ``topk``, ``ids``."""
-        names = [extra.name.removeprefix(KEPT) for extra in self.spec.extras if extra.name.startswith(KEPT)]
-        paired = {part for parts in PAIRS.values() for part in parts}
-        return tuple(n for n in names if n not in paired) + tuple(n for n, parts in PAIRS.items() if parts[0] in names)
-
-    def kept(self, name: str) -> Any:
-        """A score that was kept of every token, row i of token i; see docs/scores.md for what each is.
-
-        Args:
-            name: one of ``kept_names``.
-
-        Returns:
-            An array: ``rank`` (T,) int32, ``entropy`` (T,) float32, ``greedy`` (T,) bool, ``moments`` (T, 2) float32.
-            Or two: of ``topk`` the ids (T, K) int32 and log-probabilities (T, K) float32, of ``ids`` the ids (M,) int32
-            and log-probabilities (T, M) float32.
-
-        Raises:
-            UserError: it is not kept, or damaged, or the document is not complete.
-        """
-        if name not in self.kept_names:
-            have = ", ".join(self.kept_names) or "nothing (see --keep)"
-            raise UserError(f"{self._path}: document {self.id!r}: {name} is not kept; it has {have}")
-        if name in PAIRS:
-            return tuple(self.extra(KEPT + part) for part in PAIRS[name])
-        return self.greedy if name == GREEDY else self.extra(KEPT + name)
-
-    def extra(self, name: str) -> RawArray:
-        """A dataset besides the outputs, such as ``kept/rank``, compared with its checksum.
-
-        Raises:
-            UserError: it is damaged, or the document is not complete.
-            KeyError: there is none of this name.
-        """
-        self._check_outputs()
-        if name not in self._sound:
-            with saying(self._path, f"document {self.id!r} cannot be read"):
-                found = checksum_of(self.group[name])
-            if found != recorded_checksums(self.group)[name]:
-                raise UserError(
-                    f"{self._path}: document {self.id!r}: {name} does not have the checksum that was recorded"
-                )
-            self._sound.add(name)
-        return np.asarray(self.group[name])
 
     @cached_property
     def spec(self) -> DocumentSpec:

@@ -57,7 +57,8 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunI
             return RunIndex(folder, spec)
         spec, kept = _keep_finished(run, spec)
         index = create_index(folder, spec, {name: document.group for name, document in kept.items()})
-    RunPaths(folder).summary.unlink(missing_ok=True)
+    for table in (RunPaths(folder).summary, RunPaths(folder).spans):
+        table.unlink(missing_ok=True)
     _delete_shards_but(folder, {one.number for one in (*spec.earlier_sets, spec.shard_set)})
     return index
 

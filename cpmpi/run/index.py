@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpmpi.errors import UserError
+from cpmpi.run.document_scores import bits_per
 from cpmpi.run.extras import CHECKSUMS, checksum_of
 from cpmpi.run.hdf5 import RawArray, changed_file, dataset_offset, open_file, pwrite_all, set_attribute
 from cpmpi.run.index_layout import REASON_BYTES, lay_out_index
@@ -32,8 +33,10 @@ from cpmpi.run.results import (
     sum_nll,
 )
 from cpmpi.run.spec import DocumentSpec, RunSpec, token_digest
+from cpmpi.run.text_places import spans_text
 
 SUMMARY_COLUMNS = ("index", "id", "source", "n_tokens", "nll", "perplexity", "complete", "failed")
+BITS = {"bits_per_byte": "scored_bytes", "bits_per_character": "scored_characters"}  # columns after the perplexity
 
 
 class NotFiniteError(UserError):
@@ -187,6 +190,8 @@ class RunIndex:
         self._check_ours()
         with open_file(self._paths.index, locking=False, check=False) as file:
             publish_text(self._paths.summary, summary_text(file))
+            if self.spec.scoring.spans:
+                publish_text(self._paths.spans, spans_text(file))
         sync_path(self._paths.index)
         with changed_file(self._paths.index) as file:
             set_attribute(file, "complete", True)
@@ -268,10 +273,12 @@ def summary_text(file: Any) -> str:
     """``summary.csv`` of an open ``run.h5``."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    table.writerow(SUMMARY_COLUMNS)
+    bits = BITS if "keep" in file.attrs else {}  # runs that were made before have no such columns
+    table.writerow((*SUMMARY_COLUMNS[:-2], *bits, *SUMMARY_COLUMNS[-2:]))
     for index in range(len(file["documents"])):
         attributes = file[document_name(index)].attrs
         *plain, _, _ = (attributes.get(column, b"") for column in SUMMARY_COLUMNS[1:])
         failed = attributes.get("failed", b"").decode(errors="replace")
-        table.writerow((index, *plain, "yes" if attributes["complete"] else "no", failed))
+        values = [bits_per(attributes["nll"], attributes.get(name, -1)) for name in bits.values()]
+        table.writerow((index, *plain, *values, "yes" if attributes["complete"] else "no", failed))
     return text.getvalue()

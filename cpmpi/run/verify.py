@@ -25,6 +25,7 @@ from cpmpi.run.reader import Run, open_run
 from cpmpi.run.results import DIGESTS, perplexity, read_outputs, sum_nll
 from cpmpi.run.shard import ShardDocument, ShardFile
 from cpmpi.run.spec import KVGroup, token_digest
+from cpmpi.run.text_places import spans_text
 
 CHUNK_BYTES = 4 << 20
 # log-softmax in float32 may come out above 0 by its rounding.
@@ -96,6 +97,10 @@ def _state_problems(run: Run, sound: list[Document]) -> Iterator[str]:
         yield f"{run.paths.summary}: no such file"
     elif run.version > 1 and run.paths.summary.read_bytes() != summary_text(run.file).encode():
         yield f"{run.paths.summary}: does not say what run.h5 says"
+    if run.scoring.spans and not run.paths.spans.exists():
+        yield f"{run.paths.spans}: no such file"
+    elif run.scoring.spans and run.paths.spans.read_bytes() != spans_text(run.file).encode():
+        yield f"{run.paths.spans}: does not say what run.h5 says"
 
 
 def output_problems(document: Document) -> Iterator[str]:
@@ -109,8 +114,8 @@ def output_problems(document: Document) -> Iterator[str]:
     if expected and token_digest(outputs["token_ids"]) != expected:
         yield f"{who}: its token ids are not those that it was started with"
     first = document.first_scored
-    if first and not np.isnan(logprobs[:first]).all():
-        yield f"{who}: logprobs[{np.isnan(logprobs[:first]).argmin()}] is a number, but tokens are scored from {first}"
+    for early in np.flatnonzero(~np.isnan(logprobs[:first]))[:1]:
+        yield f"{who}: logprobs[{early}] is {logprobs[early]}, not NaN"
     found = logprobs[first:]
     wrong = np.flatnonzero(~(found <= LOGPROB_ROUNDING) | np.isinf(found)) + len(logprobs) - len(found)
     if len(wrong):
