@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("cpmpi.jobs.generate", "Answer prompts from a stored document."),
     "demo": ("cpmpi.jobs.demo", "Run the main job on a small checkpoint and a long text."),
     "inspect": ("cpmpi.jobs.inspect", "What is in a run folder."),
+    "tokens": ("cpmpi.jobs.tokens", "A passage of a document with the scores of its tokens."),
     "verify": ("cpmpi.jobs.verify", "Check the files of a run folder against their checksums."),
     "report": ("cpmpi.jobs.report", "Pictures of the documents of a run folder."),
     "bench": ("cpmpi.jobs.bench", "Measure attention across ranks, or messages between them."),

@@ -7,9 +7,16 @@ from logits that differ by some 1e-5 between the two sides: they must agree wher
 
 from __future__ import annotations
 
+import csv
+import json
+import math
+
+import h5py
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from .conftest import ROOT
 from .test_exact import VOCABULARY, save_llama, shared_folder
 from .tolerances import TOKEN
 
@@ -99,7 +106,9 @@ def test_kept_scores_are_those_of_transformers(ranks, tmp_path, monkeypatch):
     comm.Barrier()
     keep = (*ALL, f"ids={folder}/ids.txt")
     given = {"model": folder / "model", "inputs": folder / "documents", "chunk_tokens": 100, "keep": keep}
-    cpmpi.score(**given, output=folder / "run", tp=2 if ranks == 2 else 1).close()
+    first = {**given, "inputs": folder / "documents" / "061.npy"}
+    cpmpi.score(**first, output=folder / "run", tp=2 if ranks == 2 else 1).close()
+    cpmpi.score(**given, output=folder / "run", tp=2 if ranks == 2 else 1).close()  # what is finished is taken over
     given["inputs"] = folder / "documents" / "700.npy"
     cpmpi.prefill(**given, output=folder / "late", from_position=333, segments=3).close()
     cpmpi.score(**{**given, "keep": ()}, output=folder / "plain", tp=2 if ranks == 2 else 1).close()
@@ -119,3 +128,183 @@ def test_kept_scores_are_those_of_transformers(ranks, tmp_path, monkeypatch):
         assert document.perplexity == pytest.approx(np.exp(document.nll / (700 - 333)), rel=1e-12)
     for name in ("run", "late", "plain"):
         assert verify_run(folder / name).problems == []
+
+
+TEXT = "class Größe:\n    x = '😀'  # naïve?\n\n    def f(self): return 1\n" * 6
+DEMO = ROOT / "examples" / "demo" / "checkpoint"
+PREFIX = 0
+
+
+@pytest.mark.mpi(2)
+def test_text_spans_and_a_prefix_token(tmp_path):
+    """The demo's byte-level tokenizer, whose tokens cut characters in pieces."""
+    from mpi4py import MPI
+
+    import cpmpi
+    from cpmpi.run.verify import verify_run
+
+    comm, folder = MPI.COMM_WORLD, shared_folder(tmp_path)
+    if comm.rank == 0:
+        (folder / "a.txt").write_text(TEXT)
+        (folder / "ids.jsonl").write_text(json.dumps({"id": "ids", "token_ids": [PREFIX, 5, 9, 300]}) + "\n")
+        named = [
+            {"document": "a.txt", "start": 3, "stop": 40, "id": "Ü"},
+            {"document": "a.txt", "start": 9, "stop": 10},
+        ]
+        (folder / "named.jsonl").write_text("\n".join(map(json.dumps, named)))
+    comm.Barrier()
+    given = {"model": DEMO, "inputs": folder / "a.txt", "keep": ("rank", "entropy", "topk=2")}
+    cpmpi.prefill(**given, output=folder / "lines", spans="lines").close()
+    cpmpi.score(**given, output=folder / "late", spans=str(folder / "named.jsonl"), from_position=30).close()
+    given["inputs"] = [folder / "a.txt", folder / "ids.jsonl"]
+    cpmpi.score(**given, output=folder / "prefix", prefix_token=PREFIX).close()
+    with pytest.raises(cpmpi.UserError, match=r"with prefix_token tokenizer, this one has none; choose another"):
+        cpmpi.score(
+            **{**given, "inputs": folder / "a.txt"}, output=folder / "late", prefix_token="none", from_position=30
+        )
+    if comm.rank:
+        return
+    with cpmpi.open_run(folder / "lines") as run:
+        check_places(run.documents[0])
+        check_lines(run.documents[0], folder / "lines")
+    with cpmpi.open_run(folder / "late") as run:
+        check_named(run.documents[0])
+    with cpmpi.open_run(folder / "prefix") as run:
+        check_prefix(run)
+    for name in ("lines", "late", "prefix"):
+        assert verify_run(folder / name).problems == []
+    check_commands(folder)
+    check_damage(folder / "lines")
+
+
+def check_places(document):
+    from transformers import AutoTokenizer
+
+    assert (document.n_characters, document.n_bytes) == (len(TEXT), len(TEXT.encode()))
+    offsets = AutoTokenizer.from_pretrained(DEMO)(TEXT, return_offsets_mapping=True)["offset_mapping"]
+    np.testing.assert_array_equal(document.token_characters, offsets)
+    assert document.token_bytes[-1].tolist()[1] == document.n_bytes
+    assert (np.diff(document.token_bytes, axis=1) > np.diff(document.token_characters, axis=1)).any()
+    scored = len(TEXT.encode()) - len(TEXT[: offsets[0][1]].encode())
+    assert document.bits_per_byte == pytest.approx(document.nll / math.log(2) / scored, rel=1e-12)
+    assert document.bits_per_character == pytest.approx(document.nll / math.log(2) / (len(TEXT) - offsets[0][1]))
+
+
+def check_lines(document, folder):
+    """Sums of all lines, from the characters up, in the file and in the table; together they are the nll."""
+    spans, starts = document.spans, document.token_characters[:, 0]
+    ends = [i + 1 for i, c in enumerate(TEXT) if c == "\n"]
+    assert spans["characters"].tolist() == [list(pair) for pair in zip([0, *ends[:-1]], ends, strict=True)]
+    assert spans["bytes"][:, 1].tolist() == [len(TEXT[:end].encode()) for end in ends]
+    for (start, stop), count, logprob in zip(spans["characters"], spans["n_tokens"], spans["logprob"], strict=True):
+        inside = document.logprobs[(starts >= start) & (starts < stop)].astype(np.float64)
+        assert count == (~np.isnan(inside)).sum()
+        assert logprob == pytest.approx(np.nansum(inside), rel=1e-12)
+    assert spans["logprob"].sum() == pytest.approx(-document.nll, rel=1e-12)
+    with open(folder / "spans.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["logprob"]) for row in rows] == spans["logprob"].tolist()
+    assert [int(row["stop_byte"]) for row in rows] == spans["bytes"][:, 1].tolist()
+    assert float(rows[1]["perplexity"]) == pytest.approx(np.exp(-spans["logprob"][1] / spans["n_tokens"][1]))
+    with open(folder / "summary.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["bits_per_byte"]) == document.bits_per_byte
+
+
+def check_named(document):
+    spans, scored = document.spans, document.token_characters[29, 1]
+    assert spans["id"].tolist() == ["Ü", ""]
+    assert spans["characters"].tolist() == [[3, 40], [9, 10]]
+    assert spans["n_tokens"][1] == 0, "before the first token that is scored"
+    assert document.first_scored == 30
+    assert document.bits_per_character == pytest.approx(document.nll / math.log(2) / (len(TEXT) - scored))
+
+
+def check_prefix(run):
+    """Both documents equal transformers on the prefix token and theirs, from their first token on."""
+    assert (run.scoring.prefix_token, run.scoring.prefix_token_id) == (str(PREFIX), PREFIX)
+    for document in run.documents:
+        before = truth_logprobs(DEMO, [PREFIX, *document.token_ids])[:-1]
+        actual = before[np.arange(document.n_tokens), document.token_ids]
+        assert np.abs(document.logprobs - actual).max() <= TOKEN
+        assert document.first_scored == 0
+        assert document.nll == pytest.approx(-actual.sum(), abs=1e-2)
+        assert document.perplexity == pytest.approx(np.exp(document.nll / document.n_tokens), rel=1e-12)
+        assert (document.kept("rank") >= 1).all()
+    text, ids = run.documents
+    assert ids.token_ids.tolist() == [PREFIX, 5, 9, 300]
+    assert text.bits_per_byte == pytest.approx(text.nll / math.log(2) / len(TEXT.encode()), rel=1e-12)
+    assert math.isnan(ids.bits_per_byte)
+    assert ids.token_characters is None
+
+
+def check_commands(folder):
+    """inspect and tokens show what is there; no colours in a pipe."""
+    from cpmpi.jobs.inspect import command as inspect
+    from cpmpi.jobs.tokens import command as tokens
+
+    text = CliRunner().invoke(inspect, [str(folder / "prefix")], catch_exceptions=False).output
+    assert "scores    kept: entropy rank topk=2; prefix token 0 (0)\n" in text
+    assert "bits/byte" in text
+    shown = CliRunner().invoke(tokens, [str(folder / "lines"), "a.txt", "--around", "7", "--context", "2"])
+    assert shown.exit_code == 0, shown.output
+    lines = shown.output.splitlines()
+    assert lines[0].startswith("a.txt: tokens 5 to 9 of ")
+    (header,) = (i for i, line in enumerate(lines) if "entropy" in line)
+    assert lines[header].split() == ["token", "bits", "rank", "entropy", "most", "probable", "character"]
+    assert [line.split()[0] for line in lines[header + 1 :]] == ["5", "6", ">", "8", "9"]
+    assert "\x1b" not in shown.output
+    coloured = CliRunner().invoke(tokens, [str(folder / "lines"), "0"], color=True)
+    assert "\x1b[38;5;16m" in coloured.output
+    for arguments, words in (
+        (["b.txt"], "no document 'b.txt'; it has 'a.txt'"),
+        (["0", "--around", "9999"], "9999: doc"),
+    ):
+        problem = CliRunner().invoke(tokens, [str(folder / "lines"), *arguments]).exception
+        assert words in str(problem)
+
+
+def check_damage(folder):
+    """A flipped bit of a kept score, of a place or of a span is found, and what else there is stays readable."""
+    import cpmpi
+    from cpmpi.run.verify import verify_run
+
+    for name in ("kept/rank", "kept/topk_logprobs", "text/bytes", "spans/logprob"):
+        with h5py.File(folder / "run.h5") as file:
+            at = file[f"documents/000000/{name}"].id.get_offset() + 9
+        data = bytearray((folder / "run.h5").read_bytes())
+        data[at] ^= 1
+        (folder / "run.h5").write_bytes(data)
+        expected = f"document 'a.txt': {name} does not have the checksum that was recorded"
+        assert any(expected in problem for problem in verify_run(folder).problems)
+        with cpmpi.open_run(folder) as run:
+            assert run.documents[0].logprobs.shape
+            with pytest.raises(cpmpi.UserError, match=f"{name} does not have the checksum"):
+                run.documents[0].extra(name)
+        data[at] ^= 1
+        (folder / "run.h5").write_bytes(data)
+
+
+@pytest.mark.mpi(2)
+def test_what_is_kept_goes_on_across_a_checkpoint(tmp_path):
+    """Stopped inside a document and gone on: all of it is that of an undisturbed run, bit for bit; nothing else goes on
+    with another prefix token."""
+    from mpi4py import MPI
+
+    import cpmpi
+
+    from .test_resume import options_of, prepared, run_counted, run_stopped, same
+
+    folder = prepared(tmp_path)
+    own = {"keep": ("rank", "moments", "topk=3"), "prefix_token": "5", "from_position": 40}
+    run_counted(options_of(folder, "whole", **own))
+    run_stopped(options_of(folder, "run", **own))
+    assert run_counted(options_of(folder, "run", **own))[0] == [3, 4]
+    MPI.COMM_WORLD.Barrier()
+    if MPI.COMM_WORLD.rank:
+        return
+    same(folder / "whole", folder / "run")
+    with cpmpi.open_run(folder / "whole") as a, cpmpi.open_run(folder / "run") as b:
+        assert a.documents[0].kept_names == ("rank", "moments", "topk")
+        for x, y in zip(a.documents[0].spec.extras, b.documents[0].spec.extras, strict=True):
+            np.testing.assert_array_equal(a.documents[0].extra(x.name), b.documents[0].extra(y.name))

@@ -112,7 +112,7 @@ class SpanRule:
 
 
 def cut(text: str, rule: str) -> npt.NDArray[np.int64]:
-    """Start and stop (S, 2) of the lines, sentences or paragraphs of a text, without a gap; but a line, none is blank."""
+    """Start and stop (S, 2) of the lines, sentences or paragraphs of a text, which leave no gap."""
     stops = [end.end() for end in ENDS[rule].finditer(text)]
     if rule != "lines" and stops and not text[: stops[0]].strip():
         stops = stops[1:]

@@ -120,11 +120,6 @@ def read_prefix(options: JobOptions, checkpoint: Checkpoint) -> int:
         raise UserError("--prefix-token none and --special-tokens: choose one of them")
     if rule is None or rule == "none":
         return PLAIN.prefix_token_id
-    if options.keep_kv:
-        raise UserError(
-            f"--prefix-token {rule}: only with `cpmpi score`: stored keys and values are those of a document's own "
-            "tokens; make it the first of the document's token ids instead"
-        )
     id = _bos(checkpoint) if rule == "bos" else int(rule)
     if id is None:
         raise UserError(
@@ -133,6 +128,11 @@ def read_prefix(options: JobOptions, checkpoint: Checkpoint) -> int:
     if not 0 <= id < checkpoint.vocab_size:
         last = checkpoint.vocab_size - 1
         raise UserError(f"--prefix-token {id}: the vocabulary has {checkpoint.vocab_size} tokens, 0 to {last}")
+    if options.keep_kv:
+        raise UserError(
+            f"--prefix-token {rule}: only with `cpmpi score`: stored keys and values are those of a document's own "
+            "tokens; make it the first of the document's token ids instead"
+        )
     return id
 
 
