@@ -308,3 +308,29 @@ def test_what_is_kept_goes_on_across_a_checkpoint(tmp_path):
         assert a.documents[0].kept_names == ("rank", "moments", "topk")
         for x, y in zip(a.documents[0].spec.extras, b.documents[0].spec.extras, strict=True):
             np.testing.assert_array_equal(a.documents[0].extra(x.name), b.documents[0].extra(y.name))
+
+
+def test_a_prefix_token_takes_the_place_of_special_ones(tmp_path):
+    from cpmpi.engine.keep import read_prefix, special_tokens
+    from cpmpi.engine.options import JobOptions
+    from cpmpi.errors import UserError
+    from cpmpi.model.checkpoint import Checkpoint
+
+    def options(**own):
+        return JobOptions.of(model=DEMO, inputs="d", output="r", **{"keep_kv": False, **own})
+
+    said = {None: {None: None, True: True}, "none": {None: False, False: False}, "bos": {None: False, True: True}}
+    for prefix, answers in said.items():
+        for given, expected in answers.items():
+            assert special_tokens(options(prefix_token=prefix, special_tokens=given)) is expected
+    save_llama(tmp_path / "llama", 1)
+    assert read_prefix(options(prefix_token="bos"), Checkpoint(tmp_path / "llama")) == 1
+    assert read_prefix(options(prefix_token="none"), Checkpoint(DEMO)) == -1
+    for own, words in (
+        ({"prefix_token": "bos"}, r"checkpoint names no token that begins a text \(bos_token_id\); give an id"),
+        ({"prefix_token": "1024"}, "the vocabulary has 1024 tokens, 0 to 1023"),
+        ({"prefix_token": "7", "keep_kv": True}, "only with `cpmpi score`"),
+        ({"prefix_token": "none", "special_tokens": True}, "choose one of them"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_prefix(options(**own), Checkpoint(DEMO))

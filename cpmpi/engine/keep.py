@@ -47,6 +47,11 @@ class Keeping:
         """The first that is scored of the tokens that go through the model, a prefix token among them."""
         return self.scoring.first + self.scoring.prefix
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's kept scores: 4 a number, and as much again where the parts are put together."""
+        return 8 * sum(self.widths.values())
+
     def preceded(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """The tokens that go through the model: those of a document, and what comes before them."""
         before = [self.scoring.prefix_token_id] * self.scoring.prefix
@@ -134,6 +139,13 @@ def read_prefix(options: JobOptions, checkpoint: Checkpoint) -> int:
             "tokens; make it the first of the document's token ids instead"
         )
     return id
+
+
+def special_tokens(options: JobOptions) -> bool | None:
+    """Whether a tokenizer adds its special tokens; not of itself where what comes before a text is said already."""
+    if options.special_tokens is None and options.prefix_token is not None:
+        return False
+    return options.special_tokens
 
 
 def _bos(checkpoint: Checkpoint) -> int | None:

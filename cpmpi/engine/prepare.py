@@ -21,7 +21,7 @@ from cpmpi.cost.memory import choose_residence, document_memory
 from cpmpi.cost.workload import TokenSizes, Workload
 from cpmpi.documents.read import InputDocument, ReadOptions, read_documents
 from cpmpi.engine.circumstances import recorded_products, recorded_schedule
-from cpmpi.engine.keep import Keeping, check_documents, read_keeping
+from cpmpi.engine.keep import Keeping, check_documents, read_keeping, special_tokens
 from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.engine.placement import check_grid, number_ranks
 from cpmpi.engine.report import introduce
@@ -82,15 +82,12 @@ def _read_documents(
     def tokenized(done: int, characters: int) -> None:
         progress.count("tokenized {done} of {of} characters", done, characters)
 
-    special = options.special_tokens
-    if special is None and options.prefix_token is not None:
-        special = False  # what comes before a text is said already
     reading = read_documents(
         options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size, progress=tokenized,
         options=ReadOptions(
             column=options.column, id_column=options.id_column, select=options.select, limit=options.limit,
-            skip_bad=options.skip_bad, special_tokens=special, prefix=keeping.scoring.prefix, spans=keeping.spans,
-            max_positions=None if options.allow_longer else checkpoint.max_positions,
+            skip_bad=options.skip_bad, special_tokens=special_tokens(options), prefix=keeping.scoring.prefix,
+            spans=keeping.spans, max_positions=None if options.allow_longer else checkpoint.max_positions,
         ),
     )  # fmt: skip
     for note in (*reading.notes, check_documents(keeping, reading.documents)):
@@ -147,6 +144,7 @@ def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place, run_
         hidden=run_spec.hidden_size, inner=inner_width(place.skeleton), vocabulary=inputs.checkpoint.vocab_size,
         chunk_tokens=options.chunk_tokens, stored_itemsize=run_spec.kv.stored.itemsize if run_spec.kv else 0,
         checkpoint_bytes=place.blocks.token_bytes if options.checkpoint != OFF and place.blocks.whole else 0,
+        kept_bytes=inputs.keeping.token_bytes,
     )  # fmt: skip
     memory = ranks.together(
         choose_residence, document_memory(work, schedule, sizes), weight_bytes(place.reader), choice=options.weights,

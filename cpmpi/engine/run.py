@@ -211,7 +211,7 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
             job.inputs.keeping.preceded(token_ids), document.layout, document.id, keep if writer is not None else None,
             resume,
         )  # fmt: skip
-        scores.positions -= job.inputs.keeping.scoring.prefix
+        scores.positions = scores.positions - job.inputs.keeping.scoring.prefix
     digest = writer.finish(i) if writer is not None else 0
     everyone = ranks.comm.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
     write_kept(ranks, index, i, document.extras, scores, [positions for positions, *_ in everyone or ()])
