@@ -1,4 +1,4 @@
-"""A checkpoint's own head: from hidden states to the log-probabilities of given tokens, a chunk at a time.
+"""A checkpoint's own head: from hidden states to the scores of given tokens, a chunk at a time.
 
 Legend: T tokens, V vocabulary.
 """
@@ -37,11 +37,6 @@ class Head:
     def __init__(self, model: torch.nn.Module, chunk_tokens: int = 256) -> None:
         self.model = model
         self.chunk_tokens = chunk_tokens
-
-    def logprobs(self, hidden_TC: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-        """Log-probability of each target token, (T,) float32 on the CPU."""
-        parts = [scores["logprobs"] for scores in self.scores(hidden_TC, targets_T)]
-        return torch.cat(parts) if parts else torch.empty(0)
 
     def scores(
         self, hidden_TC: torch.Tensor, targets_T: torch.Tensor, wanted: Wanted = NOTHING
