@@ -175,7 +175,7 @@ def _scoring_lines(scoring: dict[str, Any]) -> list[str]:
 
 
 def _table(documents: list[dict[str, Any]]) -> list[str]:
-    rows = [HEADINGS]
+    rows: list[tuple[str, ...]] = [HEADINGS]
     for document in documents:
         numbers = (document["nll"], document["perplexity"], document["bits_per_byte"])
         nll, perplexity, bits = ("-" if value is None else f"{value:.6g}" for value in numbers)
