@@ -43,9 +43,9 @@ class Extra:
 
     @property
     def fill(self) -> Any:
-        """What it holds until it is written, and where there is nothing to say: NaN, -1, or 0 (no)."""
-        kind = np.dtype(self.dtype).kind
-        return np.array({"f": np.nan, "i": -1, "u": 0, "S": b""}[kind], self.dtype)
+        """What it holds until it is written, and where there is nothing to say: NaN, -1, or 0 (no); None: nothing."""
+        kind = np.dtype(self.dtype).kind  # text: HDF5 converts no fill value to UTF-8; what is not written is empty
+        return None if kind == "S" else np.array({"f": np.nan, "i": -1, "u": 0}[kind], self.dtype)
 
     @property
     def n_bytes(self) -> int:
