@@ -1,6 +1,6 @@
 """What the scores beside log-probabilities cost: the same document without, and with each of them.
 
-    python -m benchmarks.keep [--tokens 4096] [--rounds 5]
+    python -m benchmarks.keep [--tokens 2048] [--rounds 5]
 
 The model and the document are those of ``benchmarks.main_job`` (vocabulary 32,000; a narrow model: the wider it is, the
 smaller the share of what is computed from its logits). One process with one rank; all ways take turns in each round, so
@@ -52,7 +52,7 @@ def measure(folder: Path, tokens: int, rounds: int) -> dict[str, list[float]]:
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cpmpi-keep-") as name:

@@ -90,7 +90,10 @@ def prepare(folder):
     (folder / "ids.txt").write_text(", ".join(map(str, IDS)))
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.mpi(n)) for n in (1, 2, 3)])
+@pytest.mark.parametrize("ranks", [
+    pytest.param(2, marks=pytest.mark.mpi(2)),
+    *(pytest.param(n, marks=(pytest.mark.mpi(n), pytest.mark.slow)) for n in (1, 3)),
+])  # fmt: skip
 def test_kept_scores_are_those_of_transformers(ranks, tmp_path, monkeypatch):
     """All of them, on several ranks, sharing weights on two, written a few rows at a time."""
     from mpi4py import MPI

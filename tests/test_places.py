@@ -22,7 +22,7 @@ def parts(text, rule):
     return [text[a:b] for a, b in cut(text, rule)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TEXTS.filter(bool), st.sampled_from(["lines", "sentences", "paragraphs"]))
 def test_every_character_is_in_one_part(text, rule):
     bounds = cut(text, rule)
@@ -40,11 +40,11 @@ def test_where_parts_end():
 
 
 def test_a_run_of_full_stops_is_cut_in_time():
-    """From each of them to the last would be 5 * 10**11 steps."""
-    assert len(cut("." * 1_000_000 + "a" + "。" * 1_000_000, "sentences")) == 1
+    """From each of them to the last would be 4 * 10**10 steps."""
+    assert len(cut("." * 300_000 + "a" + "。" * 300_000, "sentences")) == 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TEXTS.filter(bool), st.data())
 def test_bytes_are_those_of_the_characters(text, data):
     bounds = sorted(data.draw(st.lists(st.integers(0, len(text)), min_size=2, max_size=9)))
@@ -69,7 +69,7 @@ def test_special_tokens_stand_between_the_others():
     assert dict(text_facts(unknown, 0))["scored_bytes"] == 4
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_token_counts_where_its_first_character_lies(data):
     """Tokens in any order, spans that overlap, tokens that are not scored."""

@@ -53,16 +53,16 @@ def check(logits, targets, wanted=ALL, atol=1e-4):
             torch.testing.assert_close(values.double(), expected[name], atol=atol, rtol=2e-6, msg=name)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 7, 700])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 300])
 @pytest.mark.parametrize("scale", [1.0, 40.0])
-@pytest.mark.parametrize("vocabulary", [1000, 1024, 9999])
+@pytest.mark.parametrize("vocabulary", [1024, 4999])
 def test_every_score_is_its_definition(tokens, scale, vocabulary):
     generator = torch.Generator().manual_seed(tokens)
     logits = torch.randn(tokens, vocabulary, generator=generator) * scale
     check(logits, torch.randint(0, vocabulary, (tokens,), generator=generator))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_equal_logits_are_told_apart_by_rule(data):
     """Logits of few values: ranks share the best place, and the first ids come first, in any width and number."""
