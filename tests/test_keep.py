@@ -314,7 +314,7 @@ def test_what_is_kept_goes_on_across_a_checkpoint(tmp_path):
 
 
 def test_a_prefix_token_takes_the_place_of_special_ones(tmp_path):
-    from cpmpi.engine.keep import read_prefix, special_tokens
+    from cpmpi.engine.keeping import read_prefix, special_tokens
     from cpmpi.engine.options import JobOptions
     from cpmpi.errors import UserError
     from cpmpi.model.checkpoint import Checkpoint

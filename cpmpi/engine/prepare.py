@@ -21,7 +21,7 @@ from cpmpi.cost.memory import choose_residence, document_memory
 from cpmpi.cost.workload import TokenSizes, Workload
 from cpmpi.documents.read import InputDocument, ReadOptions, read_documents
 from cpmpi.engine.circumstances import recorded_products, recorded_schedule
-from cpmpi.engine.keep import Keeping, check_documents, read_keeping, special_tokens
+from cpmpi.engine.keeping import Keeping, check_documents, read_keeping, special_tokens
 from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.engine.placement import check_grid, number_ranks
 from cpmpi.engine.report import introduce

@@ -12,7 +12,7 @@ from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
 from cpmpi.cost.memory import Memory
 from cpmpi.documents.read import InputDocument
-from cpmpi.engine.keep import LOGPROBS, Keeping
+from cpmpi.engine.keeping import LOGPROBS, Keeping
 from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.kernels.backend import Backend
 from cpmpi.model.blocks import Blocks
