@@ -11,6 +11,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 STORED_DTYPES = ("bfloat16", "float16", "float32")
 SCHEDULES = ("ring", "tree", "hybrid")
 DEVICES = ("cpu", "cuda")
+TRANSPORTS = ("nccl", "gloo", "mpi")
 RESIDENCES = ("resident", "stream")
 KV_RESIDENCES = ("memory", "mapped")
 AUTO = "auto"

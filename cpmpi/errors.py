@@ -59,6 +59,13 @@ def one_line(error: BaseException) -> str:
     return (text[:300] + "..." if len(text) > 300 else text) or type(error).__name__
 
 
+def why(problem: BaseException) -> str:
+    """An error in one line that begins with the file, where it is the system's and has one."""
+    if isinstance(problem, OSError) and problem.strerror and problem.filename:
+        return f"{problem.filename}: {problem.strerror}"
+    return str(problem) if isinstance(problem, UserError) else one_line(problem)
+
+
 def some(names: Sequence[str], most: int = 4) -> str:
     """The first few names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -47,6 +47,7 @@ class Asked:
     segments: int
     dtype: str
     device: str
+    transport: str
     repeat: int
     topology_file: Path | None
     leaf_file: Path | None
@@ -65,6 +66,7 @@ class Asked:
 @job_option("segments")
 @job_option("dtype", type=click.Choice(DTYPES), default="float32", help="Of queries, keys and values.")
 @job_option("device")
+@job_option("transport")
 @repeat_option
 @topology_file
 @leaf_file
@@ -73,6 +75,7 @@ class Asked:
 def attention(**options: Any) -> None:
     """One layer's attention of random tokens: measured against predicted, and how much of the transfers is hidden."""
     from cpmpi.comm import ranks as launched
+    from cpmpi.comm.carrier import choose_carrier
     from cpmpi.comm.device import choose_device, set_threads
     from cpmpi.cost.attention_bench import AttentionBench
     from cpmpi.cost.choose import choose, schedule_on
@@ -90,8 +93,9 @@ def attention(**options: Any) -> None:
     number = TORCH_DTYPES[asked.dtype]
     shape = ranks.together(shape_of, asked, number.itemsize)
     topology = described(ranks, asked.topology_file, asked.leaf_file)
+    carrier = choose_carrier(ranks, topology, on, asked.transport)
     backend = ranks.together(told, select, on, number, head_dim=asked.head_dim)
-    bench = AttentionBench(ranks.comm, topology, backend, on)
+    bench = AttentionBench(ranks.comm, topology, backend, carrier)
     rates = bench.rates(shape, number)
     kinds = SCHEDULES if asked.attention in (AUTO, ALL) else (asked.attention,)
     if asked.attention == AUTO:
@@ -170,14 +174,15 @@ def print_rows(asked: Asked, bench: AttentionBench, rates: Rates, rows: Sequence
 
 @command.command()
 @job_option("device")
+@job_option("transport")
 @repeat_option
 @topology_file
 @leaf_file
-def transport(device: str, repeat: int, topology_file: Path | None, leaf_file: Path | None) -> None:
+def transport(device: str, transport: str, repeat: int, topology_file: Path | None, leaf_file: Path | None) -> None:
     """Messages of every rank to the next, all at once: time, GB/s, and how much hides behind longer computing."""
     from cpmpi.comm import ranks as launched
+    from cpmpi.comm.carrier import choose_carrier
     from cpmpi.comm.device import choose_device, set_threads
-    from cpmpi.comm.transport import MPITransport
     from cpmpi.cost.attention_bench import ordered, overlap
     from cpmpi.jobs.topology import described
     from cpmpi.text import counted, seconds_text, table
@@ -187,7 +192,8 @@ def transport(device: str, repeat: int, topology_file: Path | None, leaf_file: P
     set_threads(ranks)
     topology = described(ranks, topology_file, leaf_file)
     comm = ordered(ranks.comm, topology)
-    wires = MPITransport(comm)
+    carrier = choose_carrier(ranks, topology, on, transport)
+    wires = carrier.connect(comm)
     measured = [overlap(comm, wires, n_bytes, on, repeat) for n_bytes in SIZES]
     wires.close()
     comm.Free()
@@ -197,5 +203,5 @@ def transport(device: str, repeat: int, topology_file: Path | None, leaf_file: P
             times = map(seconds_text, (m.move_s, m.compute_s, m.both_s))
             rows.append((f"{m.n_bytes:,}", *times, f"{m.hidden:.0%}", f"{m.n_bytes / m.move_s / 1e9:.3g}"))
         many = counted(topology.world, "rank")
-        click.echo(f"{many}, each to the next along the rings, all at once; medians of {repeat}")
+        click.echo(f"{many}, each to the next along the rings, all at once; medians of {repeat}; {carrier}")
         click.echo(table(("bytes", "move", "compute", "both", "hidden", "GB/s a rank"), rows))

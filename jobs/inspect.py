@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from cpmpi.errors import UserError
+from cpmpi.jobs.hang import hang_facts, hang_text, last_hang
 from cpmpi.run.hdf5 import STORED_FLOATS
 from cpmpi.run.reader import Document, Run, open_run
 from cpmpi.run.spec import PLAIN
@@ -25,8 +26,13 @@ NAME_WIDTH = 50
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--documents", "limit", type=click.IntRange(min=0), default=20, show_default=True,
               help="Print at most this many documents (JSON has all).")  # fmt: skip
-def command(run: Path, as_json: bool, limit: int) -> None:
+@click.option("--hang", is_flag=True, help="Print instead which rank a job hung at, and what each did last.")
+def command(run: Path, as_json: bool, limit: int, hang: bool) -> None:
     """Print what RUN holds: the model, the documents and their results, the KV, the shards, and how far it is."""
+    if hang:
+        found = last_hang(run)
+        click.echo(json.dumps(hang_facts(found), indent=2) if as_json else hang_text(found))
+        return
     with open_run(run) as opened:
         facts = facts_of(opened)
     click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts, limit))
@@ -73,6 +79,9 @@ def _document_facts(document: Document) -> dict[str, Any]:
         "complete": document.complete,
         "failed": document.failed or None,
         "world_size": document.world_size,
+        "appended": [
+            {"id": part.id, "start": part.layout.start, "n_tokens": part.layout.n_tokens} for part in document.appended
+        ],
     }
 
 
@@ -106,8 +115,9 @@ def _unfinished_facts(run: Run) -> dict[str, Any] | None:
     layers_done = None
     if run.kv_dtype is not None:
         try:
-            shards = [run.shard(rank, document.shard_set) for rank in range(document.world_size)]
-            layers_done = min(int(shard.layers_done(document.shard_number).sum()) for shard in shards)
+            placed = document.places[0]
+            shards = [run.shard(rank, placed.shard_set) for rank in range(document.world_size)]
+            layers_done = min(int(shard.layers_done(placed.number).sum()) for shard in shards)
         except UserError:
             layers_done = 0
     return {"id": document.id, "layers_done": layers_done}

@@ -22,6 +22,7 @@ from cpmpi.text import duration
 MOST_JOBS = 8  # shown one by one
 LAST_LINES = 4  # of the log of a failure
 LOST_S = 60  # after so long without a word a job that Slurm does not speak of is taken for dead
+TOLD = {"at", "finished", "of", "document", "layer", "layers", "tokens", "tokens_per_s"}  # by a job that runs
 OUR_ERROR = "error: "  # begins our own line, which names the rank where one failed; Slurm's begin with a program
 
 
@@ -67,13 +68,19 @@ def look(folder: Path) -> tuple[list[str], bool]:
         raise UserError(f"{folder}: no run here, and no record of jobs ({record.JOBS} in its log folder)")
     numbers = list(dict.fromkeys(str(e["job"]) for e in entries if e.get("job")))
     jobs, missing = _queue(numbers)
-    status = record.read_status(log)
+    status = _status(log)
     alive = any(job.alive for job in jobs) or (not jobs and _seems_alive(entries, status))
     lines = [f"run        {folder}"]
     lines += [f"jobs       {line}" for line in job_lines(jobs, entries, missing)]
     lines += [f"documents  {line}" for line in document_lines(documents, status, entries, alive)]
     lines += [f"log        {line}" for line in failure_lines(log, jobs, entries)]
     return lines, alive
+
+
+def _status(log: Path) -> dict[str, Any] | None:
+    """What the job that runs told last; None where that is nothing, or damaged."""
+    found = record.read_status(log)
+    return found if found is not None and found.keys() >= TOLD else None
 
 
 def _queue(numbers: Sequence[str]) -> tuple[list[QueuedJob], str | None]:
@@ -110,7 +117,7 @@ def _count(folder: Path) -> tuple[int, int, int]:
         with open_run(folder) as opened:
             ends = [(document.complete, bool(document.failed)) for document in opened.documents]
     except (OSError, UserError):
-        last = record.read_status(RunPaths(folder).log)
+        last = _status(RunPaths(folder).log)
         if last is None:
             raise
         return last["finished"], 0, last["of"]
@@ -141,12 +148,12 @@ def _from_record(entries: Sequence[record.Entry], missing: str | None) -> Iterat
     unknown = f"{missing}" if missing else "Slurm knows it no more"
     if "ended" in last:
         how = {"complete": "ended well", "stopped": "stopped with its state saved; the same command goes on"}
-        yield f"{name}: {how.get(last['how'], 'failed')}" + (f" ({last['why']})" if last.get("why") else "")
+        yield f"{name}: {how.get(last.get('how', ''), 'failed')}" + (f" ({last['why']})" if last.get("why") else "")
     elif "started" in last:
         hint = f"; {unknown}" if last.get("job") else ""
         yield f"{name}: started {_ago(last['started'])}, no word of its end: running, or killed{hint}"
     else:
-        yield f"{name}: submitted {_ago(last['submitted'])}; {unknown}"
+        yield f"{name}: submitted {_ago(last.get('submitted', 0))}; {unknown}"
 
 
 def document_lines(

@@ -30,7 +30,7 @@ def note(folder: Path, **entry: Any) -> None:
 def entries(folder: Path) -> list[Entry]:
     """The lines of a record, the oldest first; none where there is no record. A half-written line is left out."""
     try:
-        lines = (folder / JOBS).read_text(encoding="utf-8").splitlines()
+        lines = (folder / JOBS).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     found: list[Entry] = []

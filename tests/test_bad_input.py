@@ -98,6 +98,7 @@ CASES = [
     ),
     ("trace in the run", ["--trace", "{f}/new/trace.json"], r"--trace .*new/trace\.json: is in the run folder", 1),
     ("no folder for a trace", ["--trace", "{f}/none/trace.json"], r"--trace .*trace\.json: no folder .*/none", 1),
+    ("no GPUs for NCCL", ["--transport", "nccl", "--device", "cpu"], r"--transport nccl: NCCL carries", 1),
     ("no drawing", ["--plot", "{f}/run.gif"], r"--plot: .*run\.gif: a drawing's name ends in one of", 1),
     ("unknown score", ["--keep", "ranks"], r"--keep ranks: choose among rank, entropy, greedy, moments, topk=K and", 1),
     ("score with a value", ["--keep", "rank=3"], r"--keep rank=3: takes no value", 1),

@@ -337,3 +337,32 @@ def test_a_prefix_token_takes_the_place_of_special_ones(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             read_prefix(options(**own), Checkpoint(DEMO))
+
+
+def test_kept_scores_stay_when_outputs_are_repaired_and_keep_from_appending(tmp_path):
+    import cpmpi
+    from cpmpi.comm.progress import Progress
+    from cpmpi.comm.ranks import start
+    from cpmpi.engine.repair import repair
+    from cpmpi.run.verify import verify_run
+
+    (tmp_path / "a.txt").write_text(TEXT)
+    given = {"model": DEMO, "inputs": tmp_path / "a.txt", "output": tmp_path / "run"}
+    with cpmpi.prefill(**given, keep=("rank",), from_position=5) as run:
+        before, name, index = run.documents[0].logprobs, run.documents[0].id, run.paths.index
+        ranks = run.documents[0].kept("rank")
+        assert run.documents[0].token_characters is not None
+    line = {"document": name, "id": "more", "token_ids": [1, 2]}
+    (tmp_path / "more.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(cpmpi.UserError, match=f"nothing can be appended to {name!r}"):
+        cpmpi.extend(run=tmp_path / "run", inputs=tmp_path / "more.jsonl", append=True)
+    for dataset, mended in (("logprobs", True), ("kept/rank", False)):
+        with h5py.File(index, "r+") as file:
+            file["documents/000000"][dataset][9] += 1
+        assert verify_run(tmp_path / "run").problems
+        repair(tmp_path / "run", None, start(), Progress(enabled=False))
+        assert (verify_run(tmp_path / "run").problems == []) is mended
+        if mended:
+            with cpmpi.open_run(tmp_path / "run") as run:
+                np.testing.assert_allclose(run.documents[0].logprobs, before, atol=TOKEN)
+                np.testing.assert_array_equal(run.documents[0].kept("rank"), ranks)

@@ -17,6 +17,7 @@ import torch
 
 from cpmpi.attention.layout import Holding, Piece
 from cpmpi.attention.schedule import Item, Program, Transfer, releases
+from cpmpi.comm.flight import Flight
 from cpmpi.comm.transport import Pending, Transport
 from cpmpi.kernels.backend import Backend
 from cpmpi.kernels.mask import Mask
@@ -113,6 +114,7 @@ class Execution:
         key_layouts: which rank holds which keys: stored ones first, then new ones; a shard is their concatenation.
         tick: called after every kernel call with the part of the work that is done, 0 to 1.
         recorder: notes what happens when, where a timeline is wanted.
+        flight: records where this rank is.
     """
 
     rank: int
@@ -126,6 +128,7 @@ class Execution:
     device: torch.device
     tick: Callable[[float], None] = lambda _: None
     recorder: Recorder | None = None
+    flight: Flight = field(default_factory=Flight)
     partials: dict[int, Partial] = field(default_factory=dict)
     keys: dict[int, Keys] = field(default_factory=dict)
     queries: dict[int, Queries] = field(default_factory=dict)
@@ -138,14 +141,17 @@ class Execution:
         done = 0
         due: list[list[tuple[Transfer, Pending, bool]]] = [[] for _ in self.program]
         for i, now in enumerate(self.program):
-            for t in now.receives:
-                if n_bytes := sum(map(self._n_bytes, t.items)):
-                    due[t.due].append((t, self.transport.receive(n_bytes, t.peer, t.channel, self.device), True))
-            for t in now.sends:
-                if parts := [self._bytes(item) for item in t.items if self._n_bytes(item)]:
-                    due[t.due].append((t, self.transport.send(flat(parts), t.peer, t.channel), False))
+            self.flight.round = i
+            with self.transport.batch():
+                for t in now.receives:
+                    if n_bytes := sum(map(self._n_bytes, t.items)):
+                        due[t.due].append((t, self.transport.receive(n_bytes, t.peer, t.channel, self.device), True))
+                for t in now.sends:
+                    if parts := [self._bytes(item) for item in t.items if self._n_bytes(item)]:
+                        due[t.due].append((t, self.transport.send(flat(parts), t.peer, t.channel), False))
             begun = time.perf_counter()
             for query, key in now.attends:
+                self.flight.note("attend", key)
                 for part in self._attend(query, key):
                     self.tick((done + part) / calls)
                 done += 1

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from cpmpi.comm.flight import Flight
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -25,10 +27,13 @@ class Agreement:
     Args:
         comm: of the ranks; a duplicate of it is used.
         count: numbers of a rank, int64.
+        flight: records the waiting.
     """
 
-    def __init__(self, comm: MPI.Intracomm, count: int) -> None:
-        self._comm = comm.Dup()
+    def __init__(self, comm: MPI.Intracomm, count: int, flight: Flight | None = None) -> None:
+        self._flight = flight or Flight()
+        with self._flight.waits("open"):
+            self._comm = comm.Dup()
         self._mine = np.zeros(count, np.int64)
         self._all_NK = np.zeros((comm.size, count), np.int64)
         self._request: MPI.Request | None = None
@@ -43,10 +48,11 @@ class Agreement:
         """The numbers (ranks, count) that were posted last; None where none were since the last reading."""
         if self._request is None:
             return None
-        started = time.perf_counter()
-        while not self._request.Test():  # not Wait, which takes a core that computing ranks may need
-            waited_s = time.perf_counter() - started
-            time.sleep(min(LONGEST_PAUSE_S, waited_s / 10) if waited_s > 2e-4 else 0.0)
+        with self._flight.waits("agreement"):
+            started = time.perf_counter()
+            while not self._request.Test():  # not Wait, which takes a core that computing ranks may need
+                waited_s = time.perf_counter() - started
+                time.sleep(min(LONGEST_PAUSE_S, waited_s / 10) if waited_s > 2e-4 else 0.0)
         self._request = None
         return self._all_NK.copy()
 

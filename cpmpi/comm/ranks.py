@@ -9,10 +9,11 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from cpmpi.errors import UserError
+from cpmpi.comm.flight import Flight
+from cpmpi.errors import UserError, why
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -52,9 +53,13 @@ class AgreedError(UserError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of this job, with the few collective habits that all jobs share."""
+    """The ranks of this job, with the few collective habits that all jobs share.
+
+    ``flight`` records where this rank waits for others: once a job runs, they meet by the methods of this class.
+    """
 
     comm: MPI.Intracomm
+    flight: Flight = field(default_factory=Flight, compare=False)
 
     @property
     def rank(self) -> int:
@@ -75,15 +80,16 @@ class Ranks:
         """The result of ``work(*args, **kwargs)``, done by rank 0 and given to all. Collective.
 
         Raises:
-            AgreedError: on all ranks, where rank 0's work raised a ``UserError``.
+            AgreedError: on all ranks, where rank 0's work raised a ``UserError``, or an ``OSError``: a disk failed.
         """
         outcome: tuple[str | None, Any] = (None, None)
         if self.is_root:
             try:
                 outcome = None, work(*args, **kwargs)
-            except UserError as error:
-                outcome = str(error), None
-        problem, result = self.comm.bcast(outcome)
+            except (UserError, OSError) as error:
+                outcome = why(error), None
+        with self.flight.waits("root"):
+            problem, result = self.comm.bcast(outcome)
         if problem is not None:
             raise AgreedError(problem)
         value: T = result
@@ -93,25 +99,42 @@ class Ranks:
         """This rank's own ``work(*args, **kwargs)``, once it has gone well on every rank. Collective.
 
         Raises:
-            AgreedError: on all ranks, with the first rank's problem, where any rank's work raised a ``UserError``.
+            AgreedError: on all ranks, with the first rank's problem, where any rank's work raised a ``UserError``, or
+                an ``OSError``.
         """
         problem, result = None, None
         try:
             result = work(*args, **kwargs)
-        except UserError as error:
-            problem = str(error)
-        problems = [(r, p) for r, p in enumerate(self.comm.allgather(problem)) if p is not None]
+        except (UserError, OSError) as error:
+            problem = why(error)
+        problems = [(r, p) for r, p in enumerate(self.allgather(problem)) if p is not None]
         if problems:
             rank, text = problems[0]
             raise AgreedError(text if len(problems) == self.size else f"rank {rank}/{self.size}: {text}")
         value: T = result  # type: ignore[assignment]
         return value
 
+    def numbers_of(self, comm: MPI.Intracomm) -> list[int]:
+        """The ranks of a part of the job, as the whole numbers them."""
+        whole, part = self.comm.Get_group(), comm.Get_group()
+        return list(part.Translate_ranks(None, whole))
+
+    def gather(self, mine: T) -> list[T] | None:
+        """What every rank has, by rank, on rank 0; None on others. Collective."""
+        with self.flight.waits("gather"):
+            return self.comm.gather(mine)
+
+    def allgather(self, mine: T) -> list[T]:
+        """What every rank has, by rank. Collective."""
+        with self.flight.waits("allgather"):
+            return self.comm.allgather(mine)
+
     def spread(self, array: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
         """An array of rank 0, given to all, of any size: mpi4py's own pickle-5 messages stay countable. Collective."""
         from mpi4py.util import pkl5
 
-        given: npt.NDArray[Any] = pkl5.Intracomm(self.comm).bcast(array)
+        with self.flight.waits("root"):
+            given: npt.NDArray[Any] = pkl5.Intracomm(self.comm).bcast(array)
         return given
 
 

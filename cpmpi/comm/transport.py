@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+from cpmpi.comm.flight import NOBODY, Flight
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -21,6 +25,7 @@ CHANNELS = 2
 LARGEST_MESSAGE = 1 << 30  # bytes; counts from 2^31 on fail in some MPI libraries
 POLL_S = 0.001
 LONGEST_PAUSE_S = 0.001
+OVER = {"send": "sent", "receive": "received", "sum": "summed"}  # what is noted when a message is complete
 
 
 class Pending(Protocol):
@@ -45,6 +50,9 @@ class Transport(Protocol):
     def receive(self, n_bytes: int, peer: int, channel: int, device: torch.device) -> Pending:
         """Start to receive ``n_bytes``."""
 
+    def batch(self) -> AbstractContextManager[object]:
+        """Around the sends and receives of a round, which start together at its end; waits come after it."""
+
     def close(self) -> None:
         """Give back what the transport holds. Collective."""
 
@@ -57,6 +65,8 @@ class Message:
     host_B: torch.Tensor
     device: torch.device
     requests: list[MPI.Request]
+    kind: str
+    peer: int = NOBODY
     posted_s: float = field(default_factory=time.perf_counter)
     complete_s: float = 0.0
     problem: Exception | None = None
@@ -75,13 +85,14 @@ class Message:
     def wait(self) -> torch.Tensor:
         """Block until complete; the bytes on the receiver's device."""
         started = time.perf_counter()
-        while True:
-            with self.transport.lock:
-                if self.test():
-                    break
-            # Asking takes a core that other ranks may need: the longer the wait, the less often, a tenth of it apart.
-            waited_s = time.perf_counter() - started
-            time.sleep(min(LONGEST_PAUSE_S, waited_s / 10) if waited_s > 2e-4 else 0.0)
+        with self.transport.flight.waits(self.kind, self.peer, self.host_B.numel(), over=OVER[self.kind]):
+            while True:
+                with self.transport.lock:
+                    if self.test():
+                        break
+                # Asking takes a core that other ranks may need: the longer the wait, the less often, a tenth apart.
+                waited_s = time.perf_counter() - started
+                time.sleep(min(LONGEST_PAUSE_S, waited_s / 10) if waited_s > 2e-4 else 0.0)
         self.transport.forget(self)
         self.transport.exposed_s += time.perf_counter() - started
         if self.problem is not None:
@@ -94,10 +105,19 @@ class MPITransport:
 
     ``exposed_s`` counts the seconds spent waiting, ``sent_bytes`` what was sent to peers, ``sums`` and ``summed_bytes``
     the all-reduces and what of this rank went into them.
+
+    Args:
+        comm: of the ranks.
+        flight: records what is posted and waited for.
+        names: how the flight recorder calls the ranks of ``comm``; by default by their numbers in it.
     """
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
-        self.channels = [comm.Dup() for _ in range(CHANNELS)]
+    def __init__(
+        self, comm: MPI.Intracomm, flight: Flight | None = None, names: Sequence[int] | None = None
+    ) -> None:  # fmt: skip
+        self.flight, self._names = flight or Flight(), names or range(comm.size)
+        with self.flight.waits("open"):
+            self.channels = [comm.Dup() for _ in range(CHANNELS)]
         self.lock = threading.Lock()
         self.exposed_s = 0.0
         self.sent_bytes = self.sums = self.summed_bytes = 0
@@ -107,16 +127,22 @@ class MPITransport:
         self._thread = threading.Thread(target=self._progress, name="cpmpi-transport", daemon=True)
         self._thread.start()
 
+    def batch(self) -> AbstractContextManager[None]:
+        """Nothing to do: MPI starts each message as it is posted."""
+        return nullcontext()
+
     def send(self, payload_B: torch.Tensor, peer: int, channel: int) -> Message:
         """Start to send; see `Transport`."""
         self.sent_bytes += payload_B.numel()
         host_B = payload_B.cpu()
-        return self._post(host_B, host_B.device, [self.channels[channel].Isend(p, peer) for p in _parts(host_B)])
+        requests = [self.channels[channel].Isend(p, peer) for p in _parts(host_B)]
+        return self._post(Message(self, host_B, host_B.device, requests, "send", self._names[peer]))
 
     def receive(self, n_bytes: int, peer: int, channel: int, device: torch.device) -> Message:
         """Start to receive; see `Transport`."""
         host_B = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        return self._post(host_B, device, [self.channels[channel].Irecv(p, peer) for p in _parts(host_B)])
+        requests = [self.channels[channel].Irecv(p, peer) for p in _parts(host_B)]
+        return self._post(Message(self, host_B, device, requests, "receive", self._names[peer]))
 
     def sum(self, partial: torch.Tensor) -> Message:
         """Start to add up a tensor of every rank, in float32; the bytes of the sum come from the wait. Collective.
@@ -130,10 +156,10 @@ class MPITransport:
         self.summed_bytes += host_B.numel()
         channel = self.channels[0]
         requests = [channel.Iallreduce(MPI.IN_PLACE, [part, MPI.FLOAT], MPI.SUM) for part in _parts(host_B)]
-        return self._post(host_B, partial.device, requests)
+        return self._post(Message(self, host_B, partial.device, requests, "sum"))
 
-    def _post(self, host_B: torch.Tensor, device: torch.device, requests: list[MPI.Request]) -> Message:
-        message = Message(self, host_B, device, requests)
+    def _post(self, message: Message) -> Message:
+        self.flight.note(message.kind, message.peer, message.host_B.numel())
         with self.lock:
             self._pending.append(message)
         self._posted.set()
@@ -157,8 +183,9 @@ class MPITransport:
         self._closed = True
         self._posted.set()
         self._thread.join()
-        for channel in self.channels:
-            channel.Free()
+        with self.flight.waits("close"):
+            for channel in self.channels:
+                channel.Free()
 
 
 def _parts(host_B: torch.Tensor) -> list[MPI.buffer]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ import torch
 
 from cpmpi.attention.execute import Execution, Heads, Keys, Queries, Rule
 from cpmpi.attention.schedule import Schedule
-from cpmpi.comm.transport import MPITransport, Pending, Transport
+from cpmpi.comm.carrier import Carrier
+from cpmpi.comm.transport import Pending, Transport
 from cpmpi.cost.measure import measure_together
 from cpmpi.cost.rates import Rates
 from cpmpi.cost.shape import AttentionShape
@@ -47,6 +49,10 @@ class Done:
 
 class NoTransport:
     """A network that takes no time and carries nothing, to measure computing alone."""
+
+    def batch(self) -> AbstractContextManager[None]:
+        """Nothing to start."""
+        return nullcontext()
 
     def send(self, payload_B: torch.Tensor, peer: int, channel: int) -> Pending:
         """Drop it."""
@@ -120,14 +126,14 @@ class AttentionBench:
         comm: all ranks.
         topology: the machine.
         backend: the kernel.
-        device: where the tensors live.
+        carrier: of the messages, and its device, where the tensors live.
     """
 
-    def __init__(self, comm: MPI.Intracomm, topology: Topology, backend: Backend, device: torch.device) -> None:
+    def __init__(self, comm: MPI.Intracomm, topology: Topology, backend: Backend, carrier: Carrier) -> None:
         topology.require(comm.size)
         self.comm = ordered(comm, topology)
-        self.topology, self.backend, self.device = topology, backend, device
-        self.transport = MPITransport(self.comm)
+        self.topology, self.backend, self.carrier, self.device = topology, backend, carrier, carrier.device
+        self.transport = carrier.connect(self.comm)
 
     def close(self) -> None:
         """Give everything back. Collective."""
@@ -137,7 +143,7 @@ class AttentionBench:
     def rates(self, shape: AttentionShape, dtype: torch.dtype) -> Rates:
         """The rates of a typical rank while all compute, for blocks of a shape. Collective."""
         block = shape.block(self.comm.size)
-        return measure_together(self.comm, self.backend, heads_of(shape, dtype), self.device, block)
+        return measure_together(self.comm, self.carrier, self.backend, heads_of(shape, dtype), self.device, block)
 
     def run(
         self, schedule: Schedule, shape: AttentionShape, dtype: torch.dtype, repeat: int = 3, alone: bool = True
@@ -303,8 +309,9 @@ def overlap(comm: MPI.Intracomm, transport: Transport, n_bytes: int, device: tor
         quietly(comm.Ibarrier())
         begun = time.perf_counter()
         if moving:
-            incoming = transport.receive(n_bytes, (comm.rank - 1) % comm.size, 0, device)
-            leaving = transport.send(payload_B, (comm.rank + 1) % comm.size, 0)
+            with transport.batch():
+                incoming = transport.receive(n_bytes, (comm.rank - 1) % comm.size, 0, device)
+                leaving = transport.send(payload_B, (comm.rank + 1) % comm.size, 0)
         for _ in range(calls):
             torch.mm(a_NN, a_NN)
         if device.type == "cuda":

@@ -227,7 +227,7 @@ def choose_schedule(ranks: Ranks, topology: Topology, kind: str, work: Workload)
     priced = min(range(len(layers)), key=lambda i: layers[i].rule.mask != Mask())  # one that sees all, where one does
     shape = work.shape(layers[priced])
     measured = measure_together(
-        ranks.comm, work.backends[priced], layers[priced].heads, work.device, shape.block(len(places))
+        ranks.comm, work.carrier, work.backends[priced], layers[priced].heads, work.device, shape.block(len(places))
     )  # fmt: skip
 
     def decide() -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cpmpi.attention.execute import Heads, flat, unpack
-from cpmpi.comm.transport import MPITransport
+from cpmpi.comm.carrier import Carrier
 from cpmpi.cost.rates import Rates
 from cpmpi.kernels.backend import Backend
 from cpmpi.kernels.mask import Mask
@@ -29,30 +29,36 @@ MEASURED_S = 0.06  # for each of the four calls: several time slices, so that ra
 
 
 def measure_together(
-    comm: MPI.Intracomm, backend: Backend, heads: Heads, device: torch.device, block: tuple[int, int]
+    comm: MPI.Intracomm,
+    carrier: Carrier,
+    backend: Backend,
+    heads: Heads,
+    device: torch.device,
+    block: tuple[int, int],
 ) -> Rates:
     """The median of each rate over ranks that all compute, then all talk, at once. Collective; see `measure`."""
     mine = measure(backend, heads, device, comm.Barrier, block)
     call = _attending(backend, heads, device, 1, 1)
-    mine = replace(mine, message_s=max(0.0, message_seconds(comm, device, call) - mine.call_s))
+    mine = replace(mine, message_s=max(0.0, message_seconds(comm, carrier, device, call) - mine.call_s))
     everyone: list[Rates] = comm.allgather(mine)
     return Rates(**{f.name: statistics.median(getattr(r, f.name) for r in everyone) for f in fields(Rates)})
 
 
-def message_seconds(comm: MPI.Intracomm, device: torch.device, call: Callable[[], object]) -> float:
+def message_seconds(comm: MPI.Intracomm, carrier: Carrier, device: torch.device, call: Callable[[], object]) -> float:
     """Median seconds of a round in which each rank sends a little to the next and calls the kernel once. Collective.
 
     With the call, since messages of a schedule travel beside calls: where ranks share cores, they take turns with them.
     """
     if comm.size == 1:
         return 0.0
-    transport = MPITransport(comm)
+    transport = carrier.connect(comm)
     payload_B = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8, device=device)
     seconds = []
     for _ in range(MESSAGE_ROUNDS):
         begun = time.perf_counter()
-        incoming = transport.receive(MESSAGE_BYTES, (comm.rank - 1) % comm.size, 0, device)
-        leaving = transport.send(payload_B, (comm.rank + 1) % comm.size, 0)
+        with transport.batch():
+            incoming = transport.receive(MESSAGE_BYTES, (comm.rank - 1) % comm.size, 0, device)
+            leaving = transport.send(payload_B, (comm.rank + 1) % comm.size, 0)
         call()
         incoming.wait()
         leaving.wait()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from cpmpi.attention.grid import Grid
+from cpmpi.comm.carrier import Carrier
 from cpmpi.cost.shape import AttentionShape
 from cpmpi.kernels.backend import Backend
 from cpmpi.model.probe import Layer
@@ -21,6 +22,7 @@ class Workload:
         backends: the attention kernel of each.
         grid: how ranks share heads and tokens.
         device: that computes.
+        carrier: of messages between ranks.
         tokens: that go through the layers, of all ranks.
         segments: that they, and the stored ones, are cut into.
         stored: tokens before them, whose keys and values are there already.
@@ -33,6 +35,7 @@ class Workload:
     tokens: int
     segments: int
     stored: int = 0
+    carrier: Carrier = field(default_factory=Carrier)
 
     def shape(self, layer: Layer) -> AttentionShape:
         """A layer's attention as a rank of a head group has it."""

@@ -32,7 +32,7 @@ from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
 from cpmpi.comm.stop import Stop, last_words
 from cpmpi.engine.pace import Pace
-from cpmpi.errors import Stopped, one_line
+from cpmpi.errors import Stopped, UserError, one_line
 from cpmpi.model.blocks import Blocks, watched
 from cpmpi.model.forward import Chunk
 from cpmpi.run import checkpoint
@@ -49,6 +49,8 @@ class Told(NamedTuple):
 
     stop: int = 0
     """The signal by which this rank was told to stop."""
+    broken: int = 0
+    """Whether this rank's keys and values cannot be written."""
     due: int = 0
     written: int = 0
     """Number of the last checkpoint whose file is whole here."""
@@ -119,9 +121,10 @@ class Checkpoints:
     _work: Future[None] | None = None
     _met_s: float = 0.0
     _warned: bool = False
+    _broken: UserError | None = None
 
     def __post_init__(self) -> None:
-        self._agreement = Agreement(self.ranks.comm, len(Told._fields))
+        self._agreement = Agreement(self.ranks.comm, len(Told._fields), self.ranks.flight)
         self._thread = ThreadPoolExecutor(1, "cpmpi-checkpoint")
 
     @contextmanager
@@ -161,6 +164,7 @@ class Checkpoints:
 
         Raises:
             Stopped: on all ranks: somebody was asked to stop.
+            AgreedError: on all ranks: somebody's keys and values cannot be written.
         """
         kept, self._kept = self._kept, {}
         block = self.blocks.before(attention)
@@ -169,17 +173,33 @@ class Checkpoints:
         if heard is None:
             return
         self._hear(heard)
+        if heard[:, Told._fields.index("broken")].any():
+            self.ranks.together(self.go_on)
         if told := heard[:, Told._fields.index("stop")].max():
             self._stop(signal.Signals(told).name, block, attention, kept)
         elif block is not None and heard[0, Told._fields.index("due")]:
             self._save(block, attention, kept)
+
+    def broke(self, problem: UserError) -> None:
+        """This rank's keys and values cannot be written: all ranks end the job together where they meet next."""
+        logger.error("%s", problem)
+        self._broken = self._broken or problem
+
+    def go_on(self) -> None:
+        """Return where this rank's keys and values can be written, so far.
+
+        Raises:
+            UserError: they cannot.
+        """
+        if self._broken is not None:
+            raise self._broken
 
     def leave(self, attention: int) -> None:
         """The attention is done: tell all others how things stand here."""
         assert self.document is not None
         logger.info("document %d: attention %d is done", self.document.index, attention)
         due = self.ranks.is_root and self._pending is None and self.pace.due
-        self._agreement.post(self._told._replace(stop=self.stop.signal, due=due))
+        self._agreement.post(self._told._replace(stop=self.stop.signal, due=due, broken=self._broken is not None))
 
     def check_grace(self) -> None:
         """End the job where the layer under way does not fit into the time that is left: it is dropped.
@@ -311,11 +331,11 @@ class Checkpoints:
             raise self._stopped(name, "cannot be saved here")
         self._save(block, attention, kept)
         self.wait()
-        self._hear(np.array(self.ranks.comm.allgather(self._told), np.int64))
+        self._hear(np.array(self.ranks.allgather(self._told), np.int64))
         self.wait()
         path = RunPaths(self.folder).checkpoint(document.identity, block)
         layer = f"layer {block + 1} of {len(self.blocks.blocks)}"
-        if self.ranks.comm.bcast(path.exists()):
+        if self.ranks.on_root(path.exists):
             raise self._stopped(name, f"is saved after {layer}", saved=True)
         raise self._stopped(name, f"could not be saved after {layer}, the checkpoint before stays")
 

@@ -16,6 +16,7 @@ from cpmpi.choices import (
     RESIDENCES,
     SCHEDULES,
     STORED_DTYPES,
+    TRANSPORTS,
     check_prefix_token,
     check_segments,
     one_of,
@@ -23,6 +24,8 @@ from cpmpi.choices import (
 )  # fmt: skip
 from cpmpi.errors import UserError
 from cpmpi.text import parse_bytes
+
+LEAST_HANG_S = 3  # a shorter wait is nothing to end a job for
 
 
 def option(default: Any, text: str, *, choices: Sequence[str] = (), least: int | None = None, **more: Any) -> Any:
@@ -49,6 +52,10 @@ class ModelOptions:
         AUTO, "Type to compute in; auto: float32 on CPUs, the checkpoint's own on GPUs.", choices=(AUTO, *DTYPES)
     )
     device: str = option(AUTO, "Where to compute; auto: on GPUs where every rank has one.", choices=(AUTO, *DEVICES))
+    transport: str = option(
+        AUTO, "What carries messages; auto: NCCL where every rank has a GPU of its own, else MPI.",
+        choices=(AUTO, *TRANSPORTS),
+    )  # fmt: skip
     weights: str = option(
         AUTO, "Keep all weights in memory, or a layer at a time; auto: as memory allows.", choices=(AUTO, *RESIDENCES)
     )
@@ -123,8 +130,16 @@ class JobOptions(ModelOptions):
         metavar="auto|MINUTES|off",
     )  # fmt: skip
     grace: int = option(100, "Seconds from SIGTERM or SIGUSR1 until the job must have ended.", least=0)
+    hang_timeout: str = option(
+        AUTO, "Seconds that a rank may wait for one that does not go on, off, or auto: by earlier waits.",
+        metavar="auto|SECONDS|off",
+    )  # fmt: skip
     trace: Path | None = option(None, "Write what every rank did when, for chrome://tracing.", metavar="FILE")
     plot: Path | None = option(None, "Draw it: FILE.png, FILE.svg or FILE.pdf.", metavar="FILE")
+    keep_finished: bool = option(
+        False, "Go on where documents have changed since the last start: keep the finished that did not.", flag=True
+    )
+    retry_failed: bool = option(False, "Compute documents again that failed in an earlier start.", flag=True)
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
 
 
@@ -132,6 +147,9 @@ class JobOptions(ModelOptions):
 class ContextOptions(ModelOptions):
     """What a user asks of a job that goes on from stored documents."""
 
+    model: Path = option(
+        None, "Hugging Face checkpoint folder (safetensors).  [default: the one that made the run, where it was]"
+    )
     run: Path = option(None, "Run folder with the stored documents (made by prefill).", needed=True)
     kv: str = option(
         AUTO, "Keep stored keys and values in memory, or read a layer ahead; auto: as memory allows.",
@@ -146,7 +164,12 @@ class ExtendOptions(ContextOptions):
     inputs: tuple[str, ...] = option(
         (), '.jsonl lines: "document", "id", and "text", "token_ids" or "choices".', command_line=False
     )
-    output: Path = option(None, "Run folder for the scores.", needed=True)
+    output: Path | None = option(None, "Run folder for the scores. The same command again goes on.")
+    append: bool = option(
+        False, "Make the texts a part of the stored documents, with their KV, instead of scoring them in --output.",
+        flag=True,
+    )  # fmt: skip
+    grace: int = option(100, "Seconds from SIGTERM or SIGUSR1 until the job must have ended.", least=0)
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
 
 
@@ -165,6 +188,7 @@ class GenerateOptions(ContextOptions):
     seed: int = option(0, "Of the draws; the same on any number of ranks.", least=0)
     stop: tuple[str, ...] = option((), "Text that ends an answer; once or several times.", repeated="--stop")
     chat: bool = option(False, "Put prompts into the checkpoint's chat template.", flag=True)
+    save: bool = option(False, "Append the prompt and its answer to the stored document, with their KV.", flag=True)
 
 
 def minutes_between(checkpoint: str) -> float | None:
@@ -184,6 +208,23 @@ def minutes_between(checkpoint: str) -> float | None:
     return minutes
 
 
+def hang_seconds(choice: str) -> float | None:
+    """The seconds of ``--hang-timeout``; None for ``auto``, and endless for ``off``.
+
+    Raises:
+        UserError: it is neither, or less than `LEAST_HANG_S`.
+    """
+    if choice in (AUTO, OFF):
+        return None if choice == AUTO else float("inf")
+    try:
+        seconds = float(choice)
+    except ValueError:
+        seconds = -1.0
+    if not LEAST_HANG_S <= seconds < float("inf"):
+        raise UserError(f"--hang-timeout {choice}: choose auto, off, or seconds, {LEAST_HANG_S} or more")
+    return seconds
+
+
 def spelled(name: str) -> str:
     """An option's name on the command line: ``from`` itself is no name in Python."""
     return "--from" if name == "from_position" else f"--{name.replace('_', '-')}"
@@ -199,7 +240,7 @@ def _as_declared(each: Field[Any], value: Any) -> Any:
         return Path(value)
     if each.name == "memory_limit":
         return parse_bytes(value, spelled(each.name)) if isinstance(value, str) else value
-    if each.name in ("checkpoint", "prefix_token", "spans"):
+    if each.name in ("checkpoint", "hang_timeout", "prefix_token", "spans"):
         return str(value)
     if each.type.startswith("tuple"):
         return (str(value),) if isinstance(value, str | Path) else tuple(map(str, value))
@@ -220,6 +261,8 @@ def _check(each: Field[Any], value: Any) -> None:
         split_keep(value)
     if each.name == "prefix_token" and value is not None:
         check_prefix_token(value)
+    if each.name == "hang_timeout":
+        hang_seconds(value)
     if each.name == "inputs" and "" in value:
         raise UserError("--input is empty; is a variable not set?")
     if known.get("needed") and value is None:

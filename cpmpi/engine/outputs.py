@@ -53,13 +53,15 @@ def write_kept(
         mine = _rows(scores, extra)
         if index is None:
             for first, stop in _portions(len(mine), extra):
-                ranks.comm.Send(mine[first:stop].view(np.uint8), 0, ROWS_TAG)
+                with ranks.flight.waits("gather"):
+                    ranks.comm.Send(mine[first:stop].view(np.uint8), 0, ROWS_TAG)
             continue
         for source, positions in enumerate(everyones):
             for first, stop in _portions(len(positions), extra):
                 part = mine[first:stop] if source == 0 else np.empty((stop - first, *extra.shape[1:]), extra.dtype)
                 if source:
-                    ranks.comm.Recv(part.view(np.uint8), source, ROWS_TAG)
+                    with ranks.flight.waits("gather"):
+                        ranks.comm.Recv(part.view(np.uint8), source, ROWS_TAG)
                 try:  # the others must not wait for one that has given up
                     if problem is None:
                         index.write_rows(document, extra.name, positions[first:stop], part)

@@ -53,6 +53,7 @@ def check_grid(topology: Topology, tp: int) -> None:
 
 def split(ranks: Ranks, grid: Grid) -> tuple[MPI.Intracomm, MPI.Intracomm]:
     """The ranks of this rank's head group, by position, and those that share the weights with it. Collective."""
-    group: Any = ranks.comm.Split(grid.group(ranks.rank), key=grid.position(ranks.rank))
-    sharers: Any = ranks.comm.Split(ranks.rank // grid.tp, key=grid.tp_index(ranks.rank))
+    with ranks.flight.waits("split"):
+        group: Any = ranks.comm.Split(grid.group(ranks.rank), key=grid.position(ranks.rank))
+        sharers: Any = ranks.comm.Split(ranks.rank // grid.tp, key=grid.tp_index(ranks.rank))
     return group, sharers

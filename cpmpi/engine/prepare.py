@@ -13,6 +13,7 @@ from cpmpi.attention.execute import Heads
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout
 from cpmpi.choices import AUTO, OFF
+from cpmpi.comm.carrier import choose_carrier
 from cpmpi.comm.device import choose_device, room_of, set_threads
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
@@ -28,7 +29,7 @@ from cpmpi.engine.report import introduce
 from cpmpi.engine.state import Decision, Inputs, Job, Model, Place
 from cpmpi.model.blocks import blocks_of
 from cpmpi.model.checkpoint import Checkpoint
-from cpmpi.model.fingerprint import model_sha256, tokenizer_sha256
+from cpmpi.model.fingerprint import Fingerprint, fingerprint
 from cpmpi.model.linear import choose_products
 from cpmpi.model.probe import Layer, backends_of, probe
 from cpmpi.model.size import inner_width
@@ -48,8 +49,8 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
     inputs = read(options, ranks)
     model = inspect(options, ranks, inputs)
     place = find_place(options, ranks, inputs, model)
-    digest = model_sha256(inputs.checkpoint.folder, place.ranks)
-    run_spec = place.ranks.on_root(make_spec, options, inputs, model, place, digest)
+    found = fingerprint(inputs.checkpoint.folder, place.ranks)
+    run_spec = place.ranks.on_root(make_spec, options, inputs, model, place, found)
     job = Job(
         options=options, inputs=inputs, model=model, place=place, spec=run_spec,
         decision=decide(options, inputs, model, place, run_spec), progress=progress_of(options, place.ranks),
@@ -111,6 +112,7 @@ def find_place(options: ModelOptions, ranks: Ranks, inputs: Inputs, model: Model
     """The ranks numbered along the machine's rings, and each rank's share of the model. Collective."""
     threads = set_threads(ranks)
     ranks, topology = number_ranks(ranks, measure=options.attention == "auto")
+    carrier = choose_carrier(ranks, topology, model.device, options.transport)
     sharing, skeleton, layers = WHOLE, model.skeleton, model.layers
 
     def take_share() -> tuple[Sharing, torch.nn.Module, tuple[Layer, ...]]:
@@ -125,8 +127,8 @@ def find_place(options: ModelOptions, ranks: Ranks, inputs: Inputs, model: Model
         inputs.checkpoint.reader, skeleton, model.device, sharing=sharing, check_finite=options.check_finite
     )
     return Place(
-        ranks=ranks, topology=topology, threads=threads, sharing=sharing, layers=layers,
-        skeleton=skeleton, reader=reader, blocks=blocks_of(skeleton, layers),
+        ranks=ranks, topology=topology, carrier=carrier, threads=threads, sharing=sharing,
+        layers=layers, skeleton=skeleton, reader=reader, blocks=blocks_of(skeleton, layers),
     )  # fmt: skip
 
 
@@ -159,17 +161,19 @@ def workload(options: ModelOptions, model: Model, place: Place, *, tokens: int, 
     """What the ranks will compute, with the kernels chosen for it. Collective."""
     return Workload(
         layers=place.layers, backends=backends_of(place.layers, model.device, place.ranks), grid=place.grid,
-        device=model.device, tokens=tokens, segments=options.segments, stored=stored,
+        carrier=place.carrier, device=model.device, tokens=tokens, segments=options.segments, stored=stored,
     )  # fmt: skip
 
 
-def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place, digest: str) -> spec.RunSpec:
+def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place, found: Fingerprint) -> spec.RunSpec:
     """What the run folder will hold; on rank 0."""
     checkpoint, world = inputs.checkpoint, place.topology.world
     return spec.RunSpec(
         model=json.dumps(checkpoint.config.to_dict(), sort_keys=True, default=str),
-        model_sha256=digest,
-        tokenizer_sha256=tokenizer_sha256(checkpoint.folder),
+        model_path=str(checkpoint.folder.absolute()),
+        model_sha256=found.model_sha256,
+        tokenizer_sha256=found.tokenizer_sha256,
+        files=tuple(sorted(found.files.items())),
         dtype=str(model.dtype).removeprefix("torch."),
         kv=_kv_spec(options, [layer.heads for layer in model.layers]) if options.keep_kv else None,
         world_size=world,

@@ -40,6 +40,8 @@ def introduce(job: Job) -> None:
     where = f"{counted(place.threads, 'thread')} each" if job.model.device.type == "cpu" else "one device each"
     say(f"cpmpi {__version__}: {counted(place.ranks.size, 'rank')} on {job.model.device.type}, {where}")
     say(summary(place.topology))
+    if place.ranks.size > 1:
+        say(str(place.carrier))
     say(
         f"model {job.options.model}: {checkpoint.config.model_type}, {counted(len(place.layers), 'layer')}, "
         f"stored as {own}, computed in {spec.dtype}; {kv}"

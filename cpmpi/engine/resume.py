@@ -78,7 +78,7 @@ class Seeker:
         chosen: Resume | None = None
         for path, found in self.ranks.on_root(checkpoint.find, self.folder, identity):
             problem, resume = self._open(found, index, document)
-            problems = [p for p in self.ranks.comm.allgather(problem) if p is not None]
+            problems = [p for p in self.ranks.allgather(problem) if p is not None]
             if not problems:
                 chosen = resume
                 break

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
-import torch
-
+from cpmpi.comm import watchdog
 from cpmpi.comm.log import rank_log
 from cpmpi.comm.ranks import start
 from cpmpi.comm.stop import Stop, listening
-from cpmpi.comm.transport import MPITransport
 from cpmpi.engine.checkpoint import Checkpoints, InWork
 from cpmpi.engine.circumstances import publish_circumstances
-from cpmpi.engine.options import JobOptions
+from cpmpi.engine.keep import Keeper
+from cpmpi.engine.options import JobOptions, hang_seconds
 from cpmpi.engine.outputs import assemble, write_kept
 from cpmpi.engine.pace import ASSUMED_BYTES_PER_S, Pace
 from cpmpi.engine.placement import split
@@ -34,7 +34,7 @@ from cpmpi.run.paths import RunPaths
 from cpmpi.run.shard import prepare_shard
 from cpmpi.run.spec import RunSpec
 from cpmpi.run.writer import ShardWriter
-from cpmpi.text import duration
+from cpmpi.text import counted, duration
 from cpmpi.timeline.files import save_files
 from cpmpi.timeline.intervals import Recorder
 
@@ -43,7 +43,7 @@ def run(options: JobOptions) -> Outcome:
     """Run the job. Collective.
 
     Raises:
-        UserError: something the user can mend; before any work where it can be known then.
+        UserError: something the user can mend; before any work where it can be known then. On all ranks alike.
         Stopped: on all ranks, once a rank was told to stop and what is done is saved.
     """
     ranks = start()
@@ -65,7 +65,7 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
         todo = [i for i in range(len(files.spec.documents)) if i not in files.finished and i not in failed]
         of, finished = len(files.spec.documents), len(files.finished)
         stop = stop or Stop(job.options.grace)
-        watch = stack.enter_context(watched(job, stop, documents=of, finished=finished))
+        watch = stack.enter_context(watched(job, job.options.output, stop, documents=of, finished=finished))
         identities = [checkpoint.identity_of(files.spec, files.spec.documents[i]) for i in todo]
         job.ranks.on_root(checkpoint.delete_others, job.options.output, identities)
         if todo:
@@ -113,7 +113,9 @@ def _open_files(job: Job, recorder: Recorder | None) -> Iterator[Files]:
     with ExitStack() as stack:
         ranks.on_root(stack.enter_context, folder.only_writer(options.output))
         index, spec, finished, failed = open_run_folder(job)
-        stack.enter_context(rank_log(RunPaths(options.output).log, ranks))
+        ranks.together(stack.enter_context, rank_log(RunPaths(options.output).log, ranks))
+        hang_s = hang_seconds(options.hang_timeout)
+        stack.enter_context(watchdog.watched(ranks, RunPaths(options.output).log, hang_s, job.progress.say))
         writer = None
         if spec.kv is not None and len(finished) + len(failed) < len(spec.documents):
             writer = stack.enter_context(open_writer(job, index, spec, finished, recorder))
@@ -127,8 +129,16 @@ def open_run_folder(job: Job) -> tuple[RunIndex | None, RunSpec, frozenset[int],
     def open_index() -> tuple[RunSpec, frozenset[int], Mapping[int, str]]:
         if job.options.overwrite and RunPaths(job.options.output).contents():
             job.progress.say(f"--overwrite deletes {folder.what_is_deleted(job.options.output)}")
-        opened.append(folder.start_index(job.options.output, job.spec, overwrite=job.options.overwrite))
-        return opened[0].spec, opened[0].finished, dict(opened[0].failed)
+        options = job.options
+        opened.append(
+            folder.start_index(
+                options.output, job.spec, overwrite=options.overwrite, keep_finished=options.keep_finished
+            )
+        )
+        failed = opened[0].failed
+        if options.retry_failed and failed:  # each keeps its mark until it is done
+            job.progress.say(f"{counted(len(failed), 'document')} failed before, and will be tried again")
+        return opened[0].spec, opened[0].finished, {} if options.retry_failed else dict(failed)
 
     spec, finished, failed = job.ranks.on_root(open_index)
     if finished:
@@ -142,10 +152,11 @@ def open_writer(
     """Lay out or check this rank's shard, and record the sizes of all. Collective."""
     ranks = job.ranks
     path = ranks.together(prepare_shard, job.options.output, spec, ranks.rank, finished)
-    sizes = ranks.comm.gather(path.stat().st_size)
+    sizes = ranks.gather(path.stat().st_size)
     ranks.on_root(lambda: index.write_manifest(sizes) if index is not None and sizes is not None else None)
     # One layer may wait: a longer queue would not make the disk faster.
-    return ShardWriter(path, spec, ranks.rank, queue_bytes=0, recorder=recorder)
+    tell = job.progress.say if ranks.is_root else logging.getLogger("cpmpi").warning
+    return ranks.together(ShardWriter, path, spec, ranks.rank, queue_bytes=0, recorder=recorder, tell=tell)
 
 
 def make_checkpoints(job: Job, files: Files, stop: Stop) -> Checkpoints:
@@ -172,14 +183,16 @@ def load_engine(
     job.progress.say(str(decision.products))
     job.progress.say(f"weights read in {duration(time.perf_counter() - began)}")
     group, sharers = split(place.ranks, place.grid)
+    names = place.ranks.numbers_of(group)
     with ExitStack() as stack:
         summing = None
         if place.sharing.summed:
-            summing = stack.enter_context(closing(MPITransport(sharers)))
+            summing = stack.enter_context(closing(place.carrier.connect(sharers, place.ranks.flight)))
             sum_outputs(weights.model, place.sharing.summed, summing.sum)
         yield Engine(
             rank=place.ranks.rank, weights=weights, layers=place.layers, schedule=decision.schedule,
-            transport=stack.enter_context(closing(MPITransport(group))), backends=decision.backends,
+            transport=stack.enter_context(closing(place.carrier.connect(group, place.ranks.flight, names))),
+            backends=decision.backends, flight=place.ranks.flight,
             device=job.model.device, progress=job.progress, grid=place.grid, summing=summing,
             checkpoints=checkpoints, recorder=recorder, chunk_tokens=options.chunk_tokens,
             check_finite=options.check_finite, wanted=job.inputs.keeping.wanted, first=job.inputs.keeping.first,
@@ -192,14 +205,15 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
     document, ranks, index, writer = files.spec.documents[i], job.ranks, files.index, files.writer
     token_ids = ranks.spread(job.inputs.documents[i].token_ids if ranks.is_root else None)
 
-    def keep(layer: int, k_TGD: torch.Tensor, v_TGE: torch.Tensor) -> None:
-        assert writer is not None
-        writer.put(i, layer, k_TGD.cpu(), v_TGE.cpu())
-
+    keeper = None
+    if writer is not None:
+        assert engine.checkpoints is not None
+        keeper = Keeper(document=i, writer=writer, checkpoints=engine.checkpoints, flight=ranks.flight)
     seeker = Seeker(
         folder=job.options.output, ranks=ranks, blocks=job.place.blocks, writer=writer, progress=job.progress
     )  # fmt: skip
     identity = checkpoint.identity_of(files.spec, document)
+    ranks.flight.begin(i, document.id, len(job.place.layers))
     with seeker.find(i, document, identity) as resume:
         if engine.checkpoints is not None:
             spent_s = resume.spent_s if resume is not None else 0.0
@@ -208,12 +222,12 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
                 began_s=time.monotonic() - spent_s,
             )  # fmt: skip
         scores = engine.score(
-            job.inputs.keeping.preceded(token_ids), document.layout, document.id, keep if writer is not None else None,
+            job.inputs.keeping.preceded(token_ids), document.layout, document.id, keeper.keep if keeper else None,
             resume,
         )  # fmt: skip
         scores.positions = scores.positions - job.inputs.keeping.scoring.prefix
-    digest = writer.finish(i) if writer is not None else 0
-    everyone = ranks.comm.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
+    digest = ranks.together(keeper.finish) if keeper is not None else 0
+    everyone = ranks.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
     write_kept(ranks, index, i, document.extras, scores, [positions for positions, *_ in everyone or ()])
 
     def store() -> str | None:

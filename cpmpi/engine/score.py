@@ -19,6 +19,7 @@ from cpmpi.attention.execute import Execution, Keys, Queries
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout, Piece
 from cpmpi.attention.schedule import Program, Schedule
+from cpmpi.comm.flight import Flight
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.transport import Transport
 from cpmpi.engine.checkpoint import Checkpoints
@@ -93,6 +94,7 @@ class Engine:
         summing: among the ranks that share the weights, where they do; the model's own sums go over it.
         checkpoints: taken on the way, where that is wanted.
         recorder: notes what happens when, where a timeline is wanted.
+        flight: records where this rank is, and what it waits for.
         chunk_tokens: tokens that go through the model at a time.
         check_finite: whether layers are searched for NaN and infinities.
         wanted: scores besides log-probabilities.
@@ -111,6 +113,7 @@ class Engine:
     summing: Transport | None = None
     checkpoints: Checkpoints | None = None
     recorder: Recorder | None = None
+    flight: Flight = field(default_factory=Flight)
     chunk_tokens: int = 1024
     check_finite: bool = False
     wanted: Wanted = NOTHING
@@ -162,6 +165,7 @@ class Engine:
         """
         begun = time.perf_counter()
         self._note_layers(layer, way.gone_on, begun)
+        self.flight.enter(layer, len(way.program))
         if self.checkpoints is not None:
             self.checkpoints.meet(layer)
         self._check(way, layer, calls)
@@ -220,7 +224,7 @@ class Engine:
         return Execution(
             rank=self.position, program=way.program, transport=self.transport, backend=self.backends[layer],
             heads=self.layers[layer].heads, rule=rule_of(calls[0], way.layout.n_tokens), query_layout=way.computed,
-            key_layouts=(way.layout,), device=self.device, recorder=self.recorder,
+            key_layouts=(way.layout,), device=self.device, recorder=self.recorder, flight=self.flight,
             tick=lambda done: self._tick(layer + done),
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ import torch
 
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.schedule import Schedule
+from cpmpi.comm.carrier import Carrier
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
 from cpmpi.cost.memory import Memory
@@ -57,6 +58,7 @@ class Place:
 
     Attributes:
         ranks: numbered along the rings of the machine.
+        carrier: of their messages.
         layers: with this rank's share of the heads.
         skeleton: the model without weights, of this rank's share.
         reader: of its weights.
@@ -65,6 +67,7 @@ class Place:
 
     ranks: Ranks
     topology: Topology
+    carrier: Carrier
     threads: int
     sharing: Sharing
     layers: tuple[Layer, ...]

@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import node_name
 from cpmpi.comm.stop import Stop
-from cpmpi.engine.state import Job
-from cpmpi.errors import Stopped, one_line
+from cpmpi.engine.state import Prepared
+from cpmpi.errors import Stopped, one_line, why
 from cpmpi.run.paths import RunPaths
 from cpmpi.slurm import record
 from cpmpi.slurm.allocation import allocation, few_cores
@@ -30,10 +32,11 @@ MOST_IN_VAIN = 2  # starts that were stopped before they had finished a document
 class Watch:
     """A job under way: how many documents are finished, and whether it was told to stop."""
 
-    job: Job
+    job: Prepared
     stop: Stop
     documents: int
     finished: int
+    noun: str = "documents"
     finished_here: int = 0
 
     def go_on(self) -> None:
@@ -42,33 +45,43 @@ class Watch:
         Raises:
             Stopped: on all ranks.
         """
-        told = [number for number in self.job.ranks.comm.allgather(self.stop.signal) if number]
+        told = [number for number in self.job.ranks.allgather(self.stop.signal) if number]
         if told:
-            done = f"{self.finished} of {self.documents} documents are finished"
+            done = f"{self.finished} of {self.documents} {self.noun} are finished"
             raise Stopped(f"stopped by {signal.Signals(told[0]).name}: {done}; the same command goes on")
 
-    def document_done(self) -> None:
-        """One more is finished."""
-        self.finished += 1
-        self.finished_here += 1
+    def document_done(self, count: int = 1) -> None:
+        """One more is finished, or several."""
+        self.finished += count
+        self.finished_here += count
 
 
 @contextmanager
-def watched(job: Job, stop: Stop, *, documents: int, finished: int) -> Iterator[Watch]:
+def watched(
+    job: Prepared, output: Path, stop: Stop, *, documents: int, finished: int, noun: str = "documents"
+) -> Iterator[Watch]:  # fmt: skip
     """A job's record, status file and log line of its allocation, kept by rank 0 while the block runs. Collective.
+
+    Args:
+        job: that is watched.
+        output: its run folder.
+        stop: whether it is told to stop.
+        documents: that it has to do in all.
+        finished: of these, before it began.
+        noun: what they are.
 
     Raises:
         Stopped: from the block; with exit status 1 where the job never gets to the end of a document.
     """
-    watch = Watch(job=job, stop=stop, documents=documents, finished=finished)
+    watch = Watch(job=job, stop=stop, documents=documents, finished=finished, noun=noun)
     _tell_allocation(job)
     if not job.ranks.is_root:
         yield watch
         return
-    folder, own = RunPaths(job.options.output).log, allocation()
+    folder, own = RunPaths.of(output).log, allocation()
     name, restarts = (own.name, own.restart_count) if own else (None, 0)
     common = {"job": name, "of": documents}
-    record.note(folder, **common, started=int(time.time()), restarts=restarts, finished=finished,
+    _note(folder, **common, started=int(time.time()), restarts=restarts, finished=finished,
                 ranks=job.ranks.size, node=node_name())  # fmt: skip
     status = record.StatusFile(folder)
     job.progress.listener = lambda progress: _tell(status, progress, watch, name)
@@ -86,8 +99,16 @@ def watched(job: Job, stop: Stop, *, documents: int, finished: int) -> Iterator[
         raise
     finally:
         job.progress.listener = None
-        record.note(folder, **common, ended=int(time.time()), how=how, why=why, finished=watch.finished,
+        _note(folder, **common, ended=int(time.time()), how=how, why=why, finished=watch.finished,
                     finished_here=watch.finished_here, saved=saved)  # fmt: skip
+
+
+def _note(folder: Path, **entry: Any) -> None:
+    """A line in the record, where it can be written: no job fails for want of it."""
+    try:
+        record.note(folder, **entry)
+    except OSError as problem:
+        logging.getLogger("cpmpi").warning("%s", why(problem))
 
 
 def _tell(status: record.StatusFile, progress: Progress, watch: Watch, name: str | None) -> None:
@@ -99,7 +120,7 @@ def _tell(status: record.StatusFile, progress: Progress, watch: Watch, name: str
         )  # fmt: skip
 
 
-def _tell_allocation(job: Job) -> None:
+def _tell_allocation(job: Prepared) -> None:
     """The allocation in one line in every log, and what Slurm gave too little of. Collective."""
     own = allocation()
     told = None
@@ -110,5 +131,5 @@ def _tell_allocation(job: Job) -> None:
         told = few_cores(
             cores=len(os.sched_getaffinity(0)), node_cores=os.cpu_count() or 1, node_ranks=here, node=node_name()
         )
-    for line in dict.fromkeys(line for line in job.ranks.comm.allgather(told) if line is not None):
+    for line in dict.fromkeys(line for line in job.ranks.allgather(told) if line is not None):
         job.progress.say(f"warning: {line}")

@@ -6,9 +6,11 @@ Shapes: ``T`` tokens, ``G`` KV heads, ``D`` key dim, ``E`` value dim.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +18,28 @@ import xxhash
 from h5py import h5a
 
 from cpmpi.attention.grid import Grid
-from cpmpi.attention.layout import Layout
+from cpmpi.attention.layout import Layout, Piece
 from cpmpi.errors import UserError
 from cpmpi.run.document_scores import DocumentScores
 from cpmpi.run.extras import extras_in
 from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
-from cpmpi.run.layer_reader import Source, read_layer
+from cpmpi.run.layer_reader import Rows, Source, read_layer
 from cpmpi.run.publish import saying
 from cpmpi.run.results import DIGESTS, Results, outputs_digest, read_outputs, result_digest
-from cpmpi.run.spec import CONTINUES, TEXT, DocumentSpec, KVGroup, KVShape, Origin
+from cpmpi.run.spec import APPENDED, CONTINUES, TEXT, DocumentSpec, KVGroup, KVShape, Origin, Part
 
 if TYPE_CHECKING:
     from cpmpi.run.reader import Run
+
+
+class Placed(NamedTuple):
+    """A part of a document, the set of shards that it is in, its number there, and the row of its first rank among the
+    digests."""
+
+    part: Part
+    shard_set: int
+    number: int
+    first_digest: int
 
 
 class Document(DocumentScores):
@@ -107,7 +119,7 @@ class Document(DocumentScores):
     def continues(self) -> Mapping[str, Any]:
         """What a continuation follows: ``context_run_id``, ``context_document``, ``context_tokens``, and, of an answer,
         ``question`` and ``answer``. Empty for documents that follow nothing."""
-        return {name: value for name, value in self._attributes.items() if name in CONTINUES}
+        return {name: self._attributes[name] for name in CONTINUES if name in self._attributes}
 
     @property
     def logprobs(self) -> npt.NDArray[np.float32]:
@@ -122,40 +134,49 @@ class Document(DocumentScores):
     @cached_property
     def spec(self) -> DocumentSpec:
         """How its tokens lie on the ranks that did it, or are to do it."""
-        attributes, n_tokens = self._attributes, self.n_tokens
-        grid = Grid(tp=int(attributes.get("tp", 1)), head_groups=int(attributes.get("head_groups", 1)))
+        appended = self.appended
+        first = self._part({**self._attributes, "n_tokens": self.n_tokens - sum(p.layout.n_tokens for p in appended)})
         return DocumentSpec(
-            id=self.id,
-            source=self.source,
-            n_tokens=n_tokens,
-            layout=Layout(
-                n_tokens=n_tokens + self.run.scoring.prefix,
-                world=int(attributes["n_ranks"]) // grid.head_groups,
-                segments=int(attributes["segments"]),
-            ),
-            grid=grid,
-            first_rank=int(attributes["first_rank"]),
-            token_ids_sha256=str(attributes["token_ids_sha256"]),
-            text=tuple((name, int(attributes[name])) for name in TEXT if name in attributes),
-            extras=extras_in(self.group),
-            origin=Origin(
-                world_size=self.world_size,
-                shard_set=int(attributes.get("shard_set", 0)),
-                number=int(attributes.get("shard_document", self.index)),
-            ),
-        )
+            id=self.id, source=self.source, n_tokens=self.n_tokens,
+            layout=replace(first.layout, n_tokens=first.layout.n_tokens + self.run.scoring.prefix), grid=first.grid,
+            first_rank=first.first_rank, token_ids_sha256=str(self._attributes["token_ids_sha256"]),
+            origin=first.origin, appended=appended, first_sha256=str(self._attributes.get("first_sha256", "")),
+            continues=tuple(self.continues.items()), extras=extras_in(self.group),
+            text=tuple((name, int(self._attributes[name])) for name in TEXT if name in self._attributes),
+        )  # fmt: skip
 
-    @property
-    def shard_set(self) -> int:
-        """The set of shards that its keys and values are in."""
-        assert self.spec.origin is not None
-        return self.spec.origin.shard_set
+    @cached_property
+    def appended(self) -> tuple[Part, ...]:
+        """The texts that were added to it later, in order."""
+        with saying(self._path, f"{self.group.name} cannot be read"):
+            groups = self.group.get(APPENDED, {})
+            return tuple(self._part(dict(groups[name].attrs)) for name in sorted(groups))
 
-    @property
-    def shard_number(self) -> int:
-        """Its number in these shards."""
-        assert self.spec.origin is not None
-        return self.spec.origin.number
+    def _part(self, attributes: Mapping[str, Any]) -> Part:
+        """A part of it, from the attributes that say how it lies on its ranks."""
+        grid = Grid(tp=int(attributes.get("tp", 1)), head_groups=int(attributes.get("head_groups", 1)))
+        layout = Layout(
+            n_tokens=int(attributes["n_tokens"]), start=int(attributes.get("start", 0)),
+            world=int(attributes["n_ranks"]) // grid.head_groups, segments=int(attributes["segments"]),
+        )  # fmt: skip
+        origin = Origin(
+            world_size=int(attributes.get("world_size", self.run.world_size)),
+            shard_set=int(attributes.get("shard_set", 0)), number=int(attributes.get("shard_document", self.index)),
+        )  # fmt: skip
+        return Part(
+            layout=layout, grid=grid, first_rank=int(attributes["first_rank"]), origin=origin,
+            id=str(attributes["id"]), token_ids_sha256=str(attributes["token_ids_sha256"]),
+        )  # fmt: skip
+
+    @cached_property
+    def places(self) -> tuple[Placed, ...]:
+        """Its parts with the shards that they are in, as ``run.h5`` says."""
+        first, found = 0, []
+        for part in self.spec.parts:
+            assert part.origin is not None
+            found.append(Placed(part, part.origin.shard_set, part.origin.number, first))
+            first += part.origin.world_size
+        return tuple(found)
 
     @cached_property
     def kv_groups(self) -> tuple[KVGroup, ...]:
@@ -225,37 +246,60 @@ class Document(DocumentScores):
         first, last, _ = slice(start, stop).indices(self.n_tokens)
         stored = STORED_FLOATS[self.run.kv_dtype]
         key_TGD, value_TGE = (np.empty((max(0, last - first), heads, dim), stored.raw) for dim in dims)
-        read_layer(self._sources(layer, first, last, verify), first, key_TGD, value_TGE)
+        rows = Rows(first, Piece(0, heads), (key_TGD, value_TGE))
+        read_layer(self._sources(layer, first, last, verify), rows)
         if as_torch:
             return _as_torch(key_TGD, self.run.kv_dtype), _as_torch(value_TGE, self.run.kv_dtype)
         return (key_TGD, value_TGE) if raw else (stored.widen(key_TGD), stored.widen(value_TGE))
 
+    def read_rows(self, layer: int, rows: Rows, pool: Executor | None = None) -> None:
+        """Fill rows with keys and values of a layer of some positions and KV heads, compared with their checksums.
+
+        Args:
+            layer: its number.
+            rows: where they go.
+            pool: whose threads read; None: one for this call.
+
+        Raises:
+            UserError: as `kv`.
+        """
+        self._check_complete()
+        read_layer(self._sources(layer, rows.first, rows.first + len(rows.into[0]), True), rows, pool)
+
     def _sources(self, layer: int, first: int, last: int, verify: bool) -> Iterator[Source]:
         """The shards that hold some of the positions ``first .. last``."""
-        assert self.kv_shapes is not None
-        for rank in range(self.spec.first_rank, self.spec.first_rank + self.spec.n_ranks):
-            pieces = self.spec.pieces(rank)
-            if any(piece.start < last and first < piece.stop for piece in pieces):
-                shard = self.run.shard(rank, self.shard_set)
-                place, heads = shard.document(self.shard_number), self.spec.heads(rank, self.kv_shapes[layer].heads)
-                if place.pieces != pieces or place.layers[layer].shape != self.kv_shapes[layer]._replace(
-                    heads=heads.size
-                ):
-                    raise UserError(f"{shard.path}: damaged: document {self.id!r} is not laid out as in run.h5")
-                checksums = self._checksums(rank)[layer] if verify else None
-                yield Source(
-                    shard=shard, place=place, layer=layer, heads=heads, document=self.id, checksums_B2=checksums
-                )
+        for placed in self.places:
+            layout, first_rank = placed.part.layout, placed.part.first_rank
+            if layout.start < last and first < layout.start + layout.n_tokens:
+                for rank in range(first_rank, first_rank + placed.part.n_ranks):
+                    if any(piece.start < last and first < piece.stop for piece in placed.part.pieces(rank)):
+                        yield self._source(placed, rank, layer, verify)
 
-    def _checksums(self, rank: int) -> npt.NDArray[np.uint64]:
+    def _source(self, placed: Placed, rank: int, layer: int, verify: bool) -> Source:
+        """What a rank's shard holds of a part."""
+        assert self.kv_shapes is not None
+        shard, shape = self.run.shard(rank, placed.shard_set), self.kv_shapes[layer]
+        place, heads = shard.document(placed.number), placed.part.heads(rank, shape.heads)
+        expected = placed.part.pieces(rank), shape._replace(heads=heads.size)
+        if (place.pieces, place.layers[layer].shape) != expected:
+            raise UserError(f"{shard.path}: damaged: document {self.id!r} is not laid out as in run.h5")
+        checksums = self._checksums(placed, rank)[layer] if verify else None
+        assert self.run.kv_dtype is not None
+        return Source(
+            shard=shard, place=place, layer=layer, heads=heads, document=self.id, checksums_B2=checksums,
+            raw=STORED_FLOATS[self.run.kv_dtype].raw,
+        )  # fmt: skip
+
+    def _checksums(self, placed: Placed, rank: int) -> npt.NDArray[np.uint64]:
         """The checksum table (L, B, 2) in a shard, which is the one that ``run.h5`` has the digest of."""
-        if rank not in self._tables:
-            shard = self.run.shard(rank, self.shard_set)
-            table = shard.checksums(self.shard_number)
-            if xxhash.xxh3_64_intdigest(table.tobytes()) != self.group[DIGESTS][rank]:
+        row = placed.first_digest + rank
+        if row not in self._tables:
+            shard = self.run.shard(rank, placed.shard_set)
+            table = shard.checksums(placed.number)
+            if xxhash.xxh3_64_intdigest(table.tobytes()) != self.group[DIGESTS][row]:
                 raise UserError(f"{shard.path}: document {self.id!r}: its checksums are not those that run.h5 recorded")
-            self._tables[rank] = table
-        return self._tables[rank]
+            self._tables[row] = table
+        return self._tables[row]
 
     def check_result(self) -> None:
         """Compare what was recorded of the document, but for its outputs, with its checksum (from format version 2 on).

@@ -13,24 +13,26 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from cpmpi.errors import UserError, some
 from cpmpi.run.document import Document
 from cpmpi.run.hdf5 import open_file
 from cpmpi.run.index import RunIndex, create_index
-from cpmpi.run.index_layout import FORMAT, kv_dtype
+from cpmpi.run.index_layout import FORMAT
 from cpmpi.run.paths import RunPaths, document_name
-from cpmpi.run.publish import make_folder, saying
+from cpmpi.run.publish import make_folder, saying, sync_path
 from cpmpi.run.reader import Run, open_run
 from cpmpi.run.seal import HDF5_SIGNATURE, MAGIC
-from cpmpi.run.spec import DocumentSpec, KVShape, RunSpec, Scoring, ShardSet, index_bytes, shard_bytes
+from cpmpi.run.spec import DocumentSpec, KVShape, RunSpec, ShardSet, index_bytes, shard_bytes
 from cpmpi.run.spec import check_room as check_free
+from cpmpi.run.unchanged import check_same_documents, check_same_run
 from cpmpi.text import human_bytes
 
 
-def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunIndex:
+def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False, keep_finished: bool = False) -> RunIndex:
     """The ``run.h5`` to write to: a new one, or that of the same run, to be continued. On rank 0.
 
     ``RunIndex.spec`` says what holds, ``RunIndex.finished`` and ``RunIndex.failed`` which documents are done.
@@ -39,9 +41,11 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunI
         folder: the run folder; it may not exist yet, and may hold files that are no part of a run.
         spec: what is to be run.
         overwrite: delete the run that is in the folder first.
+        keep_finished: go on where documents have changed: the finished ones that did not are kept.
 
     Raises:
-        UserError: the folder has a file where a run would put one, or holds a run of another model.
+        UserError: the folder has a file where a run would put one, or holds a run of another model, or of documents
+            that have changed.
     """
     check_folder(folder, overwrite=overwrite)
     if overwrite:
@@ -49,17 +53,18 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunI
     if not RunPaths(folder).index.exists():
         return create_index(folder, spec)
     with open_run(folder) as run:
-        _check_same_run(run, spec)
+        check_same_run(run, spec, partial(what_is_deleted, folder))
+        check_same_documents(run, spec, keep_finished=keep_finished)
         _check_same_shapes(run, spec)
         if _goes_on(run, spec):
             spec = _as_laid_out(run, spec)
-            _delete_shards_but(folder, {*run.shard_sets, spec.shard_set.number})  # a kill may have left some
+            delete_shards_but(folder, {*run.shard_sets, spec.shard_set.number})  # a kill may have left some
             return RunIndex(folder, spec)
         spec, kept = _keep_finished(run, spec)
         index = create_index(folder, spec, {name: document.group for name, document in kept.items()})
     for table in (RunPaths(folder).summary, RunPaths(folder).spans):
         table.unlink(missing_ok=True)
-    _delete_shards_but(folder, {one.number for one in (*spec.earlier_sets, spec.shard_set)})
+    delete_shards_but(folder, {one.number for one in (*spec.earlier_sets, spec.shard_set)})
     return index
 
 
@@ -83,6 +88,12 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
         paths = RunPaths(folder)
         ours = [path for path in paths.contents() if path.suffix != ".tmp"]
     if not paths.index.exists():
+        if paths.deleted in ours and overwrite:
+            return
+        if paths.deleted in ours:
+            raise UserError(
+                f"{folder}: holds what is left of a run that --overwrite was deleting; give --overwrite again"
+            )
         names = some([path.relative_to(folder).as_posix() for path in ours], 5)
         shards = any(path.is_relative_to(paths.shards) for path in ours)
         if shards and not overwrite:
@@ -158,16 +169,27 @@ def check_room(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> None:
 def delete_run(folder: Path) -> None:
     """Delete the files of a run but its logs.
 
-    ``run.h5`` first, so that no half-deleted run is taken for a run; shards last, so that what is left is known as one.
+    ``run.h5`` loses its name first, so that no half-deleted run is taken for a run, and goes last, so that what is left
+    is known as one, wherever this is interrupted.
     """
     paths = RunPaths(folder)
-    if folder.is_dir():
-        for path in sorted(paths.contents(), key=lambda path: (path != paths.index, path.is_relative_to(paths.shards))):
-            path.unlink(missing_ok=True)
-        _remove_if_empty(*paths.shards.glob("[0-9]" * 6), paths.shards, paths.report, paths.checkpoints)
+    if not folder.is_dir():
+        return
+    if paths.index.exists():
+        os.replace(paths.index, paths.deleted)
+        sync_path(folder)
+    left = [path for path in paths.contents() if path != paths.deleted]
+    for path in left:
+        path.unlink(missing_ok=True)
+    for within in {path.parent for path in left}:
+        sync_path(within)
+    _remove_if_empty(*paths.shards.glob("[0-9]" * 6), paths.shards, paths.report, paths.checkpoints)
+    if paths.deleted.exists():
+        paths.deleted.unlink()
+        sync_path(folder)
 
 
-def _delete_shards_but(folder: Path, sets: set[int]) -> None:
+def delete_shards_but(folder: Path, sets: set[int]) -> None:
     """Delete the shards of sets that the run does not name any more."""
     paths = RunPaths(folder)
     for path in paths.contents():
@@ -211,26 +233,6 @@ def only_writer(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _check_same_run(run: Run, spec: RunSpec) -> None:
-    expected = {
-        "model_sha256": spec.model_sha256,
-        "tokenizer_sha256": spec.tokenizer_sha256,
-        "dtype": spec.dtype,
-        "kv_dtype": kv_dtype(spec),
-        "hidden_size": spec.hidden_size,
-        **asdict(spec.scoring),
-    }
-    before = asdict(Scoring())  # of runs that were made before these were choices
-    for name, value in expected.items():
-        found = run.attributes.get(name, before.get(name))
-        if found != value:
-            raise UserError(
-                f"{run.paths.folder}: holds a run with {name} {'nothing' if found == '' else found}, this one has "
-                f"{'nothing' if value == '' else value}; choose another --output, "
-                f"or --overwrite, which deletes {what_is_deleted(run.paths.folder)}"
-            )
-
-
 def _check_same_shapes(run: Run, spec: RunSpec) -> None:
     """Finished documents must have what this job would give them; those that are not finished are laid out anew."""
     finished = next((document for document in (*run.documents, *run.set_aside) if document.complete), None)
@@ -250,7 +252,7 @@ def _goes_on(run: Run, spec: RunSpec) -> bool:
     if run.version == 1 or len(run.documents) != len(spec.documents) or run.documents[0].kv_shapes != _shapes(spec):
         return False
     for old, new in zip(run.documents, spec.documents):
-        if old.id != new.id or _content(old.spec) != _content(new):
+        if old.id != new.id or not _matches(old, new):
             return False
         if not old.complete and not (_dealt_alike(run, old, new, spec) and _laid_out_alike(old.spec, new)):
             return False
@@ -260,16 +262,17 @@ def _goes_on(run: Run, spec: RunSpec) -> bool:
 def _dealt_alike(run: Run, old: Document, new: DocumentSpec, spec: RunSpec) -> bool:
     here = (old.spec.layout, old.spec.grid, old.spec.first_rank, old.world_size)
     there = (new.layout, new.grid, new.first_rank, spec.world_size)
-    return here == there and old.shard_set == max(run.shard_sets, default=0)
+    return here == there and old.places[0].shard_set == max(run.shard_sets, default=0)
 
 
 def _laid_out_alike(old: DocumentSpec, new: DocumentSpec) -> bool:
     return (old.extras, old.text) == (new.extras, new.text)
 
 
-def _content(document: DocumentSpec) -> tuple[int, str]:
-    """What a document is, whatever its name and place."""
-    return document.n_tokens, document.token_ids_sha256
+def _matches(old: Document, new: DocumentSpec) -> bool:
+    """Whether a document is the one that is asked for; one that was appended to is also what it was at first."""
+    same = new.contents[0] in (old.spec.contents if old.id == new.id else old.spec.contents[:1])
+    return same and old.spec.continues == new.continues
 
 
 def _as_laid_out(run: Run, spec: RunSpec) -> RunSpec:
@@ -296,18 +299,21 @@ def _keep_finished(run: Run, spec: RunSpec) -> tuple[RunSpec, dict[str, Document
     for document in (*run.documents, *run.set_aside):
         if document.complete:
             document.logprobs  # noqa: B018 - is an error where they do not have their checksum
-            left.setdefault(_content(document.spec), []).append(document)
+            for content in document.spec.contents:
+                left.setdefault(content, []).append(document)
+    taken: set[Document] = set()
     documents, kept = list(spec.documents), {}
     for same_name in (True, False):
         for i, new in enumerate(spec.documents):
-            found = [old for old in left.get(_content(new), ()) if old.id == new.id or not same_name]
+            same = [old for old in left.get(new.contents[0], ()) if old not in taken and _matches(old, new)]
+            found = [old for old in same if old.id == new.id or not same_name]
             if documents[i].origin is None and found and new.token_ids_sha256:
-                left[_content(new)].remove(found[0])
+                taken.add(found[0])
                 kept[document_name(i)] = found[0]
                 documents[i] = replace(found[0].spec, id=new.id, source=new.source)
-    aside = [document for group in left.values() for document in group]
+    aside = [each for each in (*run.documents, *run.set_aside) if each.complete and each not in taken]
     kept |= {document_name(i, set_aside=True): document for i, document in enumerate(aside)}
-    used = {document.shard_set for document in kept.values()} & run.shard_sets.keys()
+    used = {placed.shard_set for document in kept.values() for placed in document.places} & run.shard_sets.keys()
     laid_out = replace(
         spec,
         documents=tuple(documents),

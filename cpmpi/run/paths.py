@@ -12,7 +12,7 @@ from cpmpi.run.publish import TEMPORARY_SUFFIX
 IDENTITY_DIGITS = 12
 CHECKPOINT = re.compile(r"(?P<document>[0-9a-f]{12})-layer-(?P<layer>\d{5,})(\.json|-rank-(?P<rank>\d{5,})\.h5)")
 OURS = re.compile(
-    r"run\.h5|(topology|schedule)\.json|(summary|scores|spans)\.csv|shards/(\d{6}/)?rank-\d{5,}\.h5|report/surprisal-\d{6,}\.png"
+    r"run\.h5(\.deleted)?|(topology|schedule)\.json|(summary|scores|spans)\.csv|shards/(\d{6}/)?rank-\d{5,}\.h5|report/surprisal-\d{6,}\.png"
     rf"|checkpoints/{CHECKPOINT.pattern}"
 )
 
@@ -27,6 +27,16 @@ class RunPaths:
     def index(self) -> Path:
         """``run.h5``: metadata, outputs and virtual datasets; what anyone opens."""
         return self.folder / "run.h5"
+
+    @property
+    def deleted(self) -> Path:
+        """What ``run.h5`` is called while the run is deleted: what is left is known as a run's, and is no run."""
+        return self.folder / "run.h5.deleted"
+
+    @property
+    def repair(self) -> Path:
+        """Where a shard is laid out anew, before it takes its place."""
+        return self.folder / "repair"
 
     @classmethod
     def of(cls, path: Path) -> RunPaths:

@@ -32,26 +32,28 @@ MOST_OPEN = 64  # shards: each takes two descriptors, of which a process may hav
 SUMMARY = ("id", "source", "n_tokens", "nll", "perplexity", "complete", "failed")
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
+def open_run(path: str | os.PathLike[str], *, locking: bool | str = "best-effort") -> Run:
     """Open a run folder (or its ``run.h5``) for reading. Use as a context manager, or call ``close``.
+
+    ``locking`` is HDF5's; False where this process writes the run meanwhile.
 
     Raises:
         UserError: there is no run, or its ``run.h5`` is damaged.
     """
-    return Run(Path(path))
+    return Run(Path(path), locking)
 
 
 class Run:
     """A run, complete or in progress."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, locking: bool | str = "best-effort") -> None:
         """Open the run in the folder ``path``."""
         self.paths = RunPaths.of(path)
         with saying(self.paths.folder, "cannot be looked into"):
             found = self.paths.index.exists()
         if not found:
             raise UserError(f"{self.paths.folder}: no run here (no run.h5)")
-        self.file = open_file(self.paths.index)
+        self.file = open_file(self.paths.index, locking=locking)
         self._shards: dict[tuple[int, int], ShardFile] = {}
         try:
             self.attributes: dict[str, Any] = dict(self.file.attrs)
@@ -103,6 +105,11 @@ class Run:
     def world_size(self) -> int:
         """Ranks of the job that laid the run out; a document may have been done by another number of them."""
         return int(self.attributes["world_size"])
+
+    @property
+    def model_path(self) -> str:
+        """Where the checkpoint was that made it; empty where an older version did not record it."""
+        return str(self.attributes.get("model_path", ""))
 
     @property
     def kv_dtype(self) -> str | None:

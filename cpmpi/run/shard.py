@@ -34,7 +34,7 @@ from cpmpi.errors import UserError
 from cpmpi.run.hdf5 import RawArray, create_contiguous, created_file, dataset_offset, open_file, pread_all
 from cpmpi.run.paths import RunPaths, document_name
 from cpmpi.run.publish import make_folder, saying
-from cpmpi.run.spec import BLOCK_TOKENS, DocumentSpec, KVShape, KVSpec, RunSpec
+from cpmpi.run.spec import BLOCK_TOKENS, Inside, KVShape, KVSpec, RunSpec
 
 FORMAT = "cpmpi-shard"
 FORMAT_VERSION = 2
@@ -50,29 +50,27 @@ def create_shard(folder: Path, spec: RunSpec, rank: int) -> Path:
     assert spec.kv is not None
     path = RunPaths(folder).shard(rank, spec.shard_set.number)
     make_folder(path.parent)
-    own = [i for i, document in enumerate(spec.documents) if spec.own(document)]
+    own = spec.own()
     with created_file(path, most_places=len(own) * (2 + 2 * len(spec.kv.groups()))) as file:
         file.attrs["format"] = FORMAT
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["set_id"] = spec.shard_set.id
         file.attrs["rank"] = rank
         file.attrs["world_size"] = spec.shard_set.world_size
-        for index in own:
-            document = spec.documents[index]
-            _, number = spec.place(document, index)
-            _lay_out(file.create_group(document_name(number)), document, spec.kv, rank)
+        for one in own:
+            _lay_out(file.create_group(document_name(one.number)), one, spec.kv, rank)
     return path
 
 
-def _lay_out(group: Any, document: DocumentSpec, kv: KVSpec, rank: int) -> None:
-    pieces = document.pieces(rank)
+def _lay_out(group: Any, inside: Inside, kv: KVSpec, rank: int) -> None:
+    pieces = inside.part.pieces(rank)
     n_tokens = sum(piece.size for piece in pieces)
-    group.attrs["id"] = document.id
-    group.attrs["n_tokens"] = document.n_tokens
+    group.attrs["id"] = inside.document.id
+    group.attrs["n_tokens"] = inside.part.layout.n_tokens
     group.attrs["block_tokens"] = BLOCK_TOKENS
     group.create_dataset("pieces", data=np.array(pieces, np.int64).reshape(-1, 2))
     for one in kv.groups():
-        heads = document.heads(rank, one.shape.heads).size
+        heads = inside.part.heads(rank, one.shape.heads).size
         for name, dim in ((one.key, one.shape.key_dim), (one.value, one.shape.value_dim)):
             shape = (len(one.layers), n_tokens, heads, dim)
             dataset = create_contiguous(group, name, shape, kv.stored.h5type(), labels=LABELS)
@@ -95,7 +93,7 @@ def prepare_shard(folder: Path, spec: RunSpec, rank: int, finished: Collection[i
         UserError: documents are finished but their shard is missing, or is of another run.
     """
     path = RunPaths(folder).shard(rank, spec.shard_set.number)
-    inside = [i for i in finished if spec.own(spec.documents[i])]
+    inside = [one for one in spec.own() if one.document_index in finished]
     if path.exists():
         try:
             ShardFile(path, spec.shard_set.id, rank).close()

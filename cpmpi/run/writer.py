@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,7 @@ from cpmpi.errors import UserError
 from cpmpi.run.hdf5 import RawArray, pwrite_all
 from cpmpi.run.shard import ShardFile
 from cpmpi.run.spec import RunSpec
-from cpmpi.text import human_bytes
+from cpmpi.text import counted, human_bytes
 from cpmpi.timeline.intervals import Recorder
 
 # What fits a core's own cache, so that bytes are read from memory once to be summed and written.
@@ -33,6 +34,7 @@ CHUNK_BYTES = 1 << 20
 # torch copies fewer elements than this in the calling thread; more would wake the threads that compute the model.
 SERIAL_ELEMENTS = 32767
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+SLOW_S, SLOW_AGAIN_S = 10.0, 600.0  # a wait for the disk that is told of, and when the next one is
 
 Array = torch.Tensor | npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
@@ -67,7 +69,14 @@ class ShardWriter:
     """
 
     def __init__(
-        self, path: Path, spec: RunSpec, rank: int, *, queue_bytes: int = 1 << 30, recorder: Recorder | None = None
+        self,
+        path: Path,
+        spec: RunSpec,
+        rank: int,
+        *,
+        queue_bytes: int = 1 << 30,
+        recorder: Recorder | None = None,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Open the shard at ``path`` that ``prepare_shard`` laid out.
 
@@ -77,6 +86,7 @@ class ShardWriter:
             rank: whose shard it is.
             queue_bytes: tensors that may wait to be written before ``put`` blocks; one layer may always wait.
             recorder: notes when layers are written, where a timeline is wanted.
+            tell: is told, while it lasts, that the caller waits for a slow disk.
 
         Raises:
             UserError: the file is missing or belongs to another run or rank.
@@ -88,6 +98,7 @@ class ShardWriter:
         self._shard = ShardFile(path, spec.shard_set.id, rank)
         self._descriptor = os.open(path, os.O_WRONLY)
         self._buffer = torch.empty(0, dtype=self._dtype)
+        self._tell, self._told_s = tell, -SLOW_AGAIN_S
         self._queue: deque[_Layer] = deque()
         self._waiting = self._taken = 0
         self._waiting_bytes = 0
@@ -216,10 +227,18 @@ class ShardWriter:
             written = first is not None and self._taken - self._waiting >= first
             return bool(self._error) or not self._waiting or self._waiting_bytes <= limit or written
 
-        self._changed.wait_for(ready)
+        if not self._changed.wait_for(ready, SLOW_S if first is None else None):
+            self._tell_slow()
+            self._changed.wait_for(ready)
         if first is None:
             self.stats.blocked_s += time.perf_counter() - began
         self._raise_error()
+
+    def _tell_slow(self) -> None:
+        if time.monotonic() - self._told_s >= SLOW_AGAIN_S:
+            self._told_s = time.monotonic()
+            waiting = f"{counted(self._waiting, 'layer')} ({human_bytes(self._waiting_bytes)})"
+            self._tell(f"slow disk: computing waits until keys and values of {waiting} are written to {self._path}")
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -301,10 +320,9 @@ class ShardWriter:
         data: RawArray = rows_TGD.reshape(-1).view(torch.uint8).numpy()
         return data
 
-    def _explain(self, problem: OSError) -> OSError | UserError:
+    def _explain(self, problem: OSError) -> UserError:
         if problem.errno not in NO_SPACE:
-            problem.filename = str(self._path)
-            return problem
+            return UserError(f"{self._path}: cannot be written ({problem.strerror}); start the same command again")
         status, system = os.fstat(self._descriptor), os.fstatvfs(self._descriptor)
         needed = max(0, status.st_size - status.st_blocks * 512)
         free = system.f_bavail * system.f_frsize

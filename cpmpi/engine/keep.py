@@ -1,0 +1,47 @@
+"""The keys and values of a document on their way to this rank's shard, while the document is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cpmpi.comm.flight import DISK, Flight
+from cpmpi.engine.checkpoint import Checkpoints
+from cpmpi.errors import UserError
+from cpmpi.run.writer import ShardWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeper:
+    """Hands finished layers of a document to the writer.
+
+    Attributes:
+        document: its place in the run.
+        writer: of this rank's shard.
+        checkpoints: tell all ranks where this one cannot write.
+        flight: records that this rank waits for its disk.
+    """
+
+    document: int
+    writer: ShardWriter
+    checkpoints: Checkpoints
+    flight: Flight
+
+    def keep(self, layer: int, k_TGD: torch.Tensor, v_TGE: torch.Tensor) -> None:
+        """Have a layer written. An error is kept until all ranks meet: the others wait for this one till then."""
+        k_TGD, v_TGE = k_TGD.cpu(), v_TGE.cpu()
+        try:
+            with self.flight.waits(DISK):
+                self.writer.put(self.document, layer, k_TGD, v_TGE)
+        except UserError as problem:
+            self.checkpoints.broke(problem)
+
+    def finish(self) -> int:
+        """The digest of what is written, once it lasts.
+
+        Raises:
+            UserError: a layer could not be written.
+        """
+        with self.flight.waits(DISK):
+            return self.writer.finish(self.document)
