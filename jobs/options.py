@@ -35,7 +35,9 @@ def option_of(each: Field[Any], **changes: Any) -> Callable[..., Any]:
     if known.get("flag"):
         return click.option(spelled(each.name), is_flag=True, help=known["help"])
     if known.get("repeated"):
-        return click.option(known["repeated"], each.name, multiple=True, metavar="TEXT", help=known["help"])
+        return click.option(
+            known["repeated"], each.name, multiple=True, metavar=known.get("metavar", "TEXT"), help=known["help"]
+        )
     if each.type == "bool | None":
         return click.option(f"{spelled(each.name)}/--no-{spelled(each.name)[2:]}", default=None, help=known["help"])
     if known["choices"]:
@@ -50,7 +52,7 @@ def option_of(each: Field[Any], **changes: Any) -> Callable[..., Any]:
         wanted |= {"default": each.default, "show_default": True}
     if known.get("metavar"):
         wanted["metavar"] = known["metavar"]
-    return click.option(spelled(each.name), **{**wanted, "help": known["help"], **changes})
+    return click.option(spelled(each.name), each.name, **{**wanted, "help": known["help"], **changes})
 
 
 def job_option(name: str, **changes: Any) -> Callable[..., Any]:
