@@ -33,7 +33,10 @@ def prefilled(folder, comm, name="run", **options):
     ).close()
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.mpi(n)) for n in (1, 2, 3)])
+@pytest.mark.parametrize("ranks", [
+    pytest.param(2, marks=pytest.mark.mpi(2)),
+    *(pytest.param(n, marks=(pytest.mark.mpi(n), pytest.mark.slow)) for n in (1, 3)),
+])  # fmt: skip
 def test_long_continuations_are_dealt_over_the_ranks(ranks, tmp_path, monkeypatch):
     """By every schedule, with answers after a long question, a long answer, a part of the document, and short ones."""
     import torch
