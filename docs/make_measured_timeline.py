@@ -19,6 +19,7 @@ def measure(leaf_file: str) -> None:
     from matplotlib.figure import Figure
     from mpi4py import MPI
 
+    from cpmpi.comm.carrier import Carrier
     from cpmpi.cost.attention_bench import AttentionBench
     from cpmpi.cost.choose import schedule_on
     from cpmpi.cost.price import price
