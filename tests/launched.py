@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 from tests.conftest import ROOT, clean_environment
 
@@ -29,10 +30,14 @@ class Launched:
                 stderr=subprocess.STDOUT, env=clean_environment(**{TOKEN: self.token}, **environment),
             )  # fmt: skip
 
-    def __enter__(self) -> Launched:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave nothing behind."""
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
