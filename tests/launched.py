@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import ROOT, clean_environment, mpirun_path
 
 TOKEN = "CPMPI_LAUNCHED"
 
@@ -22,8 +22,7 @@ class Launched:
 
     def __init__(self, words: list[str], out: Path, ranks: int = 2, **environment: str) -> None:
         self.out, self.token = out, f"{out}-{time.monotonic_ns()}"
-        beside = Path(sys.executable).with_name("mpirun")
-        line = [str(beside) if beside.exists() else "mpirun", "--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
+        line = [mpirun_path(), "--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
         with out.open("w") as file:
             self.launcher = subprocess.Popen(
                 [*line, sys.executable, "-m", "cpmpi", *words], cwd=ROOT, start_new_session=True, stdout=file,
