@@ -10,13 +10,10 @@ round by round.
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.main_job import emit, make_inputs, summary, worker
+from benchmarks.main_job import emit, in_ranks, summary
 
 WAYS = ("off", "auto", "most", "0")
 
@@ -61,22 +58,10 @@ def measure(folder: Path, tokens: int, rounds: int) -> None:
 
 def main() -> None:
     """Start the ranks and print what they found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        measure(asked.one, asked.tokens, asked.rounds)
+    answer = in_ranks("benchmarks.checkpoints", __doc__, measure, tokens=8192, rounds=3)
+    if answer is None:
         return
-    folder = Path(tempfile.mkdtemp(prefix="cpmpi-bench-"))
-    try:
-        make_inputs(folder, [asked.tokens])
-        line = ["--one", str(folder), "--tokens", str(asked.tokens), "--rounds", str(asked.rounds)]
-        found = worker(line, ranks=asked.ranks, module="benchmarks.checkpoints")
-    finally:
-        shutil.rmtree(folder)
+    asked, found = answer
     seconds = {way: [found[f"{way} {i}"] for i in range(asked.rounds)] for way in WAYS}
     print(f"{asked.tokens} tokens on {asked.ranks} ranks, {asked.rounds} rounds; median (least to most)")
     for way, values in seconds.items():

@@ -38,13 +38,12 @@ import numpy as np
 import cpmpi
 from cpmpi.errors import UserError
 from cpmpi.run.verify import verify_run
-from tests.conftest import ROOT, clean_environment
+from tests.launched import Launched
 from tests.tolerances import check_keys, check_logprobs
 
 LENGTHS = (2500, 1800, 2200)
 LAYERS = 8
 KINDS = ("rank", "launcher", "all", "SIGTERM", "SIGUSR1")
-TOKEN = "CPMPI_CHAOS"
 GONE_S, DONE_S, LAYER_S = 120.0, 600.0, 0.1
 DONE = re.compile(r"document (\d+): attention (\d+) is done")
 STARTED = re.compile(r" 0/(\d+) INFO on ")
@@ -98,37 +97,20 @@ def make(folder: Path) -> None:
         np.save(folder / "documents" / f"{i}.npy", np.random.default_rng(i).integers(3, VOCABULARY, n))
 
 
-class Job:
+class Job(Launched):
     """A job under way, with all its processes."""
 
     def __init__(self, folder: Path, output: Path, ranks: int) -> None:
-        self.token = f"{output}-{time.monotonic_ns()}"
-        self.log = output.with_suffix(".out")
-        beside = Path(sys.executable).with_name("mpirun")
-        line = [str(beside) if beside.exists() else "mpirun", "--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
-        line += [sys.executable, "-m", "cpmpi", "prefill", "--model", str(folder / "model")]
-        line += ["--input", str(folder / "documents"), "--output", str(output), "--checkpoint", "0"]
-        line += ["--attention", "ring", "--chunk-tokens", "200", "--grace", "60", "--kv-dtype", "float32"]
-        with self.log.open("w") as out:
-            self.launcher = subprocess.Popen(
-                line, cwd=ROOT, env=clean_environment(**{TOKEN: self.token}), start_new_session=True, stdout=out,
-                stderr=subprocess.STDOUT,
-            )  # fmt: skip
-
-    def processes(self) -> list[int]:
-        """All that live, the launcher among them, by a variable in their environment."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdigit() and f"{TOKEN}={self.token}\0".encode() in (entry / "environ").read_bytes():
-                    found.append(int(entry.name))
-        return found
+        words = ["prefill", "--model", str(folder / "model"), "--input", str(folder / "documents")]
+        words += ["--output", str(output), "--checkpoint", "0", "--attention", "ring", "--chunk-tokens", "200"]
+        words += ["--grace", "60", "--kv-dtype", "float32"]
+        super().__init__(words, output.with_suffix(".out"), ranks)
 
     def ranks(self) -> list[int]:
         """The processes of the ranks."""
         return [pid for pid in self.processes() if pid != self.launcher.pid]
 
-    def end(self, kind: str, chance: random.Random) -> None:
+    def attack(self, kind: str, chance: random.Random) -> None:
         """End it, in one of `KINDS`."""
         ranks = self.ranks()
         targets = {
@@ -139,13 +121,6 @@ class Job:
         for pid in targets[kind]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-
-    def close(self) -> None:
-        """Leave nothing behind, however the series ends."""
-        for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.launcher.wait()
 
     def wait(self, timeout_s: float) -> tuple[int, list[int]]:
         """The launcher's exit status, -1 if it has none by then, and processes that live on, which are killed then."""
@@ -226,7 +201,7 @@ def chaos(folder: Path, kills: int, seed: int = 0, ranks: int | None = None) -> 
     make(folder)
     whole = Job(folder, folder / "whole", UNDISTURBED_RANKS)
     status, _ = whole.wait(DONE_S)
-    assert status == 0, whole.log.read_text()
+    assert status == 0, whole.said()
     with cpmpi.open_run(folder / "whole") as run:
         assert run.complete
     series = 0
@@ -269,14 +244,14 @@ def kill_until_done(
     """Start a job, end it at a random moment of its work, and so on until it is done or there were enough kills."""
     while True:
         killed, kind = False, KINDS[sum(figures.kills.values()) % len(KINDS)]
-        with contextlib.closing(Job(folder, output, ranks or chance.randint(1, MOST_RANKS))) as job:
+        with Job(folder, output, ranks or chance.randint(1, MOST_RANKS)) as job:
             if sum(figures.kills.values()) < kills:
                 wait_for_moment(job, output, chance)
                 if killed := job.launcher.poll() is None:
-                    job.end(kind, chance)
+                    job.attack(kind, chance)
                     figures.kills[kind] += 1
             status, left = job.wait(GONE_S if killed else DONE_S)
-        said = job.log.read_text()
+        said = job.said()
         figures.inside += " goes on after layer " in said
         figures.dealt_anew += " is dealt anew to " in said
         figures.saved += status == 75

@@ -33,7 +33,10 @@ def prefilled(folder, comm, name="run", **options):
     ).close()
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.mpi(n)) for n in (1, 2, 3)])
+@pytest.mark.parametrize("ranks", [
+    pytest.param(2, marks=pytest.mark.mpi(2)),
+    *(pytest.param(n, marks=(pytest.mark.mpi(n), pytest.mark.slow)) for n in (1, 3)),
+])  # fmt: skip
 def test_long_continuations_are_dealt_over_the_ranks(ranks, tmp_path, monkeypatch):
     """By every schedule, with answers after a long question, a long answer, a part of the document, and short ones."""
     import torch
@@ -191,7 +194,7 @@ def test_a_job_that_is_killed_while_it_appends_leaves_the_run_as_it_was(tmp_path
     import cpmpi
     from cpmpi.run.verify import verify_run
 
-    from .test_growth import PowerCutError
+    from .power_cut import cut_at
 
     folder = shared_folder(tmp_path)
     prefilled(folder, MPI.COMM_WORLD)
@@ -209,19 +212,8 @@ def test_a_job_that_is_killed_while_it_appends_leaves_the_run_as_it_was(tmp_path
         ("os", "replace", 2, 0), ("cpmpi.run.writer.ShardWriter", "put", 3, 40), ("os", "replace", 2, 40),
     ]  # fmt: skip
     for module, name, call, there in places:
-        calls = []
-        real = getattr(MPI, name, None) or _find(module, name)
-
-        def cut(*args, real=real, call=call, calls=calls, **kwargs):
-            calls.append(1)
-            if len(calls) == call:
-                raise PowerCutError
-            return real(*args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(f"{module}.{name}", cut)
-            with pytest.raises(PowerCutError):
-                cpmpi.extend(**given)
+        with cut_at(monkeypatch, f"{module}.{name}", call):
+            cpmpi.extend(**given)
         assert verify_run(folder / "run").problems == [], (module, name)
         with cpmpi.open_run(folder / "run") as run:
             assert run.documents[0].n_tokens == CONTEXT + there, (module, name)
@@ -230,17 +222,6 @@ def test_a_job_that_is_killed_while_it_appends_leaves_the_run_as_it_was(tmp_path
     assert len(list((folder / "run" / "shards").iterdir())) == 3, "what was left behind is gone"
     with cpmpi.open_run(folder / "run") as run:
         compare(run.documents[0], *truth(folder / "model", whole))
-
-
-def _find(module, name):
-    """What is called ``name`` in a module, or in a class of one."""
-    import importlib
-
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError:
-        outer, _, inner = module.rpartition(".")
-        return getattr(getattr(importlib.import_module(outer), inner), name)
 
 
 @pytest.mark.mpi(2)
@@ -281,7 +262,8 @@ def test_scores_are_kept_as_they_come_and_the_same_command_goes_on(tmp_path, cap
         return score(extension, questions)
 
     monkeypatch.setattr(Extension, "score", count)
-    words = ["extend", "--quiet", "--run", f"{folder}/run", "--input", f"{folder}/lines.jsonl", "--output"]
+    words = ["extend", "--quiet", "--attention", "tree"]  # auto measures anew at every start, and may choose another
+    words += ["--run", f"{folder}/run", "--input", f"{folder}/lines.jsonl", "--output"]
     interrupted = False
     assert call([*words, f"{folder}/undisturbed"], capsys)[0] == 0
     assert scored == [3, 1, 1]

@@ -19,6 +19,7 @@ from cpmpi.run.index import NotFiniteError
 from cpmpi.run.shard import create_shard
 from cpmpi.run.verify import verify_run
 from cpmpi.run.writer import ShardWriter
+from tests.power_cut import cut_at
 
 from .runs import HIDDEN, KV, kv_of, make_run, make_spec, outputs_of
 
@@ -124,10 +125,6 @@ def test_texts_are_appended_by_any_ranks_one_after_the_other(tmp_path):
     assert "100" in (tmp_path / "summary.csv").read_text(), "50 + 9 + 30 + 11 tokens"
 
 
-class PowerCutError(BaseException):
-    """What a kill does, without ending the test."""
-
-
 PLACES = [
     ("cpmpi.run.shard", "_lay_out", 2), ("os", "replace", 1), ("os", "replace", 2), ("os", "pwrite", 7),
     ("os", "pwrite", 40), ("os", "fsync", 3), ("os", "fsync", 9), ("cpmpi.run.growth", "checked_results", 1),
@@ -148,19 +145,8 @@ def test_a_kill_at_any_place_leaves_the_old_run_or_the_new_one(whole_run, tmp_pa
     folder = tmp_path / "run"
     shutil.copytree(whole_run, folder)
     text = text_of(0, "a", 20)
-    calls = []
-    real = getattr(__import__(module, fromlist=[name]), name)
-
-    def cut(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise PowerCutError
-        return real(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(f"{module}.{name}", cut)
-        with pytest.raises(PowerCutError):
-            append(folder, text)
+    with cut_at(monkeypatch, f"{module}.{name}", call):
+        append(folder, text)
     with cpmpi.open_run(folder) as run:
         there = growth.is_there(run.documents[0], text)
         whole = run.complete

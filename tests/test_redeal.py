@@ -9,6 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.power_cut import PowerCutError
+
 from .families import FAMILIES, UNSHARED
 from .runs import make_spec
 from .test_exact import shared_folder
@@ -138,10 +140,6 @@ def test_kv_moves_where_it_lies_elsewhere(tmp_path):
     assert redeal.needed(replace(found, kv=replace(place, set_id="another")), 0)
     with pytest.raises(UserError, match="it was made where no keys and values are kept"):
         redeal.needed(replace(found, kv=None), 0)
-
-
-class PowerCutError(BaseException):
-    """What a kill does, without ending the test."""
 
 
 def check_faults(folder, kinds):

@@ -17,6 +17,7 @@ from cpmpi.run.paths import RunPaths
 from cpmpi.run.spec import DocumentSpec, RunSpec, ShardSet
 from cpmpi.run.verify import verify_run
 from tests.conftest import mpirun
+from tests.power_cut import PowerCutError
 from tests.runs import held, kv_of, make_run, make_spec, number_of, open_writers, outputs_of
 from tests.test_exact import save_documents, save_llama
 
@@ -44,10 +45,6 @@ def check(folder: Path, *numbers: int) -> list[int]:
                 for found, whole in zip(document.kv(layer, as_torch=True), kv_of(number, layer, LENGTHS[number])):
                     assert found.equal(whole.bfloat16())
         return [document.world_size for document in run.documents]
-
-
-class PowerCutError(BaseException):
-    """What a kill does, without ending the test."""
 
 
 def cut(*args, **kwargs):

@@ -29,7 +29,7 @@ from cpmpi.engine.contexts import (
     prepare_contexts,
     trunk_of,
 )
-from cpmpi.engine.continuations import merging
+from cpmpi.engine.continuations import merging, say_merging
 from cpmpi.engine.options import ContextOptions, ExtendOptions
 from cpmpi.engine.run import load_engine
 from cpmpi.engine.score import Engine
@@ -162,11 +162,7 @@ def _introduce(job: ContextJob, texts: Sequence[Text], merging: int) -> None:
         f"{counted(documents, 'document')} of {job.options.run}, dealt over {counted(job.ranks.size, 'rank')}"
     )
     introduce_stored(job)
-    if merging:
-        say(
-            f"note: the tokenizer would have joined the first token of {counted(merging, 'text')} with the one before; "
-            "they are appended as tokens of their own (give token_ids to say otherwise)"
-        )
+    say_merging(job, merging, "appended")
 
 
 def groups(texts: Sequence[Text], most: int = GROUP_TOKENS) -> Iterator[list[Text]]:

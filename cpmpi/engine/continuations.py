@@ -197,6 +197,15 @@ def merging(ranks: Ranks, run: Run, checkpoint: Checkpoint, continuations: Seque
     return ranks.on_root(count)
 
 
+def say_merging(job: ContextJob, merging: int, done: str) -> None:
+    """Note of how many texts the tokenizer would have joined the first token, and what is ``done`` with them."""
+    if merging:
+        job.progress.say(
+            f"note: the tokenizer would have joined the first token of {counted(merging, 'text')} with the one before; "
+            f"they are {done} as tokens of their own (give token_ids to say otherwise)"
+        )
+
+
 def _introduce(job: ContextJob, asked: Sequence[Asked], continuations: Sequence[Continuation], merging: int) -> None:
     """Say what is going to happen, before it does."""
     say = job.progress.say
@@ -207,8 +216,4 @@ def _introduce(job: ContextJob, asked: Sequence[Asked], continuations: Sequence[
         f"{job.options.run}, {counted(job.ranks.size, 'rank')}"
     )
     introduce_stored(job)
-    if merging:
-        say(
-            f"note: the tokenizer would have joined the first token of {counted(merging, 'text')} with the one before; "
-            "they are scored as tokens of their own (give token_ids to say otherwise)"
-        )
+    say_merging(job, merging, "scored")

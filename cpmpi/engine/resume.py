@@ -79,7 +79,8 @@ class Seeker:
         document = self.spec.documents[index]
         identity = checkpoint.identity_of(self.spec, document)
         chosen: Resume | None = None
-        for path, found in self.ranks.on_root(checkpoint.find, self.folder, identity):
+        all_found = self.ranks.on_root(checkpoint.find, self.folder, identity)
+        for path, found in all_found:
             problem, resume = self._open(found, index)
             problems = [p for p in self.ranks.allgather(problem) if p is not None]
             if not problems:
@@ -92,7 +93,8 @@ class Seeker:
             self.progress.say(f"{document.id}: the checkpoint {path} is not used: {problems[0]}")
         keep = chosen.last if chosen is not None else None
         self.ranks.on_root(checkpoint.delete, self.folder, identity, keep=keep)
-        self.ranks.on_root(folder.delete_unused_shards, self.folder, self.spec)
+        if all_found:  # else none of them held shards, which were looked through when the job started
+            self.ranks.on_root(folder.delete_unused_shards, self.folder, self.spec)
         if chosen is None:
             yield None
             return

@@ -7,10 +7,7 @@ import json
 import os
 import re
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +17,8 @@ from cpmpi.run.verify import verify_run
 from cpmpi.slurm import record
 from cpmpi.slurm.profile import read_profile
 
-from ..conftest import ROOT
-from .emulated import Cluster
+from ..conftest import ROOT, mpirun_path
+from .jobs import CPMPI, DEMO, wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -31,119 +28,35 @@ from cpmpi.slurm.allocation import allocation
 a = allocation()
 print(json.dumps([a.per_node, a.cpus_per_task, a.cpus_on_node]))
 """
-DEMO = ROOT / "examples" / "demo" / "checkpoint"
-CPMPI = (sys.executable, "-m", "cpmpi")
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.3)
-
-
-class Jobs:
-    """A folder with documents, and jobs on them."""
-
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self.cluster, self.folder = cluster, folder
-        self.run, self.input = folder / "RUN", folder / "documents.jsonl"
-
-    def slurm(self, *command: str) -> str:
-        return self.cluster.slurm(*command)
-
-    def status(self) -> str:
-        return self.slurm(*CPMPI, "status", str(self.run))
-
-    def documents(self, count: int, tokens: int) -> None:
-        with (self.folder / "documents.jsonl").open("w") as file:
-            for i in range(count):
-                ids = [(7 * i + 31 * k) % 1000 for k in range(tokens)]
-                file.write(json.dumps({"id": f"d{i}", "token_ids": ids}) + "\n")
-
-    def wait_for_start(self, number: int) -> None:
-        """The job's start of this number, and its first document under way."""
-
-        def starts() -> list:
-            return [e for e in record.entries(self.run / "log") if "started" in e]
-
-        wait_for(lambda: len(starts()) == number)
-        wait_for(lambda: (record.read_status(self.run / "log") or {"at": 0})["at"] > starts()[-1]["started"] + 1)
-
-    def submit(self, *options: str) -> str:
-        words = ["--", "score", "--model", str(DEMO), "--input", str(self.input)]
-        words += ["--output", str(self.run), "--attention", "ring"]
-        command = ["--command", " ".join(CPMPI), "--time", "10m"]
-        printed = self.cluster.slurm(*CPMPI, "submit", *command, *options, *words)
-        found = re.search(r"^job (\d+)$", printed, re.M)
-        assert found, printed
-        return found[1]
-
-    def state(self, job: str) -> str:
-        return self.cluster.slurm("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
-
-    def ended(self, job: str) -> bool:
-        return self.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-
-    def log(self, job: str) -> str:
-        file = self.run / "log" / f"slurm-{job}.out"
-        return file.read_text() if file.exists() else ""
-
-    def ends(self) -> list[tuple[str, int]]:
-        return [(e["how"], e["finished"]) for e in record.entries(self.run / "log") if "ended" in e]
-
-    def check_whole(self, job: str) -> None:
-        assert self.state(job) == "COMPLETED", self.log(job)
-        assert verify_run(self.run).problems == []
-        with open_run(self.run) as run:
-            assert run.complete
-
-
-@pytest.fixture
-def jobs(slurm_cluster, tmp_path) -> Jobs:
-    """On a cluster whose nodes are all there: a test before may have lost one, or left a job that is completing."""
-    made = Jobs(slurm_cluster, tmp_path)
-    made.slurm("scancel", "--user=root")
-
-    def idle() -> bool:
-        states = dict(line.split() for line in made.slurm("sinfo", "-h", "-N", "-o", "%N %T").splitlines())
-        for node, state in states.items():
-            if state.startswith(("down", "drain")):
-                with suppress(RuntimeError):  # where it has come back by itself
-                    made.slurm("scontrol", "update", f"nodename={node}", "state=resume")
-        return set(states.values()) == {"idle"}
-
-    wait_for(idle, 180)
-    return made
 
 
 def test_told_preempted_and_a_node_lost_the_run_is_whole(jobs):
     """One job: told by its batch shell alone, as --signal=B: does; preempted; then one of its nodes goes down."""
     jobs.documents(6, tokens=20_000)
     job = jobs.submit("-N", "2", "--tasks-per-node", "1")
-    wait_for(lambda: record.read_status(jobs.run / "log"))
+    jobs.wait_for(lambda: record.read_status(jobs.run / "log"))
     assert "1 running" in jobs.status()
     jobs.slurm("scancel", "--signal=USR1", "--batch", job)
-    wait_for(lambda: len(jobs.ends()) == 1)
-    wait_for(lambda: jobs.state(job) == "PENDING")
+    jobs.wait_for(lambda: len(jobs.ends()) == 1)
+    jobs.wait_for(lambda: jobs.state(job) == "PENDING")
     assert "stopped before, will go on; waiting: until its begin time" in jobs.status()
 
     jobs.wait_for_start(2)
     urgent = jobs.slurm(
         "sbatch", "--parsable", "-p", "urgent", "-N4", "--exclusive", "-o/dev/null", "--wrap", "sleep 2"
     ).strip()
-    wait_for(lambda: jobs.state(job) != "RUNNING")
+    jobs.wait_for(lambda: jobs.state(job) != "RUNNING")
     assert "failed" not in jobs.status()
-    wait_for(lambda: jobs.ended(urgent))
+    jobs.wait_for(lambda: jobs.ended(urgent))
 
     jobs.wait_for_start(3)
     nodes = jobs.slurm("squeue", "-h", "-j", job, "-o", "%N").strip()
     last = jobs.slurm("scontrol", "show", "hostnames", nodes).split()[-1]
     jobs.slurm("scontrol", "update", f"nodename={last}", "state=down", "reason=test")
-    wait_for(lambda: jobs.state(job) != "RUNNING")
+    jobs.wait_for(lambda: jobs.state(job) != "RUNNING")
     with suppress(RuntimeError):  # where it has come back by itself
         jobs.slurm("scontrol", "update", f"nodename={last}", "state=resume")
-    wait_for(lambda: jobs.ended(job), 180)
+    jobs.wait_for(lambda: jobs.ended(job), 180)
     jobs.check_whole(job)
     assert jobs.ends()[-1] == ("complete", 6)
     assert jobs.ends()[0][0] == "stopped"
@@ -154,10 +67,10 @@ def test_told_preempted_and_a_node_lost_the_run_is_whole(jobs):
 def test_a_cancelled_job_stays_cancelled(jobs):
     """It saves its state when it is told, and yet must not put itself back into the queue."""
     jobs.documents(4, tokens=20_000)
-    job = jobs.submit("--tasks-per-node", "2", "--launcher", "mpirun --bind-to none")
-    wait_for(lambda: record.read_status(jobs.run / "log"))
+    job = jobs.submit("--tasks-per-node", "2", "--launcher", f"{mpirun_path()} --bind-to none")
+    jobs.wait_for(lambda: record.read_status(jobs.run / "log"))
     assert jobs.slurm(*CPMPI, "cancel", str(jobs.run)) == f"cancelled {job}\n"
-    wait_for(lambda: jobs.ended(job))
+    jobs.wait_for(lambda: jobs.ended(job))
     assert jobs.state(job) == "CANCELLED"
     assert f"{job}: cancelled" in jobs.status()
     with pytest.raises(RuntimeError, match=rf"error: .*none of its jobs \({job}\) waits or runs"):
@@ -174,7 +87,7 @@ def test_odd_names_arrays_and_refusals(jobs):
         (odd / "documents.jsonl").rename(odd / f"documents-{task}.jsonl")
     jobs.input = odd / "documents-%a.jsonl"
     job = jobs.submit("--array", "3-4", "--job-name", 'it\'s \\ a #1 "name"')
-    wait_for(lambda: set(jobs.state(job).split()) <= {"COMPLETED", "FAILED"})
+    jobs.wait_for(lambda: set(jobs.state(job).split()) <= {"COMPLETED", "FAILED"})
     assert jobs.state(job).split() == ["COMPLETED"] * 2
     assert jobs.slurm("squeue", "-h", "-t", "all", "-j", job, "-o", "%j").splitlines() == ['it\'s \\ a #1 "name"'] * 2
     for task in (3, 4):
@@ -246,7 +159,7 @@ def test_a_launcher_that_does_not_match_is_told_with_its_log(jobs):
     """srun with a PMI that Open MPI does not speak: ranks that are each alone; the job fails, and status says why."""
     jobs.documents(1, tokens=50)
     job = jobs.submit("--tasks-per-node", "2", "--launcher", "srun --mpi=pmi2 -K1")
-    wait_for(lambda: jobs.ended(job))
+    jobs.wait_for(lambda: jobs.ended(job))
     printed = jobs.status()
     assert f"{job}: failed" in printed
     assert "srun --mpi=pmi2 started 2 ranks (PMI_SIZE=2), but MPI sees a world of 1" in printed
@@ -258,7 +171,7 @@ def test_a_time_limit_of_a_minute_on_a_job_of_three(jobs):
     """Slurm tells the batch shell 10 s before the end, or half a minute earlier; it comes back until it is done."""
     jobs.documents(120, tokens=8_000)
     job = jobs.submit("--time", "1", "--signal", "10")
-    wait_for(lambda: jobs.ended(job), 900)
+    jobs.wait_for(lambda: jobs.ended(job), 900)
     jobs.check_whole(job)
     assert len(jobs.ends()) > 1
     assert all(how == "stopped" for how, _ in jobs.ends()[:-1])
@@ -273,9 +186,9 @@ def test_one_task_of_an_array_comes_back(jobs):
     jobs.input, jobs.run = jobs.folder / "documents-%a.jsonl", jobs.folder / "run-%a"
     job = jobs.submit("--array", "1-2")
     told, other = (jobs.folder / f"run-{task}" for task in (1, 2))
-    wait_for(lambda: record.read_status(told / "log"))
+    jobs.wait_for(lambda: record.read_status(told / "log"))
     jobs.slurm("scancel", "--signal=USR1", "--batch", f"{job}_1")
-    wait_for(lambda: set(jobs.state(job).split()) <= {"COMPLETED", "FAILED"}, 240)
+    jobs.wait_for(lambda: set(jobs.state(job).split()) <= {"COMPLETED", "FAILED"}, 240)
     assert jobs.state(job).split() == ["COMPLETED"] * 2
     starts = [[e["restarts"] for e in record.entries(run / "log") if "started" in e] for run in (told, other)]
     assert starts == [[0, 1], [0]]

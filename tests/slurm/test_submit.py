@@ -88,7 +88,7 @@ def test_the_grace_time_is_what_slurms_notice_leaves(here):
     assert graces([]) == graces(["--signal", "0"]) == graces(["--signal", "120"]) == []
     assert graces(["--signal", "600"], "--grace", "7") == ["--grace 7"] * 2
     assert graces(["--signal", "600"], "--grace=7") == ["--grace=7"] * 2
-    words = ["--", "extend", "--model", "model", "--run", "RUN", "--input", "q.jsonl", "--output", "SCORES"]
+    words = ["--", "generate", "--model", "model", "--run", "RUN", "--prompt", "Why?"]
     assert "--grace" not in submit("--dry-run", "--signal", "600", *words).stdout
 
 
