@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from cpmpi.engine.options import JobOptions, ModelOptions, spelled
+from cpmpi.errors import UserError
 from cpmpi.text import counted
 
 
@@ -87,10 +88,19 @@ def options_of(kind: type[ModelOptions], *left_out: str) -> Callable[..., Any]:
 
 
 def asked(kind: type[ModelOptions], options: dict[str, Any]) -> Any:
-    """The options of a kind of job from those of the command line."""
+    """The options of a kind of job from those of the command line.
+
+    Raises:
+        AgreedError: a value cannot be; all ranks were given the same.
+    """
+    from cpmpi.comm.ranks import AgreedError
+
     if "inputs" in options:
         options["inputs"] = (*options["inputs"], *options.pop("more_inputs"))
-    return kind(command=shlex.join(["cpmpi", *sys.argv[1:]]), **options)
+    try:
+        return kind(command=shlex.join(["cpmpi", *sys.argv[1:]]), **options)
+    except UserError as problem:
+        raise AgreedError(str(problem)) from None
 
 
 def run_documents(**options: Any) -> None:
