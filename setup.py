@@ -31,9 +31,13 @@ setup(
     ],
     extras_require={
         "data": ["pyarrow>=15", "zstandard>=0.22"],
+        "eval": ["lm_eval>=0.4.11,<0.5", "tqdm>=4.60"],
         "plot": ["matplotlib>=3.8"],
         "nvidia": ["nvidia-ml-py>=12"],
         "test": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6"],
     },
-    entry_points={"console_scripts": ["cpmpi = cpmpi.jobs.cli:main"]},
+    entry_points={
+        "console_scripts": ["cpmpi = cpmpi.jobs.cli:main"],
+        "lm_eval.models": ["cpmpi = cpmpi.engine.harness:CpmpiLM"],
+    },
 )

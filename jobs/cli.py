@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "score": ("cpmpi.jobs.score", "Log-probabilities of whole documents."),
     "extend": ("cpmpi.jobs.extend", "Score what may follow stored documents."),
     "generate": ("cpmpi.jobs.generate", "Answer prompts from a stored document."),
+    "lm-eval": ("cpmpi.jobs.lm_eval", "Evaluate a checkpoint with lm-evaluation-harness."),
     "demo": ("cpmpi.jobs.demo", "Run the main job on a small checkpoint and a long text."),
     "inspect": ("cpmpi.jobs.inspect", "What is in a run folder."),
     "tokens": ("cpmpi.jobs.tokens", "A passage of a document with the scores of its tokens."),

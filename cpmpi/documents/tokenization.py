@@ -32,8 +32,12 @@ def tokenizer_files(checkpoint: Path) -> list[Path]:
     return [file for name in TOKENIZER_FILES if (file := checkpoint / name).is_file()]
 
 
-def load_tokenizer(checkpoint: Path) -> Any:
+def load_tokenizer(checkpoint: Path, **changes: Any) -> Any:
     """The checkpoint folder's tokenizer, from its files alone: nothing is downloaded, no code of the folder is run.
+
+    Args:
+        checkpoint: the folder.
+        changes: of its own settings, such as ``add_bos_token``.
 
     Raises:
         UserError: the folder has no tokenizer, or one that transformers cannot load.
@@ -47,7 +51,7 @@ def load_tokenizer(checkpoint: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False, **changes)
     except Exception as error:  # of any type: it depends on the tokenizer's class and on what is broken
         reason = next(iter(str(error).splitlines()), "")
         raise UserError(f"{checkpoint}: the tokenizer does not load: {type(error).__name__}: {reason}") from error

@@ -14,23 +14,31 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from cpmpi.attention.execute import Execution, Keys, Queries, Rule
-from cpmpi.attention.layout import Dealt, Holding, Piece
+from cpmpi.attention.layout import Dealt, Holding, Layout, Piece
 from cpmpi.engine.score import Engine
 from cpmpi.kernels.partial import Partial
 from cpmpi.model.attention_call import Call, rule_of
 from cpmpi.model.finite import finite, finite_layers
 from cpmpi.model.forward import Chunk, layer_major
 from cpmpi.model.head import Head, decoder_of
-from cpmpi.run.cache import StoredKeys
 
 LineKeys = tuple[torch.Tensor, torch.Tensor, int]
+
+
+class ContextKeys(Protocol):
+    """This rank's share of the keys and values of what comes before, such as `cpmpi.run.cache.StoredKeys`."""
+
+    layout: Layout
+
+    def layer(self, layer: int) -> Keys:
+        """Those of a layer."""
 
 
 class Branch(NamedTuple):
@@ -130,7 +138,7 @@ class Extension:
     """
 
     engine: Engine
-    context: StoredKeys
+    context: ContextKeys
     n_tokens: int
     last_hidden: torch.Tensor | None
 

@@ -136,7 +136,7 @@ def _generate(
         )
     answers = [Answer(prompt=prompt, tokenizer=tokenizer, stop=options.stop) for prompt in options.prompts]
     before = document.token_ids.tolist() if sampling.repetition_penalty != 1 else []
-    ends = _end_tokens(checkpoint)
+    ends = end_tokens(checkpoint)
     streams = [sampling.stream(i) for i in range(len(prompts))]
 
     def choose(i: int, logits_V: torch.Tensor, ids: list[int]) -> int:
@@ -207,7 +207,7 @@ def _prompt_ids(options: GenerateOptions, tokenizer: Any) -> list[TokenIds]:
     return found
 
 
-def _end_tokens(checkpoint: Checkpoint) -> frozenset[int]:
+def end_tokens(checkpoint: Checkpoint) -> frozenset[int]:
     """The tokens that end a text, as the checkpoint says."""
     from transformers import GenerationConfig
 
