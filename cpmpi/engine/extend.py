@@ -114,14 +114,14 @@ def branches_of(
     def grow(ids: npt.NDArray[np.int64], line: list[int]) -> list[int]:
         first = branches[line[-1]].run.stop if line else start
         n = -(-len(ids) // chunk_tokens)
-        for a, b in pairwise(len(ids) * i // n for i in range(n + 1)):
+        for a, b in pairwise(len(ids) * i // max(n, 1) for i in range(n + 1)):  # none of no tokens
             branches.append(Branch(ids[a:b], first + a, line[-1] if line else None))
             line = [*line, len(branches) - 1]
         return line
 
     for q, _ in mine:
         if q not in stems:
-            stems[q] = grow(questions[q].stem, []) if len(questions[q].stem) else []
+            stems[q] = grow(questions[q].stem, [])
     return branches, [grow(questions[q].answers[i], stems[q]) for q, i in mine]
 
 
