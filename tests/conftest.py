@@ -84,7 +84,7 @@ def name_of(item: pytest.Item) -> str:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Refuse to go on where pytest-xdist takes no notice of the groups: each worker would start all ranks of its own."""
+    """Refuse to go on where pytest-xdist takes no notice of groups: every worker would start all ranks of its own."""
     grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
     if getattr(session.config.option, "loadgroup", False) and grouped and "@" not in grouped[0].nodeid:
         raise pytest.UsageError("pytest-xdist does not group tests under this pytest: install those of constraints.txt")
