@@ -67,9 +67,8 @@ def tasks(tmp_path_factory):
 
 def words(tasks, out, which="choice,whole,answer", model_args=(), model=DEMO):
     given = ",".join([f"pretrained={model}", *model_args])
-    return [
-        "--model_args", given, "--include_path", str(tasks), "--tasks", which, "--output_path", str(out), "--log_samples",
-    ]  # fmt: skip
+    where = ["--include_path", str(tasks), "--output_path", str(out), "--log_samples"]
+    return ["--model_args", given, "--tasks", which, *where]
 
 
 def run(ranks, *line):

@@ -83,7 +83,9 @@ def test_scores_equal_one_transformers_process(tp, monkeypatch):
     best = int(plain(DEMO)(input_ids=_batch(questions[0].stem)).logits[0, -1].argmax())  # one that is greedy
     questions[0] = questions[0]._replace(answers=(*questions[0].answers, np.array([best])))
     dealt, judge = [], module.judge
-    monkeypatch.setattr(module, "judge", lambda make, question, joint: dealt.append(joint) or judge(make, question, joint))
+    monkeypatch.setattr(
+        module, "judge", lambda make, question, joint: dealt.append(joint) or judge(make, question, joint)
+    )
     found, batches = totals_of(session, questions)
     assert batches == [len(questions)]
     assert bool(dealt) == (tp == 1)  # with both ranks in one group there is nobody to deal to
