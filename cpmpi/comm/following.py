@@ -25,7 +25,7 @@ class Following:
     """
 
     def __init__(self, ranks: Ranks, worker: Any) -> None:
-        self.ranks, self._worker = ranks, worker
+        self.ranks, self.worker = ranks, worker
         self._comm: Any = ranks.comm.Dup()  # no other message is taken for a call
         self._over = self._within = False
         atexit.register(self._leave)
@@ -80,7 +80,7 @@ class Following:
     def _do(self, name: str, arguments: tuple[Any, ...]) -> Any:
         self._within = True
         try:
-            result = getattr(self._worker, name)(*arguments)
+            result = getattr(self.worker, name)(*arguments)
         except AgreedError:
             self._over, self._within = True, False
             raise

@@ -80,7 +80,7 @@ class CpmpiLM(TemplateLM):  # type: ignore[misc]
         if max_length is not None and not (isinstance(max_length, int) and max_length >= 1):
             raise UserError(f"max_length must be a number of tokens from 1 on, not {max_length}")
         self._call, number = lead.call, lead.call("open", wanted)
-        self.session: Session = lead._worker.all[number]
+        self.session: Session = lead.worker.all[number]
         self._number = number
         if lead.ranks.size == 1:  # no other rank would be asked at a time of the collector's choice
             weakref.finalize(self, lead.call, "close", number)
@@ -158,7 +158,7 @@ class CpmpiLM(TemplateLM):  # type: ignore[misc]
         return ids
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **more: Any
     ) -> list[tuple[float, bool]]:
         """Log-probability, and whether it is the greedy answer, of each continuation."""
         found: list[Any] = [None] * len(requests)
