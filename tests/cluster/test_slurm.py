@@ -35,10 +35,11 @@ DEMO = ROOT / "examples" / "demo" / "checkpoint"
 CPMPI = (sys.executable, "-m", "cpmpi")
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 90, told: Callable[[], str] = str) -> None:
+    """Until a condition holds; where it never does, the failure says what ``told`` says then."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"waited {seconds:.0f} s in vain\n{told()}"
         time.sleep(0.3)
 
 
@@ -51,6 +52,21 @@ class Jobs:
 
     def slurm(self, *command: str) -> str:
         return self.cluster.slurm(*command)
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = 90) -> None:
+        wait_for(condition, seconds, self.circumstances)
+
+    def circumstances(self) -> str:
+        """All jobs with states and reasons, the nodes, and the last lines of every log: why something did not come."""
+        told = [
+            self.slurm("squeue", "-t", "all", "-o", "%i %j %T %r %M %N"),
+            self.slurm("sinfo", "-N", "-o", "%N %T %E"),
+        ]
+        for file in sorted(self.folder.glob("**/log/slurm-*.out")):
+            told.append("\n".join([f"{file.name}:", *file.read_text().splitlines()[-15:]]))
+        for file in sorted(self.folder.glob("**/log/jobs.jsonl")):
+            told.append(f"{file}:\n{file.read_text()}")
+        return "\n".join(told)
 
     def status(self) -> str:
         return self.slurm(*CPMPI, "status", str(self.run))
@@ -67,8 +83,8 @@ class Jobs:
         def starts() -> list:
             return [e for e in record.entries(self.run / "log") if "started" in e]
 
-        wait_for(lambda: len(starts()) == number)
-        wait_for(lambda: (record.read_status(self.run / "log") or {"at": 0})["at"] > starts()[-1]["started"] + 1)
+        self.wait_for(lambda: len(starts()) == number)
+        self.wait_for(lambda: (record.read_status(self.run / "log") or {"at": 0})["at"] > starts()[-1]["started"] + 1)
 
     def submit(self, *options: str) -> str:
         words = ["--", "score", "--model", str(DEMO), "--input", str(self.input)]
@@ -113,7 +129,7 @@ def jobs(slurm_cluster, tmp_path) -> Jobs:
                     made.slurm("scontrol", "update", f"nodename={node}", "state=resume")
         return set(states.values()) == {"idle"}
 
-    wait_for(idle, 180)
+    made.wait_for(idle, 180)
     return made
 
 
@@ -121,29 +137,29 @@ def test_told_preempted_and_a_node_lost_the_run_is_whole(jobs):
     """One job: told by its batch shell alone, as --signal=B: does; preempted; then one of its nodes goes down."""
     jobs.documents(6, tokens=20_000)
     job = jobs.submit("-N", "2", "--tasks-per-node", "1")
-    wait_for(lambda: record.read_status(jobs.run / "log"))
+    jobs.wait_for(lambda: record.read_status(jobs.run / "log"))
     assert "1 running" in jobs.status()
     jobs.slurm("scancel", "--signal=USR1", "--batch", job)
-    wait_for(lambda: len(jobs.ends()) == 1)
-    wait_for(lambda: jobs.state(job) == "PENDING")
+    jobs.wait_for(lambda: len(jobs.ends()) == 1)
+    jobs.wait_for(lambda: jobs.state(job) == "PENDING")
     assert "stopped before, will go on; waiting: until its begin time" in jobs.status()
 
     jobs.wait_for_start(2)
     urgent = jobs.slurm(
         "sbatch", "--parsable", "-p", "urgent", "-N4", "--exclusive", "-o/dev/null", "--wrap", "sleep 2"
     ).strip()
-    wait_for(lambda: jobs.state(job) != "RUNNING")
+    jobs.wait_for(lambda: jobs.state(job) != "RUNNING")
     assert "failed" not in jobs.status()
-    wait_for(lambda: jobs.ended(urgent))
+    jobs.wait_for(lambda: jobs.ended(urgent))
 
     jobs.wait_for_start(3)
     nodes = jobs.slurm("squeue", "-h", "-j", job, "-o", "%N").strip()
     last = jobs.slurm("scontrol", "show", "hostnames", nodes).split()[-1]
     jobs.slurm("scontrol", "update", f"nodename={last}", "state=down", "reason=test")
-    wait_for(lambda: jobs.state(job) != "RUNNING")
+    jobs.wait_for(lambda: jobs.state(job) != "RUNNING")
     with suppress(RuntimeError):  # where it has come back by itself
         jobs.slurm("scontrol", "update", f"nodename={last}", "state=resume")
-    wait_for(lambda: jobs.ended(job), 180)
+    jobs.wait_for(lambda: jobs.ended(job), 180)
     jobs.check_whole(job)
     assert jobs.ends()[-1] == ("complete", 6)
     assert jobs.ends()[0][0] == "stopped"
@@ -155,9 +171,9 @@ def test_a_cancelled_job_stays_cancelled(jobs):
     """It saves its state when it is told, and yet must not put itself back into the queue."""
     jobs.documents(4, tokens=20_000)
     job = jobs.submit("--tasks-per-node", "2", "--launcher", "mpirun --bind-to none")
-    wait_for(lambda: record.read_status(jobs.run / "log"))
+    jobs.wait_for(lambda: record.read_status(jobs.run / "log"))
     assert jobs.slurm(*CPMPI, "cancel", str(jobs.run)) == f"cancelled {job}\n"
-    wait_for(lambda: jobs.ended(job))
+    jobs.wait_for(lambda: jobs.ended(job))
     assert jobs.state(job) == "CANCELLED"
     assert f"{job}: cancelled" in jobs.status()
     with pytest.raises(RuntimeError, match=rf"error: .*none of its jobs \({job}\) waits or runs"):
@@ -174,7 +190,7 @@ def test_odd_names_arrays_and_refusals(jobs):
         (odd / "documents.jsonl").rename(odd / f"documents-{task}.jsonl")
     jobs.input = odd / "documents-%a.jsonl"
     job = jobs.submit("--array", "3-4", "--job-name", 'it\'s \\ a #1 "name"')
-    wait_for(lambda: set(jobs.state(job).split()) <= {"COMPLETED", "FAILED"})
+    jobs.wait_for(lambda: set(jobs.state(job).split()) <= {"COMPLETED", "FAILED"})
     assert jobs.state(job).split() == ["COMPLETED"] * 2
     assert jobs.slurm("squeue", "-h", "-t", "all", "-j", job, "-o", "%j").splitlines() == ['it\'s \\ a #1 "name"'] * 2
     for task in (3, 4):
@@ -246,7 +262,7 @@ def test_a_launcher_that_does_not_match_is_told_with_its_log(jobs):
     """srun with a PMI that Open MPI does not speak: ranks that are each alone; the job fails, and status says why."""
     jobs.documents(1, tokens=50)
     job = jobs.submit("--tasks-per-node", "2", "--launcher", "srun --mpi=pmi2 -K1")
-    wait_for(lambda: jobs.ended(job))
+    jobs.wait_for(lambda: jobs.ended(job))
     printed = jobs.status()
     assert f"{job}: failed" in printed
     assert "srun --mpi=pmi2 started 2 ranks (PMI_SIZE=2), but MPI sees a world of 1" in printed
@@ -258,7 +274,7 @@ def test_a_time_limit_of_a_minute_on_a_job_of_three(jobs):
     """Slurm tells the batch shell 10 s before the end, or half a minute earlier; it comes back until it is done."""
     jobs.documents(120, tokens=8_000)
     job = jobs.submit("--time", "1", "--signal", "10")
-    wait_for(lambda: jobs.ended(job), 900)
+    jobs.wait_for(lambda: jobs.ended(job), 900)
     jobs.check_whole(job)
     assert len(jobs.ends()) > 1
     assert all(how == "stopped" for how, _ in jobs.ends()[:-1])
@@ -273,9 +289,9 @@ def test_one_task_of_an_array_comes_back(jobs):
     jobs.input, jobs.run = jobs.folder / "documents-%a.jsonl", jobs.folder / "run-%a"
     job = jobs.submit("--array", "1-2")
     told, other = (jobs.folder / f"run-{task}" for task in (1, 2))
-    wait_for(lambda: record.read_status(told / "log"))
+    jobs.wait_for(lambda: record.read_status(told / "log"))
     jobs.slurm("scancel", "--signal=USR1", "--batch", f"{job}_1")
-    wait_for(lambda: set(jobs.state(job).split()) <= {"COMPLETED", "FAILED"}, 240)
+    jobs.wait_for(lambda: set(jobs.state(job).split()) <= {"COMPLETED", "FAILED"}, 240)
     assert jobs.state(job).split() == ["COMPLETED"] * 2
     starts = [[e["restarts"] for e in record.entries(run / "log") if "started" in e] for run in (told, other)]
     assert starts == [[0, 1], [0]]
