@@ -31,6 +31,9 @@ def option(default: Any, text: str, *, choices: Sequence[str] = (), least: int |
     return field(default=default, metadata={"help": text, "choices": tuple(choices), "least": least, **more})
 
 
+TAKES = ("longest", "shortest")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """What a user asks of any job that runs a model.
@@ -122,6 +125,22 @@ class JobOptions(ModelOptions):
     trace: Path | None = option(None, "Write what every rank did when, for chrome://tracing.", metavar="FILE")
     plot: Path | None = option(None, "Draw it: FILE.png, FILE.svg or FILE.pdf.", metavar="FILE")
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
+    share: bool = option(False, "Share the documents with other jobs on the same run folder and --input.", flag=True)
+    take: str = option("longest", "Which free document a job that shares takes first.", choices=TAKES)
+    most_tokens: int | None = option(
+        None, "A job that shares leaves longer documents to others, and is planned for this.", least=1
+    )
+    stay: bool = option(
+        False, "A job that shares waits for documents that others have, to take over from one that dies.", flag=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share and self.overwrite:
+            raise UserError("--share and --overwrite: each job would delete what the others did; delete the run first")
+        for name, given in (("most_tokens", self.most_tokens is not None), ("stay", self.stay)):
+            if given and not self.share:
+                raise UserError(f"{spelled(name)} is for jobs that share the documents of a run (--share)")
 
 
 @dataclass(frozen=True, kw_only=True)

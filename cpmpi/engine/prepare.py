@@ -26,6 +26,7 @@ from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.engine.placement import check_grid, number_ranks
 from cpmpi.engine.report import introduce
 from cpmpi.engine.state import Decision, Inputs, Job, Model, Place
+from cpmpi.errors import UserError
 from cpmpi.model.blocks import blocks_of
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.fingerprint import model_sha256, tokenizer_sha256
@@ -34,7 +35,7 @@ from cpmpi.model.probe import Layer, backends_of, probe
 from cpmpi.model.size import inner_width
 from cpmpi.model.tensor_parallel import WHOLE, Sharing, share
 from cpmpi.model.weights import weight_bytes
-from cpmpi.run import folder, spec
+from cpmpi.run import folder, parts, spec
 from cpmpi.timeline.files import check_files
 
 
@@ -54,7 +55,10 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
         decision=decide(options, inputs, model, place, run_spec), progress=progress_of(options, place.ranks),
     )  # fmt: skip
     introduce(job)
-    place.ranks.on_root(folder.check_room, options.output, job.spec, overwrite=options.overwrite)
+    if options.share:
+        place.ranks.on_root(parts.check_room, options.output, job.spec)
+    else:
+        place.ranks.on_root(folder.check_room, options.output, job.spec, overwrite=options.overwrite)
     return job
 
 
@@ -70,8 +74,22 @@ def read(options: JobOptions, ranks: Ranks) -> Inputs:
     checkpoint = ranks.together(Checkpoint, options.model)
     documents: list[InputDocument] = []
     ranks.on_root(lambda: documents.extend(_read_documents(options, checkpoint, progress_of(options, ranks))))
-    longest: int = ranks.on_root(lambda: max(len(d.token_ids) for d in documents))
+    longest: int = ranks.on_root(_longest, options, documents)
     return Inputs(checkpoint=checkpoint, documents=tuple(documents), longest=longest)
+
+
+def _longest(options: JobOptions, documents: list[InputDocument]) -> int:
+    """Tokens of the longest document that this job may take."""
+    lengths = [len(document.token_ids) for document in documents]
+    if options.most_tokens is None:
+        return max(lengths)
+    within = [length for length in lengths if length <= options.most_tokens]
+    if not within:
+        raise UserError(
+            f"--most-tokens {options.most_tokens}: all of the {len(lengths)} documents are longer, the shortest has "
+            f"{min(lengths)}"
+        )
+    return max(within)
 
 
 def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progress) -> list[InputDocument]:

@@ -18,6 +18,7 @@ from cpmpi.comm.ranks import start
 from cpmpi.comm.stop import Stop, listening
 from cpmpi.engine.checkpoint import Checkpoints, InWork
 from cpmpi.engine.circumstances import publish_circumstances
+from cpmpi.engine.corpus import Corpus
 from cpmpi.engine.keep import Keeper
 from cpmpi.engine.options import JobOptions, hang_seconds
 from cpmpi.engine.pace import ASSUMED_BYTES_PER_S, Pace
@@ -51,7 +52,12 @@ def run(options: JobOptions) -> Outcome:
     """
     ranks = start()
     with listening(options.grace, speaks=ranks.is_root) as stop:
-        return run_prepared(prepare(options, ranks), stop)
+        job = prepare(options, ranks)
+        if options.share:
+            from cpmpi.engine.share import share_documents  # which does each document by what is below
+
+            return share_documents(job, stop)
+        return run_prepared(job, stop)
 
 
 def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
@@ -62,7 +68,7 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
     """
     seconds: dict[int, float] = {}
     with ExitStack() as stack:
-        recorder = stack.enter_context(_recording(job))
+        recorder = stack.enter_context(recording(job))
         files = stack.enter_context(_open_files(job, recorder))
         failed = dict(files.failed)
         todo = [i for i in range(len(files.spec.documents)) if i not in files.finished and i not in failed]
@@ -115,6 +121,7 @@ def _open_files(job: Job, recorder: Recorder | None) -> Iterator[Files]:
     options, ranks = job.options, job.ranks
     with ExitStack() as stack:
         ranks.on_root(stack.enter_context, folder.only_writer(options.output))
+        ranks.on_root(take_over_shared, job)
         index, spec, finished, failed = open_run_folder(job)
         ranks.together(stack.enter_context, rank_log(RunPaths(options.output).log, ranks))
         hang_s = hang_seconds(options.hang_timeout)
@@ -123,6 +130,13 @@ def _open_files(job: Job, recorder: Recorder | None) -> Iterator[Files]:
         if spec.kv is not None and len(finished) + len(failed) < len(spec.documents):
             writer = stack.enter_context(open_writer(job, index, spec, finished, recorder))
         yield Files(index=index, writer=writer, spec=spec, finished=finished, failed=failed)
+
+
+def take_over_shared(job: Job) -> None:
+    """Make a run that other jobs shared, and did not complete, one of this job alone. On rank 0."""
+    if RunPaths(job.options.output).parts.is_dir() and not job.options.overwrite:
+        with Corpus.opened(job) as corpus:
+            corpus.absorb()
 
 
 def open_run_folder(job: Job) -> tuple[RunIndex | None, RunSpec, frozenset[int], Mapping[int, str]]:
@@ -251,7 +265,7 @@ def assemble(everyone: list[Any], n_tokens: int) -> tuple[npt.NDArray[np.float32
 
 
 @contextmanager
-def _recording(job: Job) -> Iterator[Recorder | None]:
+def recording(job: Job) -> Iterator[Recorder | None]:
     """Within it a recorder of what this rank does when, if that is asked for; its files are written at the end."""
     options, comm = job.options, job.ranks.comm
     if not (options.trace or options.plot):

@@ -72,7 +72,8 @@ def watched(job: Job, stop: Stop, *, documents: int, finished: int) -> Iterator[
     common = {"job": name, "of": documents}
     _note(folder, **common, started=int(time.time()), restarts=restarts, finished=finished,
                 ranks=job.ranks.size, node=node_name())  # fmt: skip
-    status = record.StatusFile(folder)
+    shared = job.options.share
+    status = record.StatusFile(folder, (name or own_name()) if shared else None)
     job.progress.listener = lambda progress: _tell(status, progress, watch, name)
     how, why, saved = "failed", "", False
     try:
@@ -80,7 +81,8 @@ def watched(job: Job, stop: Stop, *, documents: int, finished: int) -> Iterator[
         how = "complete"
     except Stopped as told:
         how, why, saved = "stopped", one_line(told), told.saved
-        if not (watch.finished_here or saved) and record.starts_in_vain(record.entries(folder)) + 1 >= MOST_IN_VAIN:
+        past = [e for e in record.entries(folder) if not shared or e.get("job") == name]
+        if not (watch.finished_here or saved) and record.starts_in_vain(past) + 1 >= MOST_IN_VAIN:
             told.give_up(f"{MOST_IN_VAIN} starts in a row ended before a document did: more time or nodes are needed")
         raise
     except BaseException as problem:
@@ -122,3 +124,9 @@ def _tell_allocation(job: Job) -> None:
         )
     for line in dict.fromkeys(line for line in job.ranks.allgather(told) if line is not None):
         job.progress.say(f"warning: {line}")
+
+
+def own_name() -> str:
+    """This job's name in logs: Slurm's, or node and process."""
+    own = allocation()
+    return own.name if own is not None else f"{node_name()}-{os.getpid()}"

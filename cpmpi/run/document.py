@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 class Document:
     """One document of a run; ``run.documents`` makes them."""
 
-    def __init__(self, run: Run, index: int, name: str) -> None:
-        self.run, self.index = run, index
-        self._path: Path = run.paths.index
+    def __init__(self, run: Run, index: int, name: str, part: tuple[Run, int] | None = None) -> None:
+        """Of ``run``, where it is the group ``name``; or of a part of it, then with the number of its shards here."""
+        self.run, self.index, self.part = run, index, part
+        holder = run if part is None else part[0]
+        self._path: Path = holder.paths.index
         with saying(self._path, f"{name} cannot be read"):
-            self.group = run.file[name]
+            self.group = holder.file[name]
         self._result_checked = False
         self._tables: dict[int, npt.NDArray[np.uint64]] = {}
 
@@ -140,7 +142,7 @@ class Document:
             token_ids_sha256=str(attributes["token_ids_sha256"]),
             origin=Origin(
                 world_size=self.world_size,
-                shard_set=int(attributes.get("shard_set", 0)),
+                shard_set=self.part[1] if self.part is not None else int(attributes.get("shard_set", 0)),
                 number=int(attributes.get("shard_document", self.index)),
             ),
         )

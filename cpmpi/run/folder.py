@@ -49,13 +49,12 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunI
     if not RunPaths(folder).index.exists():
         return create_index(folder, spec)
     with open_run(folder) as run:
-        _check_same_run(run, spec)
-        _check_same_shapes(run, spec)
+        check_same_run(run, spec)
         if _goes_on(run, spec):
             spec = _as_laid_out(run, spec)
             _delete_shards_but(folder, {*run.shard_sets, spec.shard_set.number})  # a kill may have left some
             return RunIndex(folder, spec)
-        spec, kept = _keep_finished(run, spec)
+        spec, kept = keep_finished(run, spec)
         index = create_index(folder, spec, {name: document.group for name, document in kept.items()})
     RunPaths(folder).summary.unlink(missing_ok=True)
     _delete_shards_but(folder, {one.number for one in (*spec.earlier_sets, spec.shard_set)})
@@ -80,7 +79,7 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
                 raise UserError(f"{folder}: cannot be made, {above} is a file; choose another --output")
             return
         paths = RunPaths(folder)
-        ours = [path for path in paths.contents() if path.suffix != ".tmp"]
+        ours = [path for path in paths.contents() if path.suffix != ".tmp" and path.parent != paths.parts]
     if not paths.index.exists():
         names = some([path.relative_to(folder).as_posix() for path in ours], 5)
         shards = any(path.is_relative_to(paths.shards) for path in ours)
@@ -143,7 +142,7 @@ def check_room(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> None:
     elif RunPaths(folder).index.exists():
         with open_run(folder) as run:
             goes_on = _goes_on(run, spec)
-            spec = _as_laid_out(run, spec) if goes_on else _keep_finished(run, spec)[0]
+            spec = _as_laid_out(run, spec) if goes_on else keep_finished(run, spec)[0]
             files = [run.paths.shard(rank, spec.shard_set.number) for rank in range(spec.world_size)]
         if goes_on:
             files = [path for path in (*files, RunPaths(folder).index) if path.exists()]
@@ -183,12 +182,20 @@ def _remove_if_empty(*folders: Path) -> None:
             emptied.rmdir()
 
 
+class HeldError(UserError):
+    """Another process writes the run."""
+
+
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold the run folder for this process, so that a second job does not write the same run. On rank 0.
 
     The lock goes with the process however it ends, and holds across the nodes of a network file system. Where the file
     system has no locks, none is taken.
+
+    Args:
+        folder: of the run.
+        shared: hold it together with all others that share it.
 
     Raises:
         UserError: another process holds it, or the folder cannot be written.
@@ -199,18 +206,37 @@ def only_writer(folder: Path) -> Iterator[None]:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
     try:
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as problem:
             if problem.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"{folder}: another process is writing this run; wait for it or choose another --output"
+                share = "" if shared else ", or --share its documents if the others do"
+                raise HeldError(
+                    f"{folder}: another process is writing this run; wait for it or choose another --output{share}"
                 ) from problem
         yield
     finally:
         os.close(descriptor)
 
 
-def _check_same_run(run: Run, spec: RunSpec) -> None:
+def is_held(folder: Path) -> bool | None:
+    """Whether a process writes the run in a folder, and is not this one; None where the file system has no locks."""
+    lock = RunPaths(folder).lock
+    if not lock.exists():
+        return False
+    try:
+        with lock.open("r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        return True if problem.errno in (errno.EACCES, errno.EAGAIN) else None
+    return False
+
+
+def check_same_run(run: Run, spec: RunSpec) -> None:
+    """Refuse to go on with a run of another model, in other types, or with other shapes of keys and values.
+
+    Raises:
+        UserError: what differs.
+    """
     expected = {
         "model_sha256": spec.model_sha256,
         "tokenizer_sha256": spec.tokenizer_sha256,
@@ -225,6 +251,7 @@ def _check_same_run(run: Run, spec: RunSpec) -> None:
                 f"{run.paths.folder}: holds a run with {name} {found}, this one has {value}; choose another --output, "
                 f"or --overwrite, which deletes {what_is_deleted(run.paths.folder)}"
             )
+    _check_same_shapes(run, spec)
 
 
 def _check_same_shapes(run: Run, spec: RunSpec) -> None:
@@ -246,7 +273,7 @@ def _goes_on(run: Run, spec: RunSpec) -> bool:
     if run.version == 1 or len(run.documents) != len(spec.documents) or run.documents[0].kv_shapes != _shapes(spec):
         return False
     for old, new in zip(run.documents, spec.documents):
-        if old.id != new.id or _content(old.spec) != _content(new):
+        if old.id != new.id or content_of(old.spec) != content_of(new):
             return False
         if not old.complete and not _dealt_alike(run, old, new, spec):
             return False
@@ -259,7 +286,7 @@ def _dealt_alike(run: Run, old: Document, new: DocumentSpec, spec: RunSpec) -> b
     return here == there and old.shard_set == max(run.shard_sets, default=0)
 
 
-def _content(document: DocumentSpec) -> tuple[int, str]:
+def content_of(document: DocumentSpec) -> tuple[int, str]:
     """What a document is, whatever its name and place."""
     return document.n_tokens, document.token_ids_sha256
 
@@ -278,7 +305,7 @@ def _as_laid_out(run: Run, spec: RunSpec) -> RunSpec:
     )
 
 
-def _keep_finished(run: Run, spec: RunSpec) -> tuple[RunSpec, dict[str, Document]]:
+def keep_finished(run: Run, spec: RunSpec) -> tuple[RunSpec, dict[str, Document]]:
     """The spec with what is finished already, and for each such document's group in the new ``run.h5`` its old self.
 
     Raises:
@@ -288,13 +315,13 @@ def _keep_finished(run: Run, spec: RunSpec) -> tuple[RunSpec, dict[str, Document
     for document in (*run.documents, *run.set_aside):
         if document.complete:
             document.logprobs  # noqa: B018 - is an error where they do not have their checksum
-            left.setdefault(_content(document.spec), []).append(document)
+            left.setdefault(content_of(document.spec), []).append(document)
     documents, kept = list(spec.documents), {}
     for same_name in (True, False):
         for i, new in enumerate(spec.documents):
-            found = [old for old in left.get(_content(new), ()) if old.id == new.id or not same_name]
+            found = [old for old in left.get(content_of(new), ()) if old.id == new.id or not same_name]
             if documents[i].origin is None and found and new.token_ids_sha256:
-                left[_content(new)].remove(found[0])
+                left[content_of(new)].remove(found[0])
                 kept[document_name(i)] = found[0]
                 documents[i] = replace(found[0].spec, id=new.id, source=new.source)
     aside = [document for group in left.values() for document in group]

@@ -153,7 +153,7 @@ def _check_shards(run: Run, documents: list[Document], found: Verification, quic
         for number, shard_set in run.shard_sets.items():
             inside = [document for document in documents if document.shard_set == number]
             for rank in range(shard_set.world_size) if inside else ():
-                with _noted(found, run.paths.shard(rank, number)):
+                with _noted(found, run.shard_path(rank, number)):
                     shard = run.shard(rank, number)
                     found.shards += 1
                     for document in inside:
