@@ -20,7 +20,7 @@ from cpmpi.cost.hardware import Hardware, hardware
 from cpmpi.cost.plan import Plan, Request, make_plan, mends
 from cpmpi.documents.input_files import find_input_files
 from cpmpi.documents.read import ReadOptions, read_documents
-from cpmpi.errors import told_to_the_user
+from cpmpi.errors import UserError, told_to_the_user
 from cpmpi.model.checkpoint import Blueprint
 from cpmpi.model.size import ModelSize, model_size
 from cpmpi.slurm.request import BatchRequest, slurm_time
@@ -100,6 +100,18 @@ def work_of(params: dict[str, Any]) -> Work:
         else:
             lengths.append(size / (4 if path.suffix == ".npy" else BYTES_PER_TOKEN))
     return Work(tuple(max(1, int(length)) for length in lengths), estimated=True)
+
+
+def within(work: Work, most_tokens: int | None) -> Work:
+    """The documents that a job takes which leaves longer ones to others.
+
+    Raises:
+        UserError: that is none.
+    """
+    lengths = tuple(length for length in work.lengths if most_tokens is None or length <= most_tokens)
+    if not lengths:
+        raise UserError(f"--most-tokens {most_tokens}: all documents are longer ({work})")
+    return replace(work, lengths=lengths)
 
 
 def forecast(params: dict[str, Any], request: BatchRequest, chip: Hardware, work: Work) -> Forecast:

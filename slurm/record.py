@@ -88,10 +88,14 @@ class StatusFile:
     def write(self, **facts: Any) -> None:
         """Replace what the file says."""
         self._next = time.monotonic() + STATUS_INTERVAL_S
-        temporary = self.path.with_suffix(".tmp")
+        temporary = self.path.with_suffix(f"{self.path.suffix}.tmp")
         with suppress(OSError):
             temporary.write_text(json.dumps({**facts, "at": round(time.time(), 1)}) + "\n", encoding="utf-8")
             os.replace(temporary, self.path)
+
+    def remove(self) -> None:
+        """Of one of several jobs: it has ended."""
+        self.path.unlink(missing_ok=True)
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:

@@ -72,9 +72,9 @@ def watched(job: Job, stop: Stop, *, documents: int, finished: int) -> Iterator[
     common = {"job": name, "of": documents}
     _note(folder, **common, started=int(time.time()), restarts=restarts, finished=finished,
                 ranks=job.ranks.size, node=node_name())  # fmt: skip
-    shared = job.options.share
-    status = record.StatusFile(folder, (name or own_name()) if shared else None)
-    job.progress.listener = lambda progress: _tell(status, progress, watch, name)
+    shared, speaker = job.options.share, own_name() if job.options.share else name
+    status = record.StatusFile(folder, speaker if shared else None)
+    job.progress.listener = lambda progress: _tell(status, progress, watch, speaker)
     how, why, saved = "failed", "", False
     try:
         yield watch
@@ -90,6 +90,8 @@ def watched(job: Job, stop: Stop, *, documents: int, finished: int) -> Iterator[
         raise
     finally:
         job.progress.listener = None
+        if shared:
+            status.remove()
         _note(folder, **common, ended=int(time.time()), how=how, why=why, finished=watch.finished,
                     finished_here=watch.finished_here, saved=saved)  # fmt: skip
 
