@@ -61,6 +61,7 @@ bench: $(STAMP)
 	$(RUN)/python benchmarks/memory.py
 	$(RUN)/python -m benchmarks.weights
 	$(RUN)/python -m benchmarks.checkpoints
+	$(RUN)/python -m benchmarks.corpus
 
 docs: $(STAMP)
 	$(RUN)/python docs/make_cli.py

@@ -113,7 +113,7 @@ class Claims:
             return State.YOUNG
         if owner is None or (owner[:2] == me()[:2] and self._is_left_over(name, owner)):
             return State.DEAD
-        alive = self._slurm_knows(owner) if owner[0] == "SLURM" else _process_lives(owner)
+        alive = self._slurm_knows(owner, age_s) if owner[0] == "SLURM" else _process_lives(owner)
         return State.LIVES if alive else State.DEAD
 
     def _age_s(self, name: str) -> float:
@@ -142,9 +142,10 @@ class Claims:
             if self._is_left_over(name, owner):
                 self._path(name).unlink()
 
-    def _slurm_knows(self, owner: Owner) -> bool:
+    def _slurm_knows(self, owner: Owner, age_s: float) -> bool:
         """Whether a job runs, or Slurm cannot be asked. Other users' jobs are not known here: the library asks."""
-        if time.monotonic() - self._asked_s >= ASKED_AGAIN_S:
+        since_s = time.monotonic() - self._asked_s
+        if since_s >= min(age_s, ASKED_AGAIN_S):
             self._asked_s = time.monotonic()
             self._living = _running_jobs()
         return self._living is None or owner[2] in self._living

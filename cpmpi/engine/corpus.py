@@ -24,7 +24,7 @@ from cpmpi.slurm.claims import Claims, State, time_left_s
 from cpmpi.text import duration
 
 WHOLE = "run"  # the claim of who lays run.h5 out
-PATIENCE_S = 300.0  # for it
+PATIENCE_S = 600.0  # for it
 MARGIN = 1.2  # on the predicted time of a document
 SEEN = 8  # last documents that tell how long one takes
 

@@ -1,10 +1,12 @@
-"""The fixture ``cluster``: four emulated nodes for the whole session, with the links they promise."""
+"""Four emulated nodes for the whole session, with the links they promise; with Slurm; and with jobs on it."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
 from .emulated import NODE_MBIT, UPLINK_MBIT, Cluster, running, why_not
+from .jobs import Jobs
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +30,21 @@ def slurm_cluster(cluster: Cluster) -> Cluster:
     if reason:
         pytest.skip(reason)
     return cluster
+
+
+@pytest.fixture
+def jobs(slurm_cluster, tmp_path) -> Jobs:
+    """On a cluster whose nodes are all there: a test before may have lost one, or left a job that is completing."""
+    made = Jobs(slurm_cluster, tmp_path)
+    made.slurm("scancel", "--user=root")
+
+    def idle() -> bool:
+        states = dict(line.split() for line in made.slurm("sinfo", "-h", "-N", "-o", "%N %T").splitlines())
+        for node, state in states.items():
+            if state.startswith(("down", "drain")):
+                with suppress(RuntimeError):  # where it has come back by itself
+                    made.slurm("scontrol", "update", f"nodename={node}", "state=resume")
+        return set(states.values()) == {"idle"}
+
+    made.wait_for(idle, 180)
+    return made

@@ -7,10 +7,7 @@ import json
 import os
 import re
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +18,7 @@ from cpmpi.slurm import record
 from cpmpi.slurm.profile import read_profile
 
 from ..conftest import ROOT
-from .emulated import Cluster
+from .jobs import CPMPI, DEMO, wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -31,106 +28,6 @@ from cpmpi.slurm.allocation import allocation
 a = allocation()
 print(json.dumps([a.per_node, a.cpus_per_task, a.cpus_on_node]))
 """
-DEMO = ROOT / "examples" / "demo" / "checkpoint"
-CPMPI = (sys.executable, "-m", "cpmpi")
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 90, told: Callable[[], str] = str) -> None:
-    """Until a condition holds; where it never does, the failure says what ``told`` says then."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds:.0f} s in vain\n{told()}"
-        time.sleep(0.3)
-
-
-class Jobs:
-    """A folder with documents, and jobs on them."""
-
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self.cluster, self.folder = cluster, folder
-        self.run, self.input = folder / "RUN", folder / "documents.jsonl"
-
-    def slurm(self, *command: str) -> str:
-        return self.cluster.slurm(*command)
-
-    def wait_for(self, condition: Callable[[], object], seconds: float = 90) -> None:
-        wait_for(condition, seconds, self.circumstances)
-
-    def circumstances(self) -> str:
-        """All jobs with states and reasons, the nodes, and the last lines of every log: why something did not come."""
-        told = [
-            self.slurm("squeue", "-t", "all", "-o", "%i %j %T %r %M %N"),
-            self.slurm("sinfo", "-N", "-o", "%N %T %E"),
-        ]
-        for file in sorted(self.folder.glob("**/log/slurm-*.out")):
-            told.append("\n".join([f"{file.name}:", *file.read_text().splitlines()[-15:]]))
-        for file in sorted(self.folder.glob("**/log/jobs.jsonl")):
-            told.append(f"{file}:\n{file.read_text()}")
-        return "\n".join(told)
-
-    def status(self) -> str:
-        return self.slurm(*CPMPI, "status", str(self.run))
-
-    def documents(self, count: int, tokens: int) -> None:
-        with (self.folder / "documents.jsonl").open("w") as file:
-            for i in range(count):
-                ids = [(7 * i + 31 * k) % 1000 for k in range(tokens)]
-                file.write(json.dumps({"id": f"d{i}", "token_ids": ids}) + "\n")
-
-    def wait_for_start(self, number: int) -> None:
-        """The job's start of this number, and its first document under way."""
-
-        def starts() -> list:
-            return [e for e in record.entries(self.run / "log") if "started" in e]
-
-        self.wait_for(lambda: len(starts()) == number)
-        self.wait_for(lambda: (record.read_status(self.run / "log") or {"at": 0})["at"] > starts()[-1]["started"] + 1)
-
-    def submit(self, *options: str) -> str:
-        words = ["--", "score", "--model", str(DEMO), "--input", str(self.input)]
-        words += ["--output", str(self.run), "--attention", "ring"]
-        command = ["--command", " ".join(CPMPI), "--time", "10m"]
-        printed = self.cluster.slurm(*CPMPI, "submit", *command, *options, *words)
-        found = re.search(r"^job (\d+)$", printed, re.M)
-        assert found, printed
-        return found[1]
-
-    def state(self, job: str) -> str:
-        return self.cluster.slurm("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
-
-    def ended(self, job: str) -> bool:
-        return self.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-
-    def log(self, job: str) -> str:
-        file = self.run / "log" / f"slurm-{job}.out"
-        return file.read_text() if file.exists() else ""
-
-    def ends(self) -> list[tuple[str, int]]:
-        return [(e["how"], e["finished"]) for e in record.entries(self.run / "log") if "ended" in e]
-
-    def check_whole(self, job: str) -> None:
-        assert self.state(job) == "COMPLETED", self.log(job)
-        assert verify_run(self.run).problems == []
-        with open_run(self.run) as run:
-            assert run.complete
-
-
-@pytest.fixture
-def jobs(slurm_cluster, tmp_path) -> Jobs:
-    """On a cluster whose nodes are all there: a test before may have lost one, or left a job that is completing."""
-    made = Jobs(slurm_cluster, tmp_path)
-    made.slurm("scancel", "--user=root")
-
-    def idle() -> bool:
-        states = dict(line.split() for line in made.slurm("sinfo", "-h", "-N", "-o", "%N %T").splitlines())
-        for node, state in states.items():
-            if state.startswith(("down", "drain")):
-                with suppress(RuntimeError):  # where it has come back by itself
-                    made.slurm("scontrol", "update", f"nodename={node}", "state=resume")
-        return set(states.values()) == {"idle"}
-
-    made.wait_for(idle, 180)
-    return made
 
 
 def test_told_preempted_and_a_node_lost_the_run_is_whole(jobs):

@@ -1,0 +1,204 @@
+"""Parts of a shared run: readers see one run before and after they are folded, a kill at any moment loses none."""
+
+from __future__ import annotations
+
+import os
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cpmpi import open_run
+from cpmpi.engine import corpus
+from cpmpi.errors import UserError
+from cpmpi.run import parts
+from cpmpi.run.folder import HeldError, is_held, only_writer, start_index
+from cpmpi.run.paths import RunPaths
+from cpmpi.run.verify import verify_run
+from cpmpi.slurm import record
+from tests.runs import kv_of, make_run, make_spec, outputs_of
+
+LENGTHS = (50, 2, 7, 30)
+
+
+def make_part(folder, i, world=3, lengths=LENGTHS, **own):
+    """Document ``i`` done by a job of ``world`` ranks, as a part."""
+    make_run(RunPaths(folder).part(i).folder, parts.part_spec(make_spec(lengths, world, **own), i))
+
+
+def shared_run(folder, *done, **own):
+    spec = make_spec(LENGTHS, **own)
+    assert parts.join(folder, spec)
+    for i in done:
+        make_part(folder, i, world=1 + i, **own)
+    return spec
+
+
+def check(folder, *done, kv=True):
+    with open_run(folder) as run:
+        assert [d.index for d in run.documents] == list(range(len(LENGTHS)))
+        assert [d.index for d in run.documents if d.complete] == list(done)
+        for i in done:
+            document = run.documents[f"d{i}"]
+            assert document.world_size == 1 + i
+            np.testing.assert_array_equal(document.logprobs, outputs_of(i, LENGTHS[i])["logprobs"])
+            for layer in range(3) if kv else ():
+                for found, whole in zip(document.kv(layer, as_torch=True), kv_of(i, layer, LENGTHS[i])):
+                    assert found.equal(whole.bfloat16())
+    return [problem.partition(": ")[2] for problem in verify_run(folder).problems]
+
+
+def test_readers_see_one_run_before_and_after(tmp_path):
+    spec = shared_run(tmp_path, 2, 0)
+    assert check(tmp_path, 0, 2) == ["not complete: 2 of 4 documents are finished"]
+    parts.fold(tmp_path, spec)  # on the way
+    assert list(RunPaths(tmp_path).parts.glob("*")) == []
+    assert check(tmp_path, 0, 2) == ["not complete: 2 of 4 documents are finished"]
+    make_part(tmp_path, 3, world=4)
+    make_part(tmp_path, 1, world=2)
+    assert check(tmp_path, 0, 1, 2, 3) == ["not complete: 4 of 4 documents are finished"]
+    parts.fold(tmp_path, spec)
+    assert check(tmp_path, 0, 1, 2, 3) == []
+    assert not RunPaths(tmp_path).parts.exists()
+    with open_run(tmp_path) as run:
+        assert run.complete
+
+
+def test_without_keys_and_values(tmp_path):
+    spec = shared_run(tmp_path, 0, 1, 2, 3, kv=None)
+    check(tmp_path, 0, 1, 2, 3, kv=False)
+    parts.fold(tmp_path, spec)
+    assert check(tmp_path, 0, 1, 2, 3, kv=False) == []
+
+
+@pytest.mark.parametrize("at", ["create_index", "delete_parts"])
+def test_a_kill_while_parts_are_folded_loses_none(tmp_path, monkeypatch, at):
+    """Before the new run.h5 is there, and after it: both ways all can be read, and folding again ends it."""
+    spec = shared_run(tmp_path, 0, 1, 2, 3)
+
+    def cut(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, at, cut)
+        with pytest.raises(KeyboardInterrupt):
+            parts.fold(tmp_path, spec)
+    check(tmp_path, 0, 1, 2, 3)
+    parts.fold(tmp_path, spec)
+    assert check(tmp_path, 0, 1, 2, 3) == []
+    shards = [path for path in RunPaths(tmp_path).contents() if path.name.startswith("rank-")]
+    assert len(shards) == 1 + 2 + 3 + 4
+
+
+def test_damage_in_a_part_is_told(tmp_path):
+    shared_run(tmp_path, 0, 2)
+    shard = RunPaths(tmp_path).part(2).shard(1)
+    data = bytearray(shard.read_bytes())
+    data[-200:] = bytes(200)
+    shard.write_bytes(data)
+    problems = verify_run(tmp_path).problems
+    assert any(str(shard) in problem for problem in problems), problems
+    index = RunPaths(tmp_path).part(0).index
+    index.write_bytes(index.read_bytes()[:-100])
+    with pytest.raises(UserError, match=str(index)):
+        open_run(tmp_path)
+    RunPaths(tmp_path).claim(0).touch()  # somebody just writes it
+    check(tmp_path, 2)
+
+
+def test_a_part_of_another_list_is_not_taken_for_this_document(tmp_path):
+    spec = shared_run(tmp_path)
+    make_run(RunPaths(tmp_path).part(1).folder, parts.part_spec(make_spec((50, 30, 7, 2)), 3))
+    check(tmp_path)
+    results = parts.Results(tmp_path, spec)
+    results.refresh()
+    assert results.ends == {}
+
+
+def test_failed_documents_stay_marked(tmp_path):
+    spec = shared_run(tmp_path, 0, 1, 2)
+    part = RunPaths(tmp_path).part(3).folder
+    index = start_index(part, parts.part_spec(spec, 3))
+    index.mark_failed(0, "not finite")
+    index.finish()
+    results = parts.Results(tmp_path, spec)
+    results.refresh()
+    assert results.ends == {0: "", 1: "", 2: "", 3: "not finite"}
+    parts.fold(tmp_path, spec)
+    with open_run(tmp_path) as run:
+        assert run.complete
+        assert [document.failed for document in run.documents] == ["", "", "", "not finite"]
+
+
+def test_what_left_the_parts_is_found_in_the_run(tmp_path):
+    """Whoever looks while another job folds must not take a document that is done for one that is not."""
+    spec = shared_run(tmp_path, 0, 1)
+    results = parts.Results(tmp_path, spec)
+    results.refresh()
+    make_part(tmp_path, 2, world=3)
+    parts.fold(tmp_path, spec)
+    results.refresh()
+    assert set(results.ends) == {0, 1, 2}
+    assert results.parts == 0
+
+
+def test_overwrite_deletes_parts_and_nothing_else(tmp_path):
+    shared_run(tmp_path, 0, 1)
+    (tmp_path / "parts" / "000002.claim").touch()
+    (tmp_path / "parts" / "000002.claim.lock_2").touch()
+    mine = tmp_path / "parts" / "notes.txt"
+    mine.touch()
+    start_index(tmp_path, make_spec(LENGTHS), overwrite=True)
+    assert [path for path in (tmp_path / "parts").rglob("*") if path.is_file()] == [mine]
+
+
+def test_who_shares_and_who_is_alone(tmp_path):
+    """In another process: locks of the file system are a process's."""
+    (tmp_path / "run").mkdir()
+    assert is_held(tmp_path / "run") is False
+    for shared in (True, False):
+        ready, go = os.pipe(), os.pipe()
+        child = os.fork()
+        if not child:
+            with only_writer(tmp_path / "run", shared=shared):
+                os.write(ready[1], b".")
+                os.read(go[0], 1)
+            os._exit(0)
+        os.read(ready[0], 1)
+        try:
+            assert is_held(tmp_path / "run") is True
+            with pytest.raises(HeldError), only_writer(tmp_path / "run"):
+                pass
+            if shared:
+                with only_writer(tmp_path / "run", shared=True):
+                    pass
+        finally:
+            os.write(go[1], b".")
+            os.waitpid(child, 0)
+
+
+@pytest.fixture
+def clock(tmp_path, monkeypatch):
+    """Of a job of two ranks with 200 s left, 100 of them to stop in; tokens alone cost something."""
+    monkeypatch.setattr(corpus, "pair_weight", lambda *_: 0.0)
+    monkeypatch.setattr(corpus, "allocation", lambda: SimpleNamespace(end_time=time.time() + 200, job_id=17))
+    (tmp_path / "log").mkdir()
+    job = SimpleNamespace(
+        options=SimpleNamespace(output=tmp_path, grace=100), ranks=SimpleNamespace(size=2),
+        model=SimpleNamespace(skeleton=None, layers=()), inputs=SimpleNamespace(checkpoint=None),
+    )  # fmt: skip
+    return lambda: corpus.Clock(job)
+
+
+def test_too_little_time_for_a_document(clock, tmp_path):
+    """Nobody knows before the first; then the slowest of the last counts, of jobs of any size."""
+    first = clock()
+    assert first.late(1_000_000) == ""
+    record.note_document(tmp_path / "log", rank_seconds=40.0, cost=1000.0)
+    second = clock()  # of this job's two ranks: 20 s for 1,000 tokens, and a fifth more to be sure
+    assert second.late(4_000) == ""
+    assert second.late(4_300).startswith("takes about 1 min 43 s, and 1 min 39 s are left")
+    second.done("d", 1_000, 80.0, "17")
+    assert second.late(4_000) != ""
+    assert record.documents(tmp_path / "log")[-1]["rank_seconds"] == 160.0
