@@ -56,7 +56,10 @@ def facts_of(run: Run) -> dict[str, Any]:
         "format_version": run.version,
         "kv": _kv_facts(run),
         "shards": [
-            _shard_facts(run, number, rank) for number, one in run.shard_sets.items() for rank in range(one.world_size)
+            _shard_facts(run, number, rank)
+            for number, one in run.shard_sets.items()
+            if not (run.paths.parts.is_dir() and set(one.sizes) == {-1})  # jobs that share have sets of their own
+            for rank in range(one.world_size)
         ],
         "unfinished": _unfinished_facts(run),
         "documents": documents,

@@ -18,6 +18,7 @@ from cpmpi.run.paths import RunPaths
 from cpmpi.run.verify import verify_run
 from cpmpi.slurm import record
 from tests.runs import kv_of, make_run, make_spec, outputs_of
+from tests.slurm.fake import FakeSlurm
 
 LENGTHS = (50, 2, 7, 30)
 
@@ -72,16 +73,20 @@ def test_without_keys_and_values(tmp_path):
     assert check(tmp_path, 0, 1, 2, 3, kv=False) == []
 
 
-@pytest.mark.parametrize("at", ["create_index", "delete_parts"])
+@pytest.mark.parametrize("at", ["before", "create_index", "delete_parts"])
 def test_a_kill_while_parts_are_folded_loses_none(tmp_path, monkeypatch, at):
     """Before the new run.h5 is there, and after it: both ways all can be read, and folding again ends it."""
     spec = shared_run(tmp_path, 0, 1, 2, 3)
 
+    create = parts.create_index
+
     def cut(*args, **kwargs):
+        if at == "create_index":
+            create(*args, **kwargs)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts, at, cut)
+        patch.setattr(parts, "create_index" if at == "before" else at, cut)
         with pytest.raises(KeyboardInterrupt):
             parts.fold(tmp_path, spec)
     check(tmp_path, 0, 1, 2, 3)
@@ -137,7 +142,13 @@ def test_what_left_the_parts_is_found_in_the_run(tmp_path):
     results = parts.Results(tmp_path, spec)
     results.refresh()
     make_part(tmp_path, 2, world=3)
-    parts.fold(tmp_path, spec)
+    look = results._look_at_part
+
+    def look_late(index):
+        parts.fold(tmp_path, spec)
+        look(index)
+
+    results._look_at_part = look_late  # type: ignore[method-assign]
     results.refresh()
     assert set(results.ends) == {0, 1, 2}
     assert results.parts == 0
@@ -189,6 +200,114 @@ def clock(tmp_path, monkeypatch):
         model=SimpleNamespace(skeleton=None, layers=()), inputs=SimpleNamespace(checkpoint=None),
     )  # fmt: skip
     return lambda: corpus.Clock(job)
+
+
+@pytest.fixture
+def shared_job(tmp_path, monkeypatch):
+    """Makes corpora of jobs on one folder, each as if its process had this number; squeue knows job 12 alone."""
+    monkeypatch.setattr(corpus, "pair_weight", lambda *_: 0.0)
+    monkeypatch.setattr(corpus, "allocation", lambda: None)
+    fake = FakeSlurm(tmp_path / "fake", ["squeue"])
+    fake.prints("squeue", "12 RUNNING\n")
+    monkeypatch.setenv("PATH", fake.path)
+
+    def made(**own):
+        options = {"output": tmp_path / "run", "grace": 0, "most_tokens": None, "take": "longest", "stay": False, **own}
+        job = SimpleNamespace(
+            options=SimpleNamespace(**options), ranks=SimpleNamespace(size=3), spec=make_spec(LENGTHS),
+            model=SimpleNamespace(skeleton=None, layers=()), inputs=SimpleNamespace(checkpoint=None),
+        )  # fmt: skip
+        return corpus.Corpus.opened(job)
+
+    return made
+
+
+def claim_of(folder, i, owner, age_s=100.0):
+    path = RunPaths(folder).claim(i)
+    path.write_text(f"{owner}\nnode1\n")
+    os.utime(path, (time.time() - age_s,) * 2)
+
+
+def test_one_after_the_other_until_none_is_left(shared_job, tmp_path):
+    with shared_job() as one:
+        assert one.join() == 0
+        taken = []
+        for ended in range(4):
+            turn = one.next()
+            assert turn.ended == ended
+            taken.append(turn.index)
+            make_part(tmp_path / "run", turn.index, world=1 + turn.index)
+            one.give_back()
+        assert taken == [0, 3, 2, 1], "the longest first"
+        assert one.next() == corpus.Turn(ended=4)
+        assert one.close_up() == 0
+    assert check(tmp_path / "run", 0, 1, 2, 3) == []
+    assert not (tmp_path / "run" / "parts").exists()
+
+
+def test_what_others_have_is_left_and_what_the_dead_had_is_taken(shared_job, tmp_path):
+    with shared_job(take="shortest") as one:
+        one.join()
+        claim_of(tmp_path / "run", 1, "SLURM 0 12")
+        claim_of(tmp_path / "run", 2, "SLURM 0 11")
+        assert one.next().index == 2
+        one.give_back()
+        for i in (0, 2, 3):
+            make_part(tmp_path / "run", i, world=1 + i)
+        assert one.next() == corpus.Turn(ended=3), "its job lives: nothing to wait for"
+        claim_of(tmp_path / "run", 1, "SLURM 0 12", age_s=1)
+        assert one.next() == corpus.Turn(ended=3, wait=True), "too young to be sure"
+        assert one.close_up() == 1
+    with shared_job(stay=True) as patient:
+        claim_of(tmp_path / "run", 1, "SLURM 0 12")
+        patient.join()
+        assert patient.next().wait
+    with shared_job(most_tokens=1) as small:
+        assert small.next() == corpus.Turn()
+
+
+def test_a_document_that_was_done_meanwhile_is_not_begun_again(shared_job, tmp_path):
+    with shared_job() as one:
+        one.join()
+        refresh, done = one.results.refresh, []
+
+        def late(*_):
+            if RunPaths(tmp_path / "run").claim(0).exists() and not done:  # another job had it until just now
+                done.append(0)
+                make_part(tmp_path / "run", 0, world=1)
+            refresh()
+
+        one.results.refresh = late
+        assert one.next().index == 3
+        assert done == [0]
+        assert not RunPaths(tmp_path / "run").claim(0).exists()
+
+
+def test_another_list_and_a_job_alone_wait_for_those_that_share(shared_job, tmp_path):
+    with shared_job() as one:
+        one.join()
+        claim_of(tmp_path / "run", 1, "SLURM 0 12")
+        make_part(tmp_path / "run", 0, world=1)
+        with pytest.raises(UserError, match="job 12 share the documents of this run"):
+            one.absorb()
+        one.spec = make_spec(LENGTHS[:3])
+        with pytest.raises(UserError, match="job 12 work on another list of documents here"):
+            one.join()
+        RunPaths(tmp_path / "run").claim(1).unlink()
+        one.join()
+        with open_run(tmp_path / "run") as run:
+            assert [document.complete for document in run.documents] == [True, False, False]
+
+
+def test_parts_are_folded_on_the_way_before_there_are_many(shared_job, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "MOST_PARTS", 2)
+    with shared_job() as one:
+        one.join()
+        for i in (0, 1):
+            make_part(tmp_path / "run", i, world=1 + i)
+        assert one.next().index == 3
+        assert not RunPaths(tmp_path / "run").part(0).folder.exists()
+        check(tmp_path / "run", 0, 1)
 
 
 def test_too_little_time_for_a_document(clock, tmp_path):

@@ -1,7 +1,9 @@
 """A folder with documents and batch jobs on them, for tests on the real Slurm of the emulated cluster."""
 
 import json
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -82,6 +84,15 @@ class Jobs:
         found = re.search(r"^job (\d+)$", printed, re.M)
         assert found, printed
         return found[1]
+
+    def kill(self, node: str) -> list[int]:
+        """Kill all ranks on a node, as the kernel does where memory ends: nothing is said, nothing saved."""
+        pids = [int(pid) for pid in self.cluster.script("on", "login", "ip", "netns", "pids", f"cpmpi-{node}").split()]
+        ranks = [pid for pid in pids if b"--output" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+        ranks = [pid for pid in ranks if b"srun" not in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]]
+        for pid in ranks:
+            os.kill(pid, signal.SIGKILL)
+        return ranks
 
     def state(self, job: str) -> str:
         return self.cluster.slurm("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
