@@ -23,6 +23,7 @@ MOST_JOBS = 8  # shown one by one
 LAST_LINES = 4  # of the log of a failure
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "SIGNALING")
 LOST_S = 60  # after so long without a word a job that Slurm does not speak of is taken for dead
+SAVED = "stopped with its state saved; submit it again, it goes on"
 OUR_ERROR = "error: "  # begins our own line, which names the rank where one failed; Slurm's begin with a program
 
 
@@ -133,7 +134,9 @@ def job_lines(jobs: Sequence[QueuedJob], entries: Sequence[record.Entry], missin
     """A line for each job, or for each state where there are many."""
     started = {str(e["job"]) for e in entries if "started" in e}
     comes_back = {str(e["job"]): bool(e.get("requeue", True)) for e in entries if "submitted" in e}
+    saved = _saved(entries)
     words = [(j, j.words(started=j.name in started, requeue=comes_back.get(j.family, True))) for j in jobs]
+    words = [(j, SAVED if j.state == "FAILED" and j.name in saved else text) for j, text in words]
     if len(words) > MOST_JOBS:
         states = [job.state for job, _ in words]
         yield f"{len(words)}: " + ", ".join(f"{states.count(s)} {s.lower()}" for s in dict.fromkeys(states))
@@ -141,6 +144,12 @@ def job_lines(jobs: Sequence[QueuedJob], entries: Sequence[record.Entry], missin
     yield from (f"{job.name}: {text}" for job, text in words)
     if not jobs:
         yield from _from_record(entries, missing)
+
+
+def _saved(entries: Sequence[record.Entry]) -> set[str]:
+    """The jobs that ended by themselves with their state saved, which Slurm calls failed."""
+    last = {str(e["job"]): e for e in entries if "ended" in e}
+    return {n for n, e in last.items() if e.get("how") == "stopped" and (e.get("saved") or e.get("finished_here"))}
 
 
 def _from_record(entries: Sequence[record.Entry], missing: str | None) -> Iterator[str]:
@@ -205,6 +214,7 @@ def _progress(status: dict[str, Any], *, of: str) -> str:
 def failure_lines(log: Path, jobs: Sequence[QueuedJob], entries: Sequence[record.Entry]) -> Iterator[str]:
     """The last lines of the log of a job that failed, that of the rank that failed first."""
     failed = [job.name for job in jobs if not job.alive and job.state in ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL")]
+    failed = [name for name in failed if name not in _saved(entries)]
     last = entries[-1] if entries else {}
     if not jobs and last.get("how") == "failed" and last.get("job"):
         failed = [str(last["job"])]

@@ -105,18 +105,22 @@ def test_what_is_left_at_the_time_limit_is_for_the_next_start(jobs):
 
 @pytest.mark.slow
 def test_states_are_shown_for_what_they_are(jobs):
-    """On jobs that do not come back by themselves: preempted, and a node lost. (Without control groups this Slurm
-    ends no job as OUT_OF_MEMORY.)"""
+    """On jobs that do not come back by themselves: preempted while they save, preempted and killed, and a node lost.
+    (Without control groups this Slurm ends no job as OUT_OF_MEMORY.)"""
     documents(jobs, [20_000] * 6)
 
     def preempt(node: str) -> None:
         jobs.slurm("sbatch", "-p", "urgent", "-w", node, "--exclusive", "-o/dev/null", "--wrap", "sleep 2")
 
-    assert ends_as(jobs, preempt) == "PREEMPTED"
+    assert ends_as(jobs, preempt) == "FAILED", "as Slurm sees exit status 75"
+    assert "stopped with its state saved; submit it again, it goes on" in jobs.status()
+    deaf = """sh -c 'trap "" USR1 TERM; sleep 60' cpmpi"""
+    assert ends_as(jobs, preempt, "--command", deaf) == "PREEMPTED"
     assert "preempted by a more urgent job; submit it again, it goes on" in jobs.status()
 
     def lose(node: str) -> None:
         jobs.slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        jobs.kill(node)
 
     assert ends_as(jobs, lose) == "NODE_FAIL"
     assert "lost a node; submit it again, it goes on" in jobs.status()
@@ -125,12 +129,10 @@ def test_states_are_shown_for_what_they_are(jobs):
 def ends_as(jobs: Jobs, end: Callable[[str], None], *options: str) -> str:
     """The state of a job that does not come back, after its node was treated so while it ran."""
     job = jobs.submit("--no-requeue", *options)
-    jobs.wait_for(lambda: jobs.state(job) != "PENDING")
-    if jobs.state(job) == "RUNNING":
-        started = time.time()
-        jobs.wait_for(
-            lambda: jobs.ended(job) or (record.read_status(jobs.run / "log") or {"at": 0})["at"] > started, 30
-        )
-        end(jobs.slurm("squeue", "-h", "-t", "all", "-j", job, "-o", "%N").strip())
+    jobs.wait_for(lambda: jobs.state(job) == "RUNNING")
+    started = time.time()
+    if "--command" not in options:
+        jobs.wait_for(lambda: (record.read_status(jobs.run / "log") or {"at": 0})["at"] > started)
+    end(jobs.slurm("squeue", "-h", "-j", job, "-o", "%N").strip())
     jobs.wait_for(lambda: jobs.state(job) not in ("RUNNING", "COMPLETING"), 60)
     return jobs.state(job)
