@@ -1,6 +1,7 @@
 """Jobs of a real Slurm that share a run: killed, preempted, of several sizes; every document once, nothing lost."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 
@@ -89,18 +90,20 @@ def test_four_jobs_of_which_one_is_killed_and_one_preempted(jobs):
 @pytest.mark.slow
 def test_what_is_left_at_the_time_limit_is_for_the_next_start(jobs):
     """A job of one minute takes no document that it could not finish, says so, and comes back; a large one helps."""
-    lengths = [12_000] * 60 + [500] * 4
+    lengths = [12_000] * 36 + [500] * 4
     documents(jobs, lengths)
     more = ["--share", "--grace", "5"]
-    small = jobs.submit("--time", "1", "--signal", "5", "--array", "1-2", more=more)
+    small = jobs.submit("--time", "1", "--signal", "0", more=more)
     large = jobs.submit("-N", "2", "--tasks-per-node", "1", more=[*more, "--most-tokens", "1000"])
     jobs.wait_for(lambda: jobs.ended(large))
     assert jobs.state(large) == "COMPLETED", jobs.log(large)
-    jobs.wait_for(lambda: set(jobs.state(small).split()) <= ENDED, 900)
-    assert set(jobs.state(small).split()) == {"COMPLETED"}, jobs.circumstances()
+    jobs.wait_for(lambda: jobs.ended(small), 300)
+    assert jobs.state(small) == "COMPLETED", jobs.circumstances()
     check_each_once(jobs, lengths)
-    logs = "".join(file.read_text() for file in (jobs.run / "log").glob(f"slurm-{small}_*.out"))
-    assert "not begun" in logs
+    said = r"document 'd\d+' \(12,000 tokens\) takes about .*, and .* are left before the time to stop: not begun; "
+    assert re.search(said, jobs.log(small))
+    short = {e["document"] for e in done(jobs) if e["tokens"] == 500 and e["job"] == large}
+    assert short == {f"d{i}" for i in range(36, 40)}
 
 
 @pytest.mark.slow
