@@ -1,6 +1,6 @@
 """Documents that several jobs share: what part of their time goes into documents, how soon one is taken over, claims.
 
-    python -m benchmarks.corpus [--documents 200] [--jobs 4] [--tokens 2500] [--takeover/--no-takeover]
+    python -m benchmarks.corpus [--documents 200] [--jobs 4] [--tokens 4000] [--takeover/--no-takeover]
 
 Jobs are processes of one rank and one thread on this machine, without Slurm, which score documents of mixed lengths
 (log-normal, from a tenth to eight times the median) on the demo's checkpoint, with one run folder. From the first
@@ -65,7 +65,17 @@ def measure_share(folder: Path, count: int, jobs: int, median: int) -> None:
     by_job = [sum(e["rank_seconds"] for e in entries if e["job"] == job) for job in {e["job"] for e in entries}]
     emit(documents=count, jobs=jobs, tokens=sum(e["tokens"] for e in entries), elapsed_s=ended - began, worked_s=worked,
          share=worked / (jobs * (ended - began)), least_of_a_job=min(by_job) / (ended - began),
+         last_to_complete_s=ended - max(e["at"] for e in entries), between_documents_s=pauses(entries),
          cores=len(os.sched_getaffinity(0)))  # fmt: skip
+
+
+def pauses(entries: list[record.Entry]) -> float:
+    """The median time from the end of a document to the work on the next one of the same job, claims and parts in it."""
+    found = []
+    for job in {e["job"] for e in entries}:
+        mine = [e for e in entries if e["job"] == job]
+        found += [b["at"] - b["seconds"] - a["at"] for a, b in zip(mine, mine[1:], strict=False)]
+    return float(np.median(found))
 
 
 def measure_takeover(folder: Path) -> None:
@@ -106,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=2500, help="of the median document")
+    parser.add_argument("--tokens", type=int, default=4000, help="of the median document")
     parser.add_argument("--takeover", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

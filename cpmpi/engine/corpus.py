@@ -65,7 +65,7 @@ class Clock:
         """A document took so long on these ranks."""
         cost, rank_seconds = self.cost(tokens), seconds * self._ranks
         record.note_document(self._log, job=job, document=name, tokens=tokens, seconds=round(seconds, 3),
-                             rank_seconds=round(rank_seconds, 3), cost=cost, at=int(time.time()))  # fmt: skip
+                             rank_seconds=round(rank_seconds, 3), cost=cost, at=round(time.time(), 3))  # fmt: skip
         self._costs = [*self._costs, rank_seconds / cost][-SEEN:]
 
     def late(self, tokens: int) -> str:
