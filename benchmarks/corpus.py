@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -70,11 +71,11 @@ def measure_share(folder: Path, count: int, jobs: int, median: int) -> None:
 
 
 def pauses(entries: list[record.Entry]) -> float:
-    """The median time from the end of a document to the work on the next one of the same job, claims and parts in it."""
+    """The median time from the end of a document to the work on the next one of the same job."""
     found = []
     for job in {e["job"] for e in entries}:
         mine = [e for e in entries if e["job"] == job]
-        found += [b["at"] - b["seconds"] - a["at"] for a, b in zip(mine, mine[1:], strict=False)]
+        found += [b["at"] - b["seconds"] - a["at"] for a, b in pairwise(mine)]
     return float(np.median(found))
 
 
