@@ -99,11 +99,11 @@ def test_a_kill_while_parts_are_folded_loses_none(tmp_path, monkeypatch, at):
 def test_damage_in_a_part_is_told(tmp_path):
     shared_run(tmp_path, 0, 2)
     shard = RunPaths(tmp_path).part(2).shard(1)
-    data = bytearray(shard.read_bytes())
-    data[-200:] = bytes(200)
-    shard.write_bytes(data)
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-200] + bytes(200))
     problems = verify_run(tmp_path).problems
     assert any(str(shard) in problem for problem in problems), problems
+    shard.write_bytes(data)
     index = RunPaths(tmp_path).part(0).index
     index.write_bytes(index.read_bytes()[:-100])
     with pytest.raises(UserError, match=str(index)):
