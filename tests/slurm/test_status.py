@@ -180,7 +180,8 @@ def test_an_array_is_counted_over_its_runs(run):
 def test_jobs_that_share_a_run_are_all_at_work(run, monkeypatch):
     """Two tell how far they are; of one that is dead, and of one that waits again, the last word is old."""
     make_run(run, stop_after=1)
-    for name, at in (("17_1", NOW), ("17_2", NOW - 500), ("17_3", NOW - 500), ("17_4", NOW)):
+    now = time.time()
+    for name, at in (("17_1", now), ("17_2", now - 500), ("17_3", now - 500), ("17_4", now)):
         record.StatusFile(run / "log", name).write(
             job=name, document=f"d{name}", tokens=66015, layer=2, layers=3, tokens_per_s=2638.2, left_s=15.2
         )
