@@ -273,7 +273,7 @@ def test_one_writer_at_a_time(tmp_path):
     other = [sys.executable, "-c", code, str(tmp_path)]
     with only_writer(tmp_path):
         done = subprocess.run(other, capture_output=True, text=True, check=False)
-        assert "UserError: " in done.stderr
+        assert "HeldError: " in done.stderr
         assert "another process is writing this run" in done.stderr
     subprocess.run(other, check=True)
 
