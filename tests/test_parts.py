@@ -151,6 +151,7 @@ def test_what_left_the_parts_is_found_in_the_run(tmp_path):
     results._look_at_part = look_late  # type: ignore[method-assign]
     results.refresh()
     assert set(results.ends) == {0, 1, 2}
+    results.refresh()
     assert results.parts == 0
 
 
