@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
+from cpmpi.engine.circumstances import publish_circumstances
 from cpmpi.engine.state import Job
 from cpmpi.engine.watch import own_name
 from cpmpi.errors import UserError, told
@@ -122,6 +123,8 @@ class Corpus:
             if not parts.join(self.folder, self.spec):
                 self._check_alone("work on another list of documents here: give all the same --input, or wait for them")
                 parts.fold(self.folder, self.spec)
+            if not RunPaths(self.folder).schedule.exists():  # others take from the first what changes the order of sums
+                publish_circumstances(self.job)
         self.results.refresh()
         return len(self.results.ends)
 

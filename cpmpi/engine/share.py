@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from cpmpi.comm.log import rank_log
 from cpmpi.comm.stop import Stop
 from cpmpi.engine.checkpoint import Checkpoints
-from cpmpi.engine.circumstances import publish_circumstances
 from cpmpi.engine.corpus import Corpus, Turn
 from cpmpi.engine.report import Outcome
 from cpmpi.engine.run import (
@@ -152,11 +151,4 @@ class Worker:
         if self._engine is None or self._checkpoints is None:
             self._checkpoints = self.stack.enter_context(make_checkpoints(job, files, self.stop).opened())
             self._engine = self.stack.enter_context(load_engine(self.job, self.recorder, self._checkpoints))
-            self.job.ranks.on_root(_publish_once, self.job)
         return self._engine, self._checkpoints
-
-
-def _publish_once(job: Job) -> None:
-    """The circumstances of the first job; the others take from there what would change the order of sums."""
-    if not RunPaths(job.options.output).schedule.exists():
-        publish_circumstances(job)
