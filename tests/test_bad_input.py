@@ -98,7 +98,12 @@ CASES = [
     ),
     ("trace in the run", ["--trace", "{f}/new/trace.json"], r"--trace .*new/trace\.json: is in the run folder", 1),
     ("no folder for a trace", ["--trace", "{f}/none/trace.json"], r"--trace .*trace\.json: no folder .*/none", 1),
-    ("no GPUs for NCCL", ["--transport", "nccl", "--device", "cpu"], r"--transport nccl: NCCL carries .*choose auto", 1),
+    (
+        "no GPUs for NCCL",
+        ["--transport", "nccl", "--device", "cpu"],
+        r"--transport nccl: NCCL carries .*choose auto",
+        1,
+    ),
     ("no drawing", ["--plot", "{f}/run.gif"], r"--plot: .*run\.gif: a drawing's name ends in one of", 1),
     ("not a run", ["--output", "{f}/not-a-run"], r"not-a-run: holds summary\.csv, which a run would replace", 1),
     ("other model", ["--output", "{f}/run", "--model", "{f}/other"], r"holds a run with model_sha256 .*--overwrite", 1),

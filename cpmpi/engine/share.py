@@ -9,11 +9,14 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from cpmpi.comm import watchdog
 from cpmpi.comm.log import rank_log
 from cpmpi.comm.stop import Stop
 from cpmpi.engine.checkpoint import Checkpoints
 from cpmpi.engine.corpus import Corpus, Turn
+from cpmpi.engine.options import hang_seconds
 from cpmpi.engine.report import Outcome
 from cpmpi.engine.run import (
     Files,
@@ -52,9 +55,10 @@ def share_documents(job: Job, stop: Stop | None = None) -> Outcome:
         corpus: list[Corpus] = []  # rank 0's
         ranks.on_root(lambda: corpus.append(stack.enter_context(Corpus.opened(job))))
         ended, name = ranks.on_root(lambda: (corpus[0].join(), corpus[0].name))
-        stack.enter_context(rank_log(RunPaths(output).log / f"job-{name}", ranks))
+        log = RunPaths(output).log / f"job-{name}"
+        ranks.together(stack.enter_context, rank_log(log, ranks))
         watch = stack.enter_context(watched(job, stop, documents=of, finished=ended))
-        worker = Worker(job=job, watch=watch, stop=stop, recorder=recorder, stack=stack)
+        worker = Worker(job=job, watch=watch, stop=stop, recorder=recorder, stack=stack, log=log)
         while True:
             watch.go_on()
             turn: Turn = ranks.on_root(lambda: corpus[0].next())
@@ -80,6 +84,7 @@ class Worker:
     Attributes:
         seconds, failed: what each document took, and why it has no result, by its place.
         stack: closes what stays open from one document to the next.
+        log: the folder of this job's logs.
     """
 
     job: Job
@@ -87,6 +92,7 @@ class Worker:
     stop: Stop
     recorder: Recorder | None
     stack: ExitStack
+    log: Path
     seconds: dict[int, float] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     _engine: Engine | None = None
@@ -121,7 +127,9 @@ class Worker:
         )
 
     def _do(self, job: Job, index: int) -> None:
+        hang_s = hang_seconds(job.options.hang_timeout)  # between documents the others wait for rank 0, and may
         with ExitStack() as stack:
+            stack.enter_context(watchdog.watched(job.ranks, self.log, hang_s, job.progress.say))
             run_index, spec, finished, failed = open_run_folder(job)
             if not (finished or failed):
                 writer = None
