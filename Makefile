@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 NUMERIC := tests/kernels $(addprefix tests/test_,logprobs.py exact.py tensor_parallel.py models.py weights.py bf16.py \
 	demo_training.py)
 
-.PHONY: demo test test-isa test-slow chaos chaos-short faults lint format bench cluster-test docs wheel clean
+.PHONY: demo test test-isa test-slow chaos chaos-short faults power bytes lint format bench cluster-test docs wheel clean
 
 # The MPI wheel is installed where there is no mpirun.
 $(STAMP): setup.py constraints.txt
@@ -37,13 +37,19 @@ cluster-test: $(STAMP)
 	$(RUN)/python -m pytest -m "cluster and not slow" tests/cluster
 
 chaos-short: $(STAMP)
-	$(RUN)/python -m pytest -m "" "tests/test_chaos.py::test_nothing_is_lost[6]"
+	$(RUN)/python -m pytest -m "" "tests/test_chaos.py::test_nothing_is_lost[10]"
 
 chaos: $(STAMP)
 	$(RUN)/python -m tests.chaos --kills 200
 
 faults: $(STAMP)
 	$(RUN)/python -m tests.faults
+
+power: $(STAMP)
+	OMP_NUM_THREADS=1 $(RUN)/python -m tests.test_power 250
+
+bytes: $(STAMP)
+	OMP_NUM_THREADS=1 $(RUN)/python -m tests.test_bytes 200 40 20
 
 lint: $(STAMP)
 	$(RUN)/ruff check .

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,35 @@ def worker(
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     figures: dict[str, float] = json.loads(lines[0].removeprefix("FIGURES "))
     return figures
+
+
+def in_ranks(
+    module: str, description: str | None, measure: Callable[[Path, int, int], None], *, tokens: int, rounds: int
+) -> tuple[argparse.Namespace, dict[str, float]] | None:
+    """Run a benchmark's ``measure(folder, tokens, rounds)`` on ranks of its own.
+
+    Args:
+        module: of the benchmark, which calls this both where it is started and, as a rank, where it measures.
+        description: of the command.
+        measure: prints its figures with `emit`.
+        tokens, rounds: defaults of the options.
+
+    Returns:
+        What was asked for, and the figures; None in a rank.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=tokens)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        measure(asked.one, asked.tokens, asked.rounds)
+        return None
+    with tempfile.TemporaryDirectory(prefix="cpmpi-bench-") as name:
+        make_inputs(Path(name), [asked.tokens])
+        line = ["--one", name, "--tokens", str(asked.tokens), "--rounds", str(asked.rounds)]
+        return asked, worker(line, ranks=asked.ranks, module=module)
 
 
 def summary(values: list[float]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
+from cpmpi.comm.carrier import Carrier
 from cpmpi.cost.attention_bench import AttentionBench
 from cpmpi.cost.choose import candidates, choose
 from cpmpi.cost.price import price
@@ -81,7 +82,7 @@ def report(
     comm, device = MPI.COMM_WORLD, torch.device("cpu")
     torch.set_num_threads(1)
     topology = discover(comm, leaf_file=leaf_file)
-    bench = AttentionBench(comm, topology, select(device, DTYPE, head_dim=HEAD_DIM), device)
+    bench = AttentionBench(comm, topology, select(device, DTYPE, head_dim=HEAD_DIM), Carrier(device=device))
     rows = measured(bench)
     bench.close()
     if comm.rank == 0:

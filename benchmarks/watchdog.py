@@ -9,15 +9,12 @@ makes the figure an upper bound), and set against the job's processor time; the 
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.main_job import emit, make_inputs, summary, worker
+from benchmarks.main_job import emit, in_ranks, summary
 
 WAYS = ("without", "with", "timed")
 
@@ -88,22 +85,10 @@ def measure(folder: Path, tokens: int, rounds: int) -> None:
 
 def main() -> None:
     """Start the ranks and print what they found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        measure(asked.one, asked.tokens, asked.rounds)
+    answer = in_ranks("benchmarks.watchdog", __doc__, measure, tokens=512, rounds=5)
+    if answer is None:
         return
-    folder = Path(tempfile.mkdtemp(prefix="cpmpi-bench-"))
-    try:
-        make_inputs(folder, [asked.tokens])
-        line = ["--one", str(folder), "--tokens", str(asked.tokens), "--rounds", str(asked.rounds)]
-        found = worker(line, ranks=asked.ranks, module="benchmarks.watchdog")
-    finally:
-        shutil.rmtree(folder)
+    asked, found = answer
     seconds = {way: [found[f"{way} {i}"] for i in range(1, asked.rounds + 1)] for way in WAYS}
     print(f"{asked.tokens} tokens on {asked.ranks} ranks, {asked.rounds} rounds; processor time of rank 0")
     for way, values in seconds.items():

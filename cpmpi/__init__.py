@@ -9,17 +9,18 @@ from cpmpi.errors import UserError
 from cpmpi.version import __version__
 
 if TYPE_CHECKING:
-    from cpmpi.engine.api import extend, generate, prefill, score
+    from cpmpi.engine.api import extend, generate, import_kv, prefill, score
     from cpmpi.jobs.submit import submit
     from cpmpi.run.reader import open_run
 
-__all__ = ["UserError", "__version__", "extend", "generate", "open_run", "prefill", "score", "submit"]
+__all__ = ["UserError", "__version__", "extend", "generate", "import_kv", "open_run", "prefill", "score", "submit"]
 
 # public name -> where it is; imported when it is first used, so that ``import cpmpi`` alone is cheap
 PUBLIC = {
     "open_run": "cpmpi.run.reader",
     "extend": "cpmpi.engine.api",
     "generate": "cpmpi.engine.api",
+    "import_kv": "cpmpi.engine.api",
     "prefill": "cpmpi.engine.api",
     "score": "cpmpi.engine.api",
     "submit": "cpmpi.jobs.submit",

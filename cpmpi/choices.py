@@ -13,6 +13,7 @@ DEVICES = ("cpu", "cuda")
 TRANSPORTS = ("nccl", "gloo", "mpi")
 RESIDENCES = ("resident", "stream")
 KV_RESIDENCES = ("memory", "mapped")
+EXPORTS = ("transformers", "safetensors", "parquet", "csv")
 AUTO = "auto"
 OFF = "off"
 MOST_SEGMENTS = 1024

@@ -19,6 +19,7 @@ def measure(leaf_file: str) -> None:
     from matplotlib.figure import Figure
     from mpi4py import MPI
 
+    from cpmpi.comm.carrier import Carrier
     from cpmpi.cost.attention_bench import AttentionBench
     from cpmpi.cost.choose import schedule_on
     from cpmpi.cost.price import price
@@ -30,7 +31,7 @@ def measure(leaf_file: str) -> None:
     torch.set_num_threads(1)
     device, shape = torch.device("cpu"), AttentionShape(**SHAPE, itemsize=4)
     topology = discover(MPI.COMM_WORLD, leaf_file=leaf_file)
-    bench = AttentionBench(MPI.COMM_WORLD, topology, select(device, torch.float32, head_dim=64), device)
+    bench = AttentionBench(MPI.COMM_WORLD, topology, select(device, torch.float32, head_dim=64), Carrier(device=device))
     rates = bench.rates(shape, torch.float32)
     panels = []
     for kind in ("ring", "hybrid"):

@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("cpmpi.jobs.demo", "Run the main job on a small checkpoint and a long text."),
     "inspect": ("cpmpi.jobs.inspect", "What is in a run folder."),
     "verify": ("cpmpi.jobs.verify", "Check the files of a run folder against their checksums."),
+    "import": ("cpmpi.jobs.import_kv", "A run of keys and values that were computed elsewhere."),
+    "export": ("cpmpi.jobs.export", "Documents of a run folder for other tools."),
     "report": ("cpmpi.jobs.report", "Pictures of the documents of a run folder."),
     "bench": ("cpmpi.jobs.bench", "Measure attention across ranks, or messages between them."),
     "plan": ("cpmpi.jobs.plan", "Time, memory and disk that a job will take on a machine."),

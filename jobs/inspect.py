@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from cpmpi.errors import UserError
 from cpmpi.jobs.hang import hang_facts, hang_text, last_hang
 from cpmpi.run.hdf5 import STORED_FLOATS
 from cpmpi.run.reader import Document, Run, open_run
-from cpmpi.text import counted, escaped, human_bytes, shown
+from cpmpi.run.scores import SCORES, Row, read_scores
+from cpmpi.text import counted, escaped, human_bytes, shown, table
 
 HEADINGS = ("", "id", "tokens", "nll", "perplexity", "complete")
 NAME_WIDTH = 50
@@ -63,7 +65,73 @@ def facts_of(run: Run) -> dict[str, Any]:
         ],
         "unfinished": _unfinished_facts(run),
         "documents": documents,
+        "scores": _score_facts(run),
     }
+
+
+def _score_facts(run: Run) -> dict[str, Any] | None:
+    """Of a run of continuations that is complete: all rows of scores.csv, and which answer of each question is best."""
+    if not run.complete or not any(document.continues for document in run.documents):
+        return None
+    rows = read_scores(run.paths.scores)
+    sums = {document.id: -document.nll for document in run.documents}
+    for row in rows:
+        if not math.isclose(sums.get(row.id, math.nan), row.logprob, abs_tol=1e-9):
+            raise UserError(f"{run.paths.scores}: the score of {row.id!r} is not what run.h5 says")
+    plain = [{name: _plain(value) for name, value in row._asdict().items()} for row in rows]
+    return {"continuations": plain, "questions": questions_of(rows)}
+
+
+def _plain(value: Any) -> Any:
+    return _number(value) if isinstance(value, float) else value
+
+
+def questions_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """For each question, by each score: the number of the best answer, and by how much it is better than the next.
+
+    Both are None where no answer has the score, the latter also where one alone has it.
+    """
+    answers: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.question:
+            answers.setdefault(row.question, []).append(row)
+    found = []
+    for name, given in answers.items():
+        facts: dict[str, Any] = {"id": name, "answers": len(given)}
+        for best, score in SCORES.items():
+            ranked = sorted((-getattr(row, score), row.answer) for row in given if not math.isnan(getattr(row, score)))
+            facts[best] = ranked[0][1] if ranked else None
+            facts[f"{best.replace('best', 'margin')}"] = ranked[1][0] - ranked[0][0] if len(ranked) > 1 else None
+        found.append(facts)
+    return found
+
+
+def scores_text(scores: dict[str, Any], limit: int) -> list[str]:
+    """The questions and what is scored, as tables."""
+    lines: list[str] = []
+    if scores["questions"]:
+        header = ("question", "answers", "best", "margin", "by token", "by byte", "by mutual information")
+        rows = [
+            (
+                shown(q["id"], NAME_WIDTH), str(q["answers"]), str(q["best"]), _digits(q["margin"]),
+                *("-" if q[by] is None else str(q[by]) for by in list(SCORES)[1:]),
+            )
+            for q in scores["questions"][:limit]
+        ]  # fmt: skip
+        lines += ["", *table(header, rows, left=1).split("\n")]
+    header = ("continuation", "tokens", "log-probability", "a token", "a byte", "unconditional", "greedy")
+    rows = [
+        (
+            shown(c["id"], NAME_WIDTH), f"{c['n_tokens']:,}", _digits(c["logprob"]), _digits(c["per_token"]),
+            _digits(c["per_byte"]), _digits(c["unconditional"]), "yes" if c["greedy"] else "no",
+        )
+        for c in scores["continuations"][:limit]
+    ]  # fmt: skip
+    return [*lines, "", *table(header, rows, left=1).split("\n")]
+
+
+def _digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
 
 
 def _document_facts(document: Document) -> dict[str, Any]:
@@ -77,6 +145,9 @@ def _document_facts(document: Document) -> dict[str, Any]:
         "complete": document.complete,
         "failed": document.failed or None,
         "world_size": document.world_size,
+        "appended": [
+            {"id": part.id, "start": part.layout.start, "n_tokens": part.layout.n_tokens} for part in document.appended
+        ],
     }
 
 
@@ -110,8 +181,9 @@ def _unfinished_facts(run: Run) -> dict[str, Any] | None:
     layers_done = None
     if run.kv_dtype is not None:
         try:
-            shards = [run.shard(rank, document.shard_set) for rank in range(document.world_size)]
-            layers_done = min(int(shard.layers_done(document.shard_number).sum()) for shard in shards)
+            placed = document.places[0]
+            shards = [run.shard(rank, placed.shard_set) for rank in range(document.world_size)]
+            layers_done = min(int(shard.layers_done(placed.number).sum()) for shard in shards)
         except UserError:
             layers_done = 0
     return {"id": document.id, "layers_done": layers_done}
@@ -156,6 +228,8 @@ def as_text(facts: dict[str, Any], limit: int) -> str:
         )
     lines += ["", *_table(documents[:limit])]
     lines += [f"failed    {d['id']}: {d['failed']}" for d in documents if d["failed"]]
+    if facts["scores"] is not None:
+        lines += scores_text(facts["scores"], limit)
     if total > limit:
         lines.append(f"... and {total - limit} more (--documents {total}, or summary.csv)")
     return "\n".join(map(escaped, lines))

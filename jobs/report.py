@@ -40,6 +40,9 @@ def command(run: Path, folder: Path | None, wanted: tuple[str, ...]) -> None:
                 why = f"failed: {document.failed}" if document.failed else "is not finished"
                 click.echo(f"document '{shown(document.id)}' {why}", err=True)
                 continue
+            if not document.scored:
+                click.echo(f"document '{shown(document.id)}' was imported without log-probabilities", err=True)
+                continue
             if document.n_tokens < 2:
                 click.echo(f"document '{shown(document.id)}' has one token: there is no surprisal to draw", err=True)
                 continue

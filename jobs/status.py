@@ -24,6 +24,7 @@ LAST_LINES = 4  # of the log of a failure
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "SIGNALING")
 LOST_S = 60  # after so long without a word a job that Slurm does not speak of is taken for dead
 SAVED = "stopped with its state saved; submit it again, it goes on"
+TOLD = {"at", "finished", "of", "document", "layer", "layers", "tokens", "tokens_per_s"}  # by a job that runs
 OUR_ERROR = "error: "  # begins our own line, which names the rank where one failed; Slurm's begin with a program
 
 
@@ -69,7 +70,7 @@ def look(folder: Path) -> tuple[list[str], bool]:
         raise UserError(f"{folder}: no run here, and no record of jobs ({record.JOBS} in its log folder)")
     numbers = list(dict.fromkeys(str(e["job"]) for e in entries if e.get("job")))
     jobs, missing = _queue(numbers)
-    status, at_work = record.read_status(log), _at_work(log, jobs)
+    status, at_work = _status(log), _at_work(log, jobs)
     alive = any(job.alive for job in jobs) or (not jobs and (bool(at_work) or _seems_alive(entries, status)))
     lines = [f"run        {folder}"]
     lines += [f"jobs       {line}" for line in job_lines(jobs, entries, missing)]
@@ -79,6 +80,12 @@ def look(folder: Path) -> tuple[list[str], bool]:
         lines += [f"documents  {line}" for line in document_lines(documents, status, entries, alive)]
     lines += [f"log        {line}" for line in failure_lines(log, jobs, entries)]
     return lines, alive
+
+
+def _status(log: Path) -> dict[str, Any] | None:
+    """What the job that runs told last; None where that is nothing, or damaged."""
+    found = record.read_status(log)
+    return found if found is not None and found.keys() >= TOLD else None
 
 
 def _queue(numbers: Sequence[str]) -> tuple[list[QueuedJob], str | None]:
@@ -101,7 +108,7 @@ def _at_work(log: Path, jobs: Sequence[QueuedJob]) -> list[dict[str, Any]]:
     """What the jobs say that share the documents and are at work: they run in Slurm, or spoke lately."""
     running = {job.name for job in jobs if job.state in RUNNING}
     asleep = {job.name for job in jobs} - running
-    found = record.shared_statuses(log)
+    found = [status for status in record.shared_statuses(log) if status.keys() >= {"job", *TOLD}]
     return [s for s in found if s["job"] in running or (s["job"] not in asleep and time.time() - s["at"] < LOST_S)]
 
 
@@ -123,7 +130,7 @@ def _count(folder: Path) -> tuple[int, int, int]:
         with open_run(folder) as opened:
             ends = [(document.complete, bool(document.failed)) for document in opened.documents]
     except (OSError, UserError):
-        last = record.read_status(RunPaths(folder).log)
+        last = _status(RunPaths(folder).log)
         if last is None:
             raise
         return last["finished"], 0, last["of"]
@@ -162,12 +169,12 @@ def _from_record(entries: Sequence[record.Entry], missing: str | None) -> Iterat
     unknown = f"{missing}" if missing else "Slurm knows it no more"
     if "ended" in last:
         how = {"complete": "ended well", "stopped": "stopped with its state saved; the same command goes on"}
-        yield f"{name}: {how.get(last['how'], 'failed')}" + (f" ({last['why']})" if last.get("why") else "")
+        yield f"{name}: {how.get(last.get('how', ''), 'failed')}" + (f" ({last['why']})" if last.get("why") else "")
     elif "started" in last:
         hint = f"; {unknown}" if last.get("job") else ""
         yield f"{name}: started {_ago(last['started'])}, no word of its end: running, or killed{hint}"
     else:
-        yield f"{name}: submitted {_ago(last['submitted'])}; {unknown}"
+        yield f"{name}: submitted {_ago(last.get('submitted', 0))}; {unknown}"
 
 
 def document_lines(

@@ -24,6 +24,7 @@ from cpmpi.version import __version__
 
 FILE = click.Path(path_type=Path)
 AUTO = "auto"
+LEAVE_S = 20  # of the notice, to end in once the state is saved
 MOST_NODES = 64  # tried for --nodes auto where no partition tells
 OPTIONS = [
     click.option("-J", "--job-name", help="As squeue shows it.  [default: cpmpi]"),
@@ -164,6 +165,7 @@ def make(
             f"the task's index: --output {output}-{TASK}{share}"
         )
     request, notes = planned(params, request, hardware, automatic, force=force)
+    words = [*words, *grace(words, params, request)]
     line = shlex.join(["cpmpi", *words])
     head = [f"cpmpi {__version__}: {request.nodes} x {request.tasks_per_node} ranks for: {line}",
             "To submit it by hand: sbatch FILE. The same again goes on where it stopped."]  # fmt: skip
@@ -192,6 +194,20 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         runs = [n for n in COMMANDS if n in ("prefill", "score", "extend", "generate")]
         raise UserError(f"{name}: no command that runs as a batch job; choose one of {', '.join(runs)}")
     return found.make_context(f"cpmpi {name}", list(rest)).params
+
+
+def grace(words: Sequence[str], params: dict[str, Any], request: BatchRequest) -> list[str]:
+    """The time that Slurm's notice leaves a job to save its state, where the user gave none and the default is another.
+
+    Args:
+        words, params: the command, and its options as they were parsed.
+        request: what Slurm is asked for.
+    """
+    given = any(word == "--grace" or word.startswith("--grace=") for word in words)
+    left_s = max(1, request.signal_s - LEAVE_S)
+    if "grace" not in params or given or not request.signal_s or left_s == params["grace"]:
+        return []
+    return ["--grace", str(left_s)]
 
 
 def planned(

@@ -49,7 +49,7 @@ def documents(folder: Path) -> list[Entry]:
 
 def _lines(file: Path) -> list[Entry]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     found: list[Entry] = []

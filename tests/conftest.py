@@ -36,13 +36,17 @@ def clean_environment(**more: str) -> dict[str, str]:
     return {**kept, **as_root, "OMP_NUM_THREADS": threads, "PYTHONPATH": path, **more}
 
 
+def mpirun_path() -> str:
+    """Open MPI's launcher: that of this Python's environment, which need not be on PATH, or the machine's."""
+    beside = Path(sys.executable).with_name("mpirun")
+    return str(beside) if beside.exists() else "mpirun"
+
+
 def mpirun(
     n: int, *command: str, timeout_s: float = 300, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python COMMAND`` on n ranks in a process group that is killed at the timeout."""
-    launcher = Path(sys.executable).with_name("mpirun")
-    mpirun_path = str(launcher) if launcher.exists() else "mpirun"
-    line = [mpirun_path, "--oversubscribe", "--bind-to", "none", "-n", str(n), sys.executable, *command]
+    line = [mpirun_path(), "--oversubscribe", "--bind-to", "none", "-n", str(n), sys.executable, *command]
     process = subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
         env=clean_environment(**(environment or {})), start_new_session=True,

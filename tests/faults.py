@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import ROOT, clean_environment, mpirun_path
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 LENGTHS, LAYERS = (150, 90), 3
@@ -235,8 +235,7 @@ def faults(folder: Path, places: int = 0, ranks: int = 2, *, part: str = "1/1", 
     line = [sys.executable, "-m", "tests.faults", "--rank-of", str(folder), "--places", str(places)]
     line += ["--part", part, "--seed", str(seed)]
     if ranks > 1:
-        beside = Path(sys.executable).with_name("mpirun")
-        launcher = [str(beside) if beside.exists() else "mpirun", "--oversubscribe", "--bind-to", "none"]
+        launcher = [mpirun_path(), "--oversubscribe", "--bind-to", "none"]
         line = [*launcher, "-n", str(ranks), "-x", "LD_PRELOAD", *line]
     environment = clean_environment(LD_PRELOAD=str(library), CPMPI_FAULT_FOLDER=str((folder / "run").resolve()))
     done = subprocess.run(line, cwd=ROOT, env=environment, timeout=TIMEOUT_S, check=False)

@@ -10,8 +10,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import ROOT, clean_environment, mpirun_path
 
 TOKEN = "CPMPI_LAUNCHED"
 
@@ -21,18 +22,21 @@ class Launched:
 
     def __init__(self, words: list[str], out: Path, ranks: int = 2, **environment: str) -> None:
         self.out, self.token = out, f"{out}-{time.monotonic_ns()}"
-        beside = Path(sys.executable).with_name("mpirun")
-        line = [str(beside) if beside.exists() else "mpirun", "--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
+        line = [mpirun_path(), "--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
         with out.open("w") as file:
             self.launcher = subprocess.Popen(
                 [*line, sys.executable, "-m", "cpmpi", *words], cwd=ROOT, start_new_session=True, stdout=file,
                 stderr=subprocess.STDOUT, env=clean_environment(**{TOKEN: self.token}, **environment),
             )  # fmt: skip
 
-    def __enter__(self) -> Launched:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave nothing behind."""
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
+from cpmpi.comm.carrier import Carrier
 from cpmpi.cost.attention_bench import Measured, Overlap
 from cpmpi.errors import UserError
 from cpmpi.jobs.bench import HEADER, command, row_of
@@ -31,7 +32,7 @@ def test_every_schedule_sends_the_bytes_of_its_formula():
 
     topology = synthetic("machine=cpu-2s,ranks=2/1")
     shape = AttentionShape(new=31, stored=50, query_heads=4, kv_heads=2, key_dim=8, value_dim=8, itemsize=4)
-    bench = AttentionBench(MPI.COMM_WORLD, topology, named("reference"), torch.device("cpu"))
+    bench = AttentionBench(MPI.COMM_WORLD, topology, named("reference"), Carrier())
     rates = bench.rates(shape, torch.float32)
     assert rates.attention_flops > 0
     assert MPI.COMM_WORLD.allgather(rates) == [rates] * 3

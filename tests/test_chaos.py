@@ -6,7 +6,7 @@ from tests.chaos import KINDS, chaos
 
 
 @pytest.mark.slow  # CI runs the short one by `make chaos-short`
-@pytest.mark.parametrize("kills", [6, 60])
+@pytest.mark.parametrize("kills", [10, 60])
 def test_nothing_is_lost(kills, tmp_path):
     figures = chaos(tmp_path, kills)
     print(figures)

@@ -22,7 +22,8 @@ from cpmpi.errors import UserError
 from cpmpi.model.blocks import blocks_of
 from cpmpi.model.probe import probe
 from cpmpi.run import checkpoint
-from cpmpi.run.checkpoint import Manifest, SavedHidden
+from cpmpi.run.hidden import SavedHidden, write_part
+from cpmpi.run.manifest import Manifest
 from cpmpi.run.paths import RunPaths
 from tests.sweep import OWN
 from tests.test_tensor_parallel import skeleton
@@ -39,9 +40,7 @@ def write(folder, layer, world=3, segments=2, dtype=torch.float32):
     """A whole checkpoint by ``world`` ranks, published."""
     hidden, layout = hidden_of(layer, dtype), Layout(n_tokens=TOKENS, world=world, segments=segments)
     parts = [
-        checkpoint.write_part(
-            folder, IDENTITY, layer, rank, [(piece, hidden[slice(*piece)]) for piece in layout.pieces(rank)]
-        )
+        write_part(folder, IDENTITY, layer, rank, [(piece, hidden[slice(*piece)]) for piece in layout.pieces(rank)])
         for rank in range(world)
     ]
     manifest = Manifest(
@@ -345,8 +344,7 @@ def test_pieces_cover_a_checkpoint_once(tmp_path):
     rows = hidden_of(3)
     for runs in ([(0, 20), (19, TOKENS)], [(0, 20), (21, TOKENS)], [(1, TOKENS)]):
         parts = [
-            checkpoint.write_part(tmp_path, IDENTITY, 3, rank, [(Piece(*run), rows[slice(*run)])])
-            for rank, run in enumerate(runs)
+            write_part(tmp_path, IDENTITY, 3, rank, [(Piece(*run), rows[slice(*run)])]) for rank, run in enumerate(runs)
         ]
         manifest = Manifest(
             identity=IDENTITY, layer=3, attention=4, n_tokens=TOKENS, shape=(WIDTH,), dtype="float32",

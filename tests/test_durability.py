@@ -154,9 +154,12 @@ def test_a_run_is_deleted_from_its_index_on(tmp_path, events):
     (RunPaths(tmp_path).report / "surprisal-000000.png").touch()
     events.clear()
     delete_run(tmp_path)
-    deleted = [event.file for event in events if event.what == "unlink"]
-    assert deleted[0] == "run.h5"
-    assert deleted[-3:] == [f"shards/rank-0000{rank}.h5" for rank in range(3)]
+    assert events[:2] == [("replace", "run.h5.deleted"), ("fsync", ".")]
+    assert events[-2:] == [("unlink", "run.h5.deleted"), ("fsync", ".")]
+    rest = [event.what for event in events[2:-2]]
+    assert rest == ["unlink"] * rest.count("unlink") + ["fsync"] * 3, "then ., report and shards"
+    assert rest.count("unlink") == 5
+    assert not RunPaths(tmp_path).contents()
 
 
 def test_a_new_list_takes_its_place_before_old_shards_go(tmp_path, events):

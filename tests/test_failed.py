@@ -16,9 +16,10 @@ from click.testing import CliRunner
 from cpmpi import open_run
 from cpmpi.errors import UserError
 from cpmpi.jobs import inspect, report
-from cpmpi.run.folder import check_folder, only_writer, start_index
+from cpmpi.run.folder import check_folder, start_index
 from cpmpi.run.index import NotFiniteError
 from cpmpi.run.index_layout import REASON_BYTES
+from cpmpi.run.lock import only_writer
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.publish import make_folder, publish_text
 from cpmpi.run.results import sum_nll

@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,10 +18,12 @@ import pytest
 from cpmpi import open_run
 from cpmpi.attention.layout import Layout
 from cpmpi.errors import UserError
-from cpmpi.run.folder import check_room, delete_run, only_writer, start_index
+from cpmpi.run import checkpoint
+from cpmpi.run.folder import check_room, delete_run, start_index
 from cpmpi.run.index import create_index
+from cpmpi.run.lock import only_writer
 from cpmpi.run.paths import RunPaths
-from cpmpi.run.spec import DocumentSpec, KVSpec, index_bytes, shard_bytes
+from cpmpi.run.spec import DocumentSpec, KVSpec, checkpoint_bytes, index_bytes, shard_bytes
 from cpmpi.run.spec import check_room as check_free
 from cpmpi.run.verify import verify_run
 from cpmpi.text import human_bytes
@@ -129,7 +132,7 @@ def test_no_room(tmp_path):
 
 def test_what_is_written_needs_no_room(tmp_path, monkeypatch):
     needed = []
-    monkeypatch.setattr("cpmpi.run.folder.check_free", lambda folder, count: needed.append(count))
+    monkeypatch.setattr("cpmpi.run.folder.check_free", lambda folder, count, checkpoints: needed.append(count))
     spec = make_spec((4000, 300), world=2, kv=KVSpec.alike(layers=3, heads=16, key_dim=64, value_dim=3))
     kv_bytes = 4000 * spec.kv.bytes_per_token
     check_room(tmp_path, spec)
@@ -142,6 +145,31 @@ def test_what_is_written_needs_no_room(tmp_path, monkeypatch):
     assert same < new - kv_bytes
     assert by_one_rank < new - kv_bytes
     assert anew == same
+
+
+def test_room_for_checkpoints(tmp_path):
+    """The next one beside the last, of the longest document that is left; those that are there need no more."""
+    spec = make_spec((4000, 300), world=2, kv=None)
+    none, some = check_room(tmp_path, spec), check_room(tmp_path, spec, hidden_bytes=1000)
+    assert none == f"disk: {human_bytes(index_bytes(spec))} to be written"
+    assert some == (
+        f"disk: {human_bytes(index_bytes(spec) + checkpoint_bytes(spec, 1000))} to be written, "
+        f"{human_bytes(checkpoint_bytes(spec, 1000))} of it for checkpoints"
+    )
+    assert 2 * 4000 * 1000 < checkpoint_bytes(spec, 1000) < 2.1 * 4000 * 1000
+    index = start_index(tmp_path, spec)
+    (tmp_path / "checkpoints").mkdir()
+    saved = RunPaths(tmp_path).checkpoint_part(checkpoint.identity_of(spec, spec.documents[0]), 1, 0)
+    saved.write_bytes(b"0" * 4_000_000)
+    left = check_room(tmp_path, spec, hidden_bytes=1000)
+    assert re.search(r"([\d.]+ MB) of it for checkpoints", left)[1] == human_bytes(
+        checkpoint_bytes(spec, 1000) - saved.stat().st_blocks * 512
+    )
+    assert check_room(tmp_path, spec, hidden_bytes=1000, overwrite=True).endswith(some.split(",")[1])
+    index.write_outputs(0, **outputs_of(0, 4000))
+    assert "of it" not in check_room(tmp_path, spec, hidden_bytes=1000), "that of the short one has room enough"
+    with pytest.raises(UserError, match=r"needs .*, 1000000 TB of it for checkpoints, but .* --checkpoint off, or"):
+        check_free(tmp_path, 2 * 10**18, 10**18)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +297,7 @@ def test_a_shard_that_changed_its_size_stops_a_resume(tmp_path):
 
 
 def test_one_writer_at_a_time(tmp_path):
-    code = "import sys, pathlib, cpmpi.run.folder as f; f.only_writer(pathlib.Path(sys.argv[1])).__enter__()"
+    code = "import sys, pathlib, cpmpi.run.lock as f; f.only_writer(pathlib.Path(sys.argv[1])).__enter__()"
     other = [sys.executable, "-c", code, str(tmp_path)]
     with only_writer(tmp_path):
         done = subprocess.run(other, capture_output=True, text=True, check=False)

@@ -22,7 +22,7 @@ from cpmpi.documents.read import ReadOptions
 from cpmpi.errors import UserError
 from cpmpi.run.reader import open_run
 
-from .conftest import clean_environment
+from .conftest import clean_environment, mpirun_path
 from .test_documents import checkpoint, folder, reading, refusal, report, write  # noqa: F401  (fixtures)
 from .test_exact import save_llama
 
@@ -385,8 +385,7 @@ def test_a_job_with_bad_inputs_goes_on_without_them_and_says_which(tmp_path):
     save_llama(tmp_path / "model", 2, layers=1)
     write(f"{tmp_path}/in/empty.txt", b"")
     write(f"{tmp_path}/in/e.jsonl.gz", gzip.compress(lines([{"id": 7, "input_ids": [1, 2, 3]}, {"id": "b"}])))
-    launcher = Path(sys.executable).with_name("mpirun")
-    line = [str(launcher) if launcher.exists() else "mpirun", "--oversubscribe", "--bind-to", "none", "-n", "2"]
+    line = [mpirun_path(), "--oversubscribe", "--bind-to", "none", "-n", "2"]
     line += [sys.executable, "-m", "cpmpi", "score", "--model", "model", "--output", "run", "--quiet"]
     os.mkfifo(tmp_path / "pipe")
 

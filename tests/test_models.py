@@ -4,6 +4,7 @@ Tolerances: see ``tolerances.py``. Both sides compute in float32 and differ in t
 """
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ import pytest
 from tests.families import DOCS, FAMILIES, REFUSED, table
 from tests.test_exact import shared_folder
 from tests.tiny_models import VOCABULARY, save_tiny, tiny_config, truth
-from tests.tolerances import check_logprobs
+from tests.tolerances import TOKEN, check_logprobs
 
 LENGTHS = (150, 40)  # a short document after a long one: rotary embeddings must forget the long one
+CONTEXT = 97  # of the long one: what follows is beyond the window from its first tokens, or from some token on
+# What goes on from stored keys here; all families do in test_extend_families, which is slow.
+GOES_ON = ("Llama 4", "Mistral", "Gemma 2", "Gemma 4", "gpt-oss", "DeepSeek V3")
 
 
 @pytest.mark.parametrize("part", range(2))
@@ -32,7 +36,11 @@ def test_every_family_equals_one_transformers_process(part, tmp_path):
     worst = (0.0, "")
     for world in (MPI.COMM_SELF, comm):
         for i in range(len(families)) if world is comm else range(comm.rank, len(families), comm.size):
-            for n, want, got in zip(LENGTHS, expected[i], scores(world, folder / f"{i}"), strict=True):
+            whole, short = expected[i]
+            goes_on = world is comm and families[i].name in GOES_ON
+            after = partial(check_continued, whole, families[i].name) if goes_on else None
+            found = scores(world, folder / f"{i}", after=after)
+            for n, want, got in zip(LENGTHS, (whole, short), found, strict=True):
                 worst = max(worst, (check_logprobs(got, want, families[i].name, world.size, n), families[i].name))
     print(f"worst: {worst[1]}, {worst[0]:.1e}")
 
@@ -59,7 +67,8 @@ def scores(comm, folder, stream=False, dtype="float32", make=document, keep_of=l
     """Log-probabilities of the documents of all lengths, as ``make`` makes them, on the ranks of ``comm``.
 
     ``keep_of`` makes of the weights what takes each layer's keys and values. In ``own``: ``kernel`` names the attention
-    kernel, which the job chooses else; ``lengths``, ``segments``, ``chunk_tokens``.
+    kernel, which the job chooses else; ``lengths``, ``segments``, ``chunk_tokens``; ``after`` is called with the engine
+    in the end.
     """
     import torch
 
@@ -92,8 +101,51 @@ def scores(comm, folder, stream=False, dtype="float32", make=document, keep_of=l
         mine = engine.score(make(n_tokens), layout, "document", keep_of(weights))
         everyone = comm.allgather((mine.positions.numpy(), mine.logprobs.numpy(), mine.last_hidden, 0))
         found.append(assemble(everyone, n_tokens)[0])
+    if own.get("after"):
+        own["after"](comm, engine)
     transport.close()
     return found
+
+
+class Kept:
+    """A layer's keys and values as a pass of this process left them on this rank, in place of stored ones."""
+
+    def __init__(self, layout, position):
+        self.layout, self._pieces, self._layers = layout, layout.pieces(position), []
+
+    def put(self, layer, key_TGD, value_TGE):
+        from cpmpi.attention.execute import Keys, flat
+
+        self._layers.append(Keys(self._pieces, flat([key_TGD, value_TGE]), key_TGD, value_TGE))
+
+    def layer(self, layer):
+        return self._layers[layer]
+
+
+def check_continued(whole, name, comm, engine):
+    """After the first tokens of the long document, the rest of it: half as a question, half as answer; and alone."""
+    from dataclasses import replace
+
+    from cpmpi.attention.layout import Layout
+    from cpmpi.attention.schedule import Schedule
+    from cpmpi.engine.extend import Extension, Question
+
+    ids = document(LENGTHS[0])
+    layout = Layout(n_tokens=CONTEXT, world=comm.size, segments=3)
+    kept = Kept(layout, comm.rank)
+    last = comm.allgather(engine.score(ids[:CONTEXT], layout, "context", kept.put).last_hidden)
+    (last_hidden,) = (hidden for hidden in last if hidden is not None)
+    middle = (CONTEXT + len(ids)) // 2
+    rest, none = ids[CONTEXT:], ids[:0]
+    questions = [Question(rest[: middle - CONTEXT], (rest[middle - CONTEXT :],)), Question(none, (rest, rest[:1]))]
+    nodes = [[0], list(range(1, comm.size))]
+    for kind in ("tree", "hybrid"):
+        other = replace(engine, schedule=Schedule(kind=kind, nodes=nodes, parents=[None, 0]))
+        extension = Extension(engine=other, context=kept, n_tokens=CONTEXT, last_hidden=last_hidden)
+        for scored in extension.score(questions):
+            expected = whole[middle:] if scored.question == 0 else whole[CONTEXT:][: len(scored.logprobs)]
+            error = np.abs(scored.logprobs - expected)
+            assert error.max() <= TOKEN, (name, kind, scored.question, scored.answer, error.max())
 
 
 @pytest.mark.parametrize(("model_type", "own", "reason"), REFUSED, ids=[case[0] for case in REFUSED])

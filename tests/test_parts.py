@@ -14,7 +14,8 @@ from cpmpi import open_run
 from cpmpi.engine import corpus
 from cpmpi.errors import UserError
 from cpmpi.run import parts
-from cpmpi.run.folder import HeldError, is_held, only_writer, start_index
+from cpmpi.run.folder import start_index
+from cpmpi.run.lock import HeldError, is_held, only_writer
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.verify import verify_run
 from cpmpi.slurm import record
@@ -215,7 +216,8 @@ def shared_job(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", fake.path)
 
     def made(**own):
-        options = {"output": tmp_path / "run", "grace": 0, "most_tokens": None, "take": "longest", "stay": False, **own}
+        options = {"output": tmp_path / "run", "grace": 0, "most_tokens": None, "take": "longest", "stay": False}
+        options |= {"keep_finished": False, "retry_failed": False, "overwrite": False, **own}
         job = SimpleNamespace(
             options=SimpleNamespace(**options), ranks=SimpleNamespace(size=3), spec=make_spec(LENGTHS),
             model=SimpleNamespace(skeleton=None, layers=()), inputs=SimpleNamespace(checkpoint=None),

@@ -10,12 +10,15 @@ import pytest
 from cpmpi import open_run
 from cpmpi.attention.grid import Grid
 from cpmpi.errors import UserError
+from cpmpi.run import checkpoint
 from cpmpi.run.folder import start_index, what_is_deleted
+from cpmpi.run.manifest import KVPlace, Manifest
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.spec import DocumentSpec, RunSpec, ShardSet
 from cpmpi.run.verify import verify_run
 from tests.conftest import mpirun
-from tests.runs import kv_of, make_run, make_spec, number_of, open_writers, outputs_of
+from tests.power_cut import PowerCutError
+from tests.runs import held, kv_of, make_run, make_spec, number_of, open_writers, outputs_of
 from tests.test_exact import save_documents, save_llama
 
 LENGTHS = (50, 2, 7, 30)
@@ -42,10 +45,6 @@ def check(folder: Path, *numbers: int) -> list[int]:
                 for found, whole in zip(document.kv(layer, as_torch=True), kv_of(number, layer, LENGTHS[number])):
                     assert found.equal(whole.bfloat16())
         return [document.world_size for document in run.documents]
-
-
-class PowerCutError(BaseException):
-    """What a kill does, without ending the test."""
 
 
 def cut(*args, **kwargs):
@@ -101,7 +100,7 @@ def test_shards_that_hold_nothing_finished_are_deleted(tmp_path):
         writer.close()
     assert RunPaths(tmp_path).shard(2).exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cpmpi.run.folder._delete_shards_but", cut)
+        patch.setattr("cpmpi.run.folder.delete_shards_but", cut)
         with pytest.raises(PowerCutError):
             start_index(tmp_path, listed(0, 1, world=2))
     assert RunPaths(tmp_path).shard(2).exists()
@@ -127,17 +126,18 @@ def test_another_text_of_the_same_length_and_name_is_not_taken_for_the_old_one(t
     make_run(tmp_path, listed(0, 1))
     spec = listed(0, 1)
     other = replace(spec.documents[0], token_ids_sha256="d" * 64)
-    assert start_index(tmp_path, replace(spec, documents=(other, spec.documents[1]))).finished == {1}
+    changed = replace(spec, documents=(other, spec.documents[1]))
+    assert start_index(tmp_path, changed, keep_finished=True).finished == {1}
     unknown = replace(spec.documents[1], token_ids_sha256="")
-    assert start_index(tmp_path, replace(spec, documents=(unknown,))).finished == frozenset()
+    assert start_index(tmp_path, replace(spec, documents=(unknown,)), keep_finished=True).finished == frozenset()
 
 
 @pytest.mark.parametrize("step", ["lay out", "replace", "delete"])
 def test_a_kill_while_the_list_changes_loses_nothing(tmp_path, monkeypatch, step):
     make_run(tmp_path, listed(0, 1))
 
-    places = {"lay out": ("cpmpi.run.index_layout", "_copy_results"), "replace": ("os", "replace")}
-    module, name = places.get(step, ("cpmpi.run.folder", "_delete_shards_but"))
+    places = {"lay out": ("cpmpi.run.index_layout", "_put_results"), "replace": ("os", "replace")}
+    module, name = places.get(step, ("cpmpi.run.folder", "delete_shards_but"))
     with monkeypatch.context() as patch:
         patch.setattr(f"{module}.{name}", cut)
         with pytest.raises(PowerCutError):
@@ -247,3 +247,52 @@ def test_a_job_adds_a_document_on_another_number_of_ranks(tmp_path):
         assert [document.world_size for document in after.documents] == [2, 1]
         assert after.documents[1].nll == nll
         assert after.paths.shard(0).stat().st_mtime_ns == shard
+
+
+def saved(folder: Path, index, i: int, layers: int) -> Manifest:
+    """A checkpoint of document ``i`` after so many layers, whose KV all ranks' shards have."""
+    spec = index.spec
+    document, writers = spec.documents[i], open_writers(folder, index)
+    for rank, writer in enumerate(writers):
+        for layer in range(layers):
+            heads = slice(*document.heads(rank, spec.kv.shapes[layer].heads))
+            whole = kv_of(number_of(document), layer, document.n_tokens, spec.kv)
+            writer.put(i, layer, *(x[held(document, rank), heads] for x in whole))
+        writer.sync()
+    manifest = Manifest(
+        identity=checkpoint.identity_of(spec, document), layer=layers - 1, attention=layers, n_tokens=document.n_tokens,
+        shape=(8,), dtype="float32", seconds=1.0, parts=(),
+        kv=KVPlace.of(spec, i, [writer.digest(i, layers) for writer in writers]),
+    )  # fmt: skip
+    for writer in writers:
+        writer.close()
+    RunPaths(folder).checkpoints.mkdir(exist_ok=True)
+    checkpoint.publish(folder, manifest)
+    return manifest
+
+
+def test_shards_that_a_checkpoint_names_stay_as_long_as_it_does(tmp_path):
+    manifest = saved(tmp_path, start_index(tmp_path, listed(0, 1)), 1, 2)
+    assert Manifest.read(RunPaths(tmp_path).checkpoint(manifest.identity, 1)) == manifest
+    for world in (2, 1, 4):  # killed before anything was moved
+        index = start_index(tmp_path, listed(1, 0, world=world))
+        for writer in open_writers(tmp_path, index):
+            writer.close()
+        assert len(list(RunPaths(tmp_path).shards.glob("*.h5"))) == 3
+    assert [path.name for path in RunPaths(tmp_path).shards.glob("[0-9]*")] == ["000003"]
+    assert index.spec.shard_set.number == 3
+    start_index(tmp_path, listed(0, world=4))
+    assert not list(RunPaths(tmp_path).checkpoints.iterdir()), "nobody asked for its document"
+    assert not list(RunPaths(tmp_path).shards.glob("*.h5"))
+
+
+def test_the_number_of_a_set_that_a_checkpoint_names_is_not_taken(tmp_path):
+    make_run(tmp_path, listed(0))
+    manifest = saved(tmp_path, start_index(tmp_path, listed(0, 1)), 1, 1)
+    assert manifest.kv.shard_set == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cpmpi.run.checkpoint.delete_others", cut)
+        with pytest.raises(PowerCutError):
+            start_index(tmp_path, listed(0))  # its run.h5 knows set 0 alone
+    assert start_index(tmp_path, listed(1, 0, world=2)).spec.shard_set.number == 2
+    assert len(list((RunPaths(tmp_path).shards / "000001").iterdir())) == 3

@@ -29,12 +29,14 @@ def save_document(path, n_tokens=N_TOKENS):
 def options_of(folder, output, **own):
     from cpmpi.engine.options import JobOptions
 
-    given = {"keep_kv": False, "kv_dtype": "float32", "chunk_tokens": 20, "quiet": True, "attention": "ring", **own}
-    return JobOptions(model=folder / "model", inputs=(str(folder / "d.npy"),), output=folder / output, **given)
+    given = {"keep_kv": False, "kv_dtype": "float32", "chunk_tokens": 20, "quiet": True, "attention": "ring"}
+    given |= {"inputs": (str(folder / "d.npy"),), "allow_longer": True, **own}
+    return JobOptions(model=folder / "model", output=folder / output, **given)
 
 
-def run_stopped(options, at=STOP_AT, rank=-1):
-    """Run a job of which one rank, by default the last, is asked to stop while attention ``at`` is computed.
+def run_stopped(options, at=STOP_AT, rank=-1, comm=None):
+    """Run a job, on the ranks of ``comm`` where given, of which one rank, by default the last, is asked to stop while
+    attention ``at`` is computed.
 
     Returns:
         What the job says when it stops.
@@ -43,11 +45,15 @@ def run_stopped(options, at=STOP_AT, rank=-1):
 
     from mpi4py import MPI
 
-    from cpmpi.engine.run import run
+    from cpmpi.comm.ranks import Ranks
+    from cpmpi.comm.stop import listening
+    from cpmpi.engine.prepare import prepare
+    from cpmpi.engine.run import run_prepared
     from cpmpi.engine.score import Engine
     from cpmpi.errors import Stopped
 
-    asked = rank % MPI.COMM_WORLD.size
+    comm = MPI.COMM_WORLD if comm is None else comm
+    asked = rank % comm.size
     gather = Engine._gather_keys
 
     def gather_and_signal(engine, way, layer, calls):
@@ -57,8 +63,8 @@ def run_stopped(options, at=STOP_AT, rank=-1):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "_gather_keys", gather_and_signal)
-        with pytest.raises(Stopped) as stopped:
-            run(options)
+        with pytest.raises(Stopped) as stopped, listening(options.grace) as stop:
+            run_prepared(prepare(options, Ranks(comm)), stop)
     return str(stopped.value)
 
 
@@ -196,6 +202,7 @@ def test_checkpoints_of_a_job(tmp_path, capfd):
     check_order(prepared(tmp_path / "order", layers=8))
     check_unwritable(prepared(tmp_path / "unwritable", layers=9), capfd)
     check_damaged(prepared(tmp_path / "damaged"), capfd)
+    check_the_one_before(prepared(tmp_path / "before"), capfd)
 
 
 def check_damaged(folder, capfd):
@@ -237,10 +244,12 @@ def check_damaged(folder, capfd):
         "not a checkpoint's manifest": change(manifest),
         "is not the file|no such file|cannot be read|laid out": lambda: part().write_bytes(b""),
         "do not have their checksum": change(part, lambda: offset(part, "hidden")),
-        "rank 1: KV of layers \\[0\\] is not whole": change(
+        r"rank-00001.h5: KV of layers \[0\] is not whole": change(
             shard, lambda: offset(shard, "documents/000000/layer_done"), b"\0"
         ),
-        "rank 1: the KV in its shard is not that": change(shard, lambda: offset(shard, "documents/000000/checksum")),
+        "rank-00001.h5: document 'd.npy': its checksums are not those that the checkpoint recorded": change(
+            shard, lambda: offset(shard, "documents/000000/checksum")
+        ),
     }
     for reason, damage in damages.items():
         run_stopped(options_of(folder, "run", overwrite=True, **kept))
@@ -253,6 +262,31 @@ def check_damaged(folder, capfd):
         if comm.rank == 0:
             assert re.search(rf"^d\.npy: the checkpoint \S+ is not used: .*{reason}", capfd.readouterr().err, re.M)
             same(folder / "whole", folder / "run")
+
+
+def check_the_one_before(folder, capfd):
+    """Two checkpoints are there, as after a kill before the older was deleted, and the later one is damaged."""
+    from mpi4py import MPI
+
+    comm, kept = MPI.COMM_WORLD, {"keep_kv": True, "quiet": False}
+    run_counted(options_of(folder, "whole", **kept))
+    run_stopped(options_of(folder, "run", **kept), at=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cpmpi.run.checkpoint.delete", lambda *_, **__: None)
+        run_stopped(options_of(folder, "run", **kept), at=1)
+    saved = sorted((folder / "run" / "checkpoints").glob("*.json"))
+    assert [path.name[-10:] for path in saved] == ["00000.json", "00001.json"]
+    comm.Barrier()
+    if comm.rank == 0:
+        saved[1].write_bytes(saved[1].read_bytes()[:-40])
+    comm.Barrier()
+    capfd.readouterr()
+    assert run_counted(options_of(folder, "run", **kept))[0] == [1, 2, 3, 4]
+    if comm.rank == 0:
+        said = capfd.readouterr().err
+        assert f"d.npy: the checkpoint {saved[1]} is not used: {saved[1]}: not a checkpoint's manifest" in said
+        assert "d.npy: goes on after layer 1 of 5: " in said
+        same(folder / "whole", folder / "run")
 
 
 def leave_when_written(patch):
@@ -272,10 +306,10 @@ def check_unwritable(folder, capfd):
     """One rank's disk is full: said once, the document goes on; the checkpoint before stays until the next is whole."""
     from mpi4py import MPI
 
-    from cpmpi.run import checkpoint
+    from cpmpi.run import hidden
 
     comm = MPI.COMM_WORLD
-    real, tried = checkpoint.write_part, []
+    real, tried = hidden.write_part, []
 
     def full(run, identity, layer, rank, runs):
         tried.append(layer)
@@ -285,12 +319,14 @@ def check_unwritable(folder, capfd):
 
     with pytest.MonkeyPatch.context() as patch:
         leave_when_written(patch)
-        patch.setattr(checkpoint, "write_part", full)
-        run_counted(options_of(folder, "run", checkpoint="0", quiet=False))
+        patch.setattr(hidden, "write_part", full)
+        run_counted(options_of(folder, "run", checkpoint="0", quiet=False, grace=0))
     assert tried == [0, 2, 4, 6]
     if comm.rank == 0:
         said = capfd.readouterr().err
         assert said.count("could not be written") == 1
+        warned = r"^warning: a layer and its checkpoint take about [\d.]+ m?s, more than --grace 0 s: a stop would drop"
+        assert len(re.findall(warned, said, re.M)) == 1, said
         assert f"the checkpoint after layer {tried[0] + 1} could not be written (see " in said
         assert "No space left" in (folder / "run" / "log" / "rank-00001.log").read_text()
 
@@ -300,6 +336,7 @@ def check_order(folder):
     from mpi4py import MPI
 
     from cpmpi.run import checkpoint
+    from cpmpi.run.hidden import SavedHidden
     from cpmpi.run.writer import ShardWriter
 
     synced, published, digests = [], [], []
@@ -314,7 +351,7 @@ def check_order(folder):
         return digest(writer, document, layers)
 
     def note_publish(run, manifest):
-        saved = checkpoint.SavedHidden(run, manifest)
+        saved = SavedHidden(run, manifest)
         saved.check(0, 1)
         saved.close()
         publish(run, manifest)

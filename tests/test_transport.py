@@ -148,7 +148,8 @@ class Watched(MPITransport):
         array = np.empty(n_bytes, np.uint8)
         self.arrays.append(weakref.ref(array))
         host_B = torch.from_numpy(array)
-        return self._post(host_B, device, [self.channels[channel].Irecv(p, peer) for p in module._parts(host_B)])
+        requests = [self.channels[channel].Irecv(p, peer) for p in module._parts(host_B)]
+        return self._post(module.Message(self, host_B, device, requests, "receive", peer))
 
     def held(self):
         return sum(found.nbytes for array in self.arrays if (found := array()) is not None)

@@ -162,14 +162,14 @@ def test_a_rank_that_left_is_a_hang_at_once_and_one_of_another_start_is_not_hear
     assert play.looks(awaited=2) == (True, "")
     assert play.looks() == (True, "")
     play.beats[2].start = "before"
-    play.tells(2)
+    play.tells(2, left="")
     play.peers.forget()
     found = []
     for _ in range(12):
         play.tells(1, seq=play.states[1].seq + 1)
         play.tells(2)
         found.append(play.looks(awaited=2)[0])
-    assert found[-1], "its signs of life are of another start"
+    assert found == [False] * 10 + [True] * 2, "its signs of life are of another start"
     (tmp_path / "log" / "beats" / "rank-00002").write_bytes(b'{"start": "now", "ra')
     assert play.beats[0].read(2) is None
 

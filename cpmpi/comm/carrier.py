@@ -13,7 +13,7 @@ import torch
 
 from cpmpi.choices import AUTO
 from cpmpi.comm.flight import Flight
-from cpmpi.comm.ranks import Ranks
+from cpmpi.comm.ranks import AgreedError, Ranks
 from cpmpi.comm.torch_transport import Log, Network, TorchTransport
 from cpmpi.comm.transport import MPITransport
 from cpmpi.errors import UserError
@@ -59,14 +59,14 @@ def choose_carrier(ranks: Ranks, topology: Topology, device: torch.device, wante
     """The carrier that is wanted; ``auto``: NCCL where every rank has a GPU of its own, else MPI. Collective.
 
     Raises:
-        UserError: NCCL or gloo cannot carry this job's data; the reason and what can.
+        AgreedError: NCCL or gloo cannot carry this job's data; the reason and what can.
     """
     reason = "as asked for"
     if wanted == "mpi" or (wanted == AUTO and device.type == "cpu"):
         return Carrier(reason=reason if wanted == "mpi" else "the data is in the host's memory", device=device)
     problem = ranks.together(_problem, wanted, device) or (_shared_gpu(ranks, device) if wanted != "gloo" else "")
     if problem and wanted != AUTO:
-        raise UserError(f"--transport {wanted}: {problem}; choose auto{', gloo' * (wanted != 'gloo')} or mpi")
+        raise AgreedError(f"--transport {wanted}: {problem}; choose auto{', gloo' * (wanted != 'gloo')} or mpi")
     if problem:
         return Carrier(reason=f"through the host's memory, not NCCL: {problem}", device=device)
     address = ranks.together(address_of, topology, ranks.rank)

@@ -65,7 +65,7 @@ def listening(grace_s: float, *, speaks: bool = False) -> Iterator[Stop]:
         grace_s: seconds from the first signal until the process will be killed.
         speaks: whether this process says at once that it was asked, also in the middle of a long computation.
     """
-    stop = Stop(grace_s)
+    stop, Stop.heard = Stop(grace_s), 0  # a process may run one job after another
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from cpmpi.errors import UserError, some
 
 KEYS = ("document", "id", "text", "token_ids", "choices", "upto")
 TAIL_TOKENS = 16  # of a document, to see whether its last token and a text's first would be one token
+
+ALONE = " (unconditional)"  # after the id of a line whose answers are scored without document and question
+BOS = "bos"
 
 TokenIds = npt.NDArray[np.int64]
 
@@ -78,6 +81,37 @@ def read_continuations(files: Sequence[str], *, checkpoint: Path, vocab_size: in
     if not found:
         raise UserError(f"{', '.join(files)}: no continuations there: all lines are blank")
     return found
+
+
+def without_context(continuations: Sequence[Continuation], prefix: TokenIds) -> list[Continuation]:
+    """The same answers after ``prefix`` alone (ids, at least one), without document and question: lines of their own.
+
+    Raises:
+        UserError: one of them has the name of another line.
+    """
+    found = [replace(c, id=c.id + ALONE, upto=0, stem=prefix) for c in continuations]
+    names = {name for c in continuations for name in c.names}
+    if twice := [name for c in found for name in c.names if name in names]:
+        raise UserError(f"{found[0].source}: the id {twice[0]!r} is that of an unconditional score; choose another one")
+    return found
+
+
+def prefix_ids(given: str, tokenizer: Callable[[], Any], bos: int | None) -> TokenIds:
+    """The token ids of what ``--unconditional`` says: ``bos``, the token that begins a text, or a text.
+
+    Raises:
+        UserError: there is no such token, or the text has no tokens.
+    """
+    if given == BOS:
+        if bos is None:
+            raise UserError("--unconditional bos: this checkpoint has no token that begins a text; give a text")
+        return np.array([bos], np.int64)
+    ids = np.empty(0, np.int64)
+    if given:
+        ids = tokenize(tokenizer(), whole_characters(given, "--unconditional")).astype(np.int64)
+    if not len(ids):
+        raise UserError("--unconditional is empty: it has no token after which to score; give a text, or bos")
+    return ids
 
 
 def _records(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cpmpi.comm.ranks import OPEN_MPI
-from cpmpi.engine.options import ExtendOptions, GenerateOptions, JobOptions
+from cpmpi.engine.options import ExtendOptions, GenerateOptions, ImportOptions, JobOptions
 from cpmpi.run.reader import Run, open_run
 
 PathText = str | os.PathLike[str]
@@ -51,43 +51,44 @@ def score(
 
 
 def extend(
-    *, model: PathText, run: PathText, inputs: PathText | Sequence[PathText], output: PathText, quiet: bool = True,
-    **options: Any,
+    *, run: PathText, inputs: PathText | Sequence[PathText], output: PathText | None = None,
+    model: PathText | None = None, quiet: bool = True, **options: Any,
 ) -> Run:  # fmt: skip
-    """Scores of what may follow stored documents, in a run of their own. Collective; see docs/stored-kv.md.
+    """Scores of what may follow stored documents, in a run of their own; or with ``append=True`` the documents
+    themselves, extended. Collective; see docs/stored-kv.md.
 
     Args:
-        model: the checkpoint folder that made the run.
         run: run folder with the stored documents.
         inputs: ``.jsonl`` files with a continuation, or a question with answers, a line.
-        output: run folder for the scores.
+        output: run folder for the scores; the same call again goes on.
+        model: the checkpoint folder that made the run; None: where it was.
         quiet: no progress on standard error.
         **options: as for `prefill` (see `cpmpi.engine.options.ExtendOptions`).
 
     Returns:
-        The run of the continuations, open for reading, on every rank.
+        The run of the continuations, or of the extended documents, open for reading, on every rank.
 
     Raises:
         UserError, TypeError: as for `prefill`.
     """
-    from cpmpi.engine import continuations
+    from cpmpi.engine import append, continuations
 
     wanted = ExtendOptions.of(model=model, run=run, inputs=inputs, output=output, quiet=quiet, **options)
     with _as_before():
-        done = continuations.extend(wanted)
-    done.job.ranks.comm.Barrier()
-    return open_run(wanted.output)
+        ranks = append.append(wanted).ranks if wanted.append else continuations.extend(wanted).job.ranks
+    ranks.comm.Barrier()
+    return open_run(wanted.run if wanted.output is None else wanted.output)
 
 
 def generate(
-    *, model: PathText, run: PathText, prompts: str | Sequence[str], quiet: bool = True, **options: Any
+    *, run: PathText, prompts: str | Sequence[str], model: PathText | None = None, quiet: bool = True, **options: Any
 ) -> list[str]:  # fmt: skip
     """The answers to prompts that follow a stored document. Collective; see docs/stored-kv.md.
 
     Args:
-        model: the checkpoint folder that made the run.
         run: run folder with the stored document; ``document="ID"`` chooses among several.
         prompts: one or several.
+        model: the checkpoint folder that made the run; None: where it was.
         quiet: no progress on standard error.
         **options: ``max_new_tokens``, ``temperature`` and so on (see `cpmpi.engine.options.GenerateOptions`).
 
@@ -99,6 +100,30 @@ def generate(
     with _as_before():
         done = job.generate(GenerateOptions.of(model=model, run=run, prompts=prompts, quiet=quiet, **options))
     return [answer.text for answer in done.answers]
+
+
+def import_kv(
+    *, model: PathText, files: PathText | Sequence[PathText], output: PathText, quiet: bool = True, **options: Any
+) -> Run:  # fmt: skip
+    """A run of keys and values that were computed elsewhere. Collective; see docs/export.md.
+
+    Args:
+        model: the checkpoint folder that they are of.
+        files: safetensors files, a document each.
+        output: run folder.
+        quiet: no progress on standard error.
+        **options: as for `prefill` (see `cpmpi.engine.options.ImportOptions`).
+
+    Raises:
+        UserError, TypeError: as for `prefill`.
+    """
+    from cpmpi.engine import import_kv as job
+
+    wanted = ImportOptions.of(model=model, files=files, output=output, quiet=quiet, **options)
+    with _as_before():
+        done = job.import_kv(wanted)
+    done.ranks.comm.Barrier()
+    return open_run(wanted.output)
 
 
 def _run(options: JobOptions) -> Run:

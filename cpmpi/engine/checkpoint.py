@@ -32,34 +32,18 @@ from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
 from cpmpi.comm.stop import Stop, last_words
 from cpmpi.engine.pace import Pace
+from cpmpi.engine.told import Told
 from cpmpi.errors import Stopped, UserError, one_line
 from cpmpi.model.blocks import Blocks, watched
 from cpmpi.model.forward import Chunk
-from cpmpi.run import checkpoint
-from cpmpi.run.checkpoint import Manifest, Part
+from cpmpi.run import checkpoint, hidden
+from cpmpi.run.manifest import KVPlace, Manifest
 from cpmpi.run.paths import RunPaths
+from cpmpi.run.spec import RunSpec
 from cpmpi.run.writer import ShardWriter
 from cpmpi.text import duration
 
 logger = logging.getLogger("cpmpi")
-
-
-class Told(NamedTuple):
-    """What a rank tells all others at each meeting; digests as int64 of the same bits."""
-
-    stop: int = 0
-    """The signal by which this rank was told to stop."""
-    broken: int = 0
-    """Whether this rank's keys and values cannot be written."""
-    due: int = 0
-    written: int = 0
-    """Number of the last checkpoint whose file is whole here."""
-    failed: int = 0
-    """Number of the last checkpoint that could not be written here."""
-    write_us: int = 0
-    size: int = 0
-    digest: int = 0
-    kv_digest: int = 0
 
 
 @dataclass(kw_only=True)
@@ -94,7 +78,7 @@ class Checkpoints:
     """The checkpoints of a job, on one rank. Use `opened`.
 
     Args:
-        folder: of the run.
+        folder, spec: of the run.
         ranks, grid: who writes what: ranks that share the weights have the same hidden states, and write a part each.
         blocks: where a document can go on.
         writer: of the KV, where it is kept.
@@ -104,6 +88,7 @@ class Checkpoints:
     """
 
     folder: Path
+    spec: RunSpec
     ranks: Ranks
     grid: Grid
     blocks: Blocks
@@ -267,16 +252,13 @@ class Checkpoints:
             if self.writer is not None:
                 self.writer.sync(layers)
                 kv_digest = self.writer.digest(document.index, pending.attention)
-            part = checkpoint.write_part(self.folder, document.identity, pending.layer, self.ranks.rank, runs)
+            part = hidden.write_part(self.folder, document.identity, pending.layer, self.ranks.rank, runs)
         except Exception as problem:  # the document goes on without
             logger.warning("checkpoint after layer %d: %s", pending.layer, one_line(problem))
             self._told = self._told._replace(failed=pending.number)
             return
         took_us = int((time.perf_counter() - began) * 1e6)
-        self._told = Told(
-            written=pending.number, failed=self._told.failed, write_us=took_us, size=part.size,
-            digest=_signed(part.digest), kv_digest=_signed(kv_digest),
-        )  # fmt: skip
+        self._told = Told.of(part, kv_digest, written=pending.number, failed=self._told.failed, write_us=took_us)
 
     def _hear(self, heard: npt.NDArray[np.int64]) -> None:
         """If the files of all ranks are whole, publish the checkpoint; if one failed, say so."""
@@ -299,17 +281,14 @@ class Checkpoints:
         document, paths = self.document, RunPaths(self.folder)
         assert document is not None
         names = [paths.checkpoint_part(document.identity, pending.layer, rank) for rank in range(len(everyone))]
-        parts = tuple(
-            Part(
-                name=name.relative_to(self.folder).as_posix(), size=told.size, digest=_unsigned(told.digest),
-                kv_digest=_unsigned(told.kv_digest),
-            )
-            for name, told in zip(names, everyone, strict=True)
-        )  # fmt: skip
+        parts = [told.part(name.relative_to(self.folder)) for name, told in zip(names, everyone, strict=True)]
+        kv = None
+        if self.writer is not None:
+            kv = KVPlace.of(self.spec, document.index, [told.shard_digest for told in everyone])
         return Manifest(
             identity=document.identity, layer=pending.layer, attention=pending.attention,
             n_tokens=document.n_tokens, shape=self.blocks.shape, dtype=str(self.blocks.dtype).removeprefix("torch."),
-            seconds=pending.seconds, parts=parts,
+            seconds=pending.seconds, parts=tuple(parts), kv=kv,
         )  # fmt: skip
 
     def _publish(self, manifest: Manifest) -> None:
@@ -344,11 +323,3 @@ class Checkpoints:
         stopped = Stopped(f"stopped by {name}: document {self.document.name!r} {how}; the same command goes on")
         stopped.saved = saved
         return stopped
-
-
-def _signed(digest: int) -> int:
-    return digest - (1 << 64) if digest >= 1 << 63 else digest
-
-
-def _unsigned(digest: int) -> int:
-    return digest % (1 << 64)

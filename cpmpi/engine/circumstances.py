@@ -5,15 +5,16 @@ A job that goes on with a run takes from there what would change the order of su
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cpmpi.choices import SCHEDULES
 from cpmpi.engine.state import Job
+from cpmpi.errors import UserError
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.publish import publish_text
+from cpmpi.run.sealed_json import read_sealed, sealed_json
 
 
 def publish_circumstances(job: Job) -> None:
@@ -26,8 +27,9 @@ def publish_circumstances(job: Job) -> None:
     summary = {**asdict(decision.schedule), "askers": "all", **asdict(job.place.grid), "segments": job.options.segments}
     kernels = [f"{backend.name}: {backend.reason}" for backend in dict.fromkeys(decision.backends)]
     made = {**summary, "reason": decision.reason, "kernels": kernels, "products": decision.products.library}
-    publish_text(paths.schedule, json.dumps(made, indent=1) + "\n")
+    made["chunk_tokens"] = job.options.chunk_tokens
     publish_text(paths.topology, job.spec.topology + "\n")
+    publish_text(paths.schedule, sealed_json(made, topology=job.spec.topology + "\n"))
 
 
 def recorded_products(run: Path) -> str | None:
@@ -46,11 +48,17 @@ def recorded_schedule(run: Path, world: int) -> str | None:
     return str(found["kind"]) if same else None
 
 
+def recorded_options(run: Path) -> dict[str, Any]:
+    """The options of the job that made a run which decide in what order is added; those that it says."""
+    found = _recorded(run)
+    names = {"kind": "attention", "segments": "segments", "tp": "tp", "chunk_tokens": "chunk_tokens"}
+    return {option: found[name] for name, option in names.items() if name in found}
+
+
 def _recorded(run: Path) -> dict[str, Any]:
-    """``schedule.json`` of a run; empty where there is none, or none that can be read."""
-    paths = RunPaths.of(run)
+    """``schedule.json`` of a run; empty where there is none, or it is damaged."""
+    paths = RunPaths.of(run).whole
     try:
-        found = json.loads(paths.schedule.read_text(encoding="utf-8")) if paths.index.exists() else {}
-    except (OSError, ValueError):
+        return read_sealed(paths.schedule) if paths.index.exists() else {}
+    except UserError:
         return {}
-    return found if isinstance(found, dict) else {}

@@ -6,31 +6,39 @@ As in `cpmpi.engine.prepare`, each step is collective, and what can be refused i
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cpmpi.attention.layout import Layout
 from cpmpi.comm.device import Room, room_of
 from cpmpi.comm.ranks import AgreedError, Ranks
 from cpmpi.cost.choose import choose_schedule
-from cpmpi.cost.memory import Memory, choose_residence
+from cpmpi.cost.memory import Memory, choose_residence, document_memory
+from cpmpi.cost.workload import TokenSizes
 from cpmpi.engine.circumstances import recorded_products
 from cpmpi.engine.extend import Extension
 from cpmpi.engine.options import ContextOptions
 from cpmpi.engine.prepare import find_place, inspect, progress_of, workload
 from cpmpi.engine.score import Engine
 from cpmpi.engine.state import Decision, Inputs, Model, Place, Prepared
+from cpmpi.engine.trunk import Trunk
 from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
-from cpmpi.model.fingerprint import model_sha256, tokenizer_sha256
+from cpmpi.model.fingerprint import Fingerprint, fingerprint
 from cpmpi.model.linear import choose_products
-from cpmpi.model.rotary import same_for
+from cpmpi.model.rotary import length_matters, same_for
+from cpmpi.model.size import inner_width
 from cpmpi.model.weights import weight_bytes
 from cpmpi.run.cache import StoredKeys
+from cpmpi.run.hdf5 import STORED_FLOATS
 from cpmpi.run.reader import Document, Run, open_run
+from cpmpi.run.unchanged import changed_files, recorded_files
 
 BATCH_TOKENS = 4096  # of continuations that a rank takes through the layers at a time
 
@@ -65,12 +73,21 @@ class New:
         longest: after it, of one line.
         at_once: that go through the model in a pass, of all ranks; for these the schedule is chosen.
         sequences: lines whose new keys and values, of all layers, stay until the end.
+        dealt: whether all ranks share the tokens of a line, and store their keys and values.
+        spans: of each context its tokens, and how many they are with the longest line; by default of the one above.
     """
 
     stored: int
     longest: int
     at_once: int
     sequences: int = 0
+    dealt: bool = False
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """The spans."""
+        return self.spans or ((self.stored, self.stored + self.longest),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +125,28 @@ def context_of(document: Document, upto: int | None, source: str) -> Context:
     """
     if upto is None or upto == document.n_tokens:
         return Context(document=document.index, n_tokens=document.n_tokens, upto=document.n_tokens)
+    if upto == 0:  # no context: what comes before is all in the line
+        return Context(document=document.index, n_tokens=0, upto=0)
     if upto > document.n_tokens:
         raise UserError(f'{source}: "upto" is {upto}, but document {document.id!r} has {document.n_tokens} tokens')
     return Context(document=document.index, n_tokens=upto - 1, upto=upto)
+
+
+def model_folder(options: ContextOptions, run: Run) -> Path:
+    """The checkpoint that was asked for, or that made the run.
+
+    Raises:
+        UserError: neither is known, or it is not where it was.
+    """
+    if options.model is not None:
+        return options.model
+    if not run.model_path:
+        raise UserError(f"--model is missing: {options.run} does not say where its checkpoint is")
+    if not Path(run.model_path).is_dir():
+        raise UserError(
+            f"{options.run}: the checkpoint that made it is not in {run.model_path} any more; --model says where it is"
+        )
+    return Path(run.model_path)
 
 
 @contextmanager
@@ -122,20 +158,26 @@ def open_stored(options: ContextOptions, ranks: Ranks) -> Iterator[tuple[Run, Ch
     """
     run: Run = ranks.together(open_run, options.run)
     with run:
-        checkpoint = ranks.together(Checkpoint, options.model)
+        checkpoint = ranks.together(lambda: Checkpoint(model_folder(options, run)))
         if run.kv_dtype is None:
             raise AgreedError(f"{options.run}: keeps no keys and values (it was made by `cpmpi score`); prefill it")
-        found = {
-            "tokenizer": ranks.on_root(tokenizer_sha256, checkpoint.folder),
-            "model": model_sha256(checkpoint.folder, ranks),  # the ranks read a share of the weights each
-        }
-        for name, digest in found.items():
-            if digest != (made := run.attributes[f"{name}_sha256"]):
-                raise AgreedError(
-                    f"{options.model}: its {name} has the digest {digest[:12]}, but {options.run} was made with "
-                    f"another one ({made[:12]})"
-                )
+        check_made_by(run, checkpoint.folder, fingerprint(checkpoint.folder, ranks))  # the ranks read a share each
         yield run, checkpoint
+
+
+def check_made_by(run: Run, model: Path, found: Fingerprint) -> None:
+    """Refuse a checkpoint that did not make a run. On every rank alike.
+
+    Raises:
+        AgreedError: it is another one; files that differ are named.
+    """
+    for name, digest in (("tokenizer", found.tokenizer_sha256), ("model", found.model_sha256)):
+        if digest != (made := run.attributes[f"{name}_sha256"]):
+            files = changed_files(recorded_files(run), found.files)
+            raise AgreedError(
+                f"{model}: its {name} has the digest {digest[:12]}, but {run.paths.folder} was made with another one "
+                f"({made[:12]}){files and f': {files}'}"
+            )
 
 
 def prepare_contexts(options: ContextOptions, ranks: Ranks, run: Run, checkpoint: Checkpoint, work: New) -> ContextJob:
@@ -149,12 +191,13 @@ def prepare_contexts(options: ContextOptions, ranks: Ranks, run: Run, checkpoint
     ranks.together(_check_positions, options, checkpoint, work)
     inputs = Inputs(checkpoint=checkpoint, documents=(), longest=work.stored + work.longest)
     model = inspect(options, ranks, inputs)
-    ranks.together(_check_rotary, model, work)
+    ranks.together(check_rotary, model, work.lengths)
     place = find_place(options, ranks, inputs, model)
     computed = workload(options, model, place, tokens=work.at_once, stored=work.stored)
     schedule, reason = choose_schedule(place.ranks, place.topology, options.attention, computed)
     room = room_of(place.ranks, model.device)
-    memory, resident = place.ranks.together(_residence, options, place, work, room)
+    parts = document_memory(computed, schedule, _sizes(options, run, inputs, place)) if work.dealt else {}
+    memory, resident = place.ranks.together(_residence, options, place, work, room, parts)
     products = choose_products(
         place.skeleton, model.device, place.ranks, recorded=place.ranks.on_root(recorded_products, options.run)
     )  # fmt: skip
@@ -169,48 +212,70 @@ def prepare_contexts(options: ContextOptions, ranks: Ranks, run: Run, checkpoint
 
 def _check_positions(options: ContextOptions, checkpoint: Checkpoint, work: New) -> None:
     limit = checkpoint.max_positions
-    if limit is not None and work.stored + work.longest > limit and not options.allow_longer:
+    stored, whole = max(work.lengths, key=lambda span: span[1])
+    if limit is not None and whole > limit and not options.allow_longer:
         raise UserError(
-            f"{work.stored} stored tokens and up to {work.longest} after them are more than the {limit} positions that "
+            f"{stored} stored tokens and up to {whole - stored} after them are more than the {limit} positions that "
             f"{checkpoint.folder} was made for (max_position_embeddings); --allow-longer goes on all the same"
         )
 
 
-def _check_rotary(model: Model, work: New) -> None:
-    if not same_for(model.skeleton, (work.stored, work.stored + work.longest)):
-        raise UserError(
-            f"the rotary embeddings of this model depend on the document's length: keys of {work.stored} tokens are "
-            f"not those of {work.stored + work.longest}; prefill the whole text instead"
-        )
+def check_rotary(model: Model, spans: Sequence[tuple[int, int]]) -> None:
+    """Refuse keys that would be others in a longer text.
+
+    Args:
+        model: whose they are.
+        spans: tokens that there are keys of, and those of the longest text that they are used in.
+
+    Raises:
+        UserError: that.
+    """
+    for span in sorted(set(spans)) if length_matters(model.skeleton) else ():
+        if not same_for(model.skeleton, (max(1, span[0]), span[1])):
+            raise UserError(
+                f"the rotary embeddings of this model depend on the document's length: keys of {span[0]} tokens are "
+                f"not those of {span[1]}; prefill the whole text instead"
+            )
 
 
-def _residence(options: ContextOptions, place: Place, work: New, room: Room) -> tuple[Memory, bool]:
-    """What a rank needs, and whether stored keys and values stay in memory."""
+def _sizes(options: ContextOptions, run: Run, inputs: Inputs, place: Place) -> TokenSizes:
+    """What a token of a text that all ranks compute takes beside its attention."""
+    assert run.kv_dtype is not None
+    return TokenSizes(
+        hidden=inputs.checkpoint.text_config_value("hidden_size"), inner=inner_width(place.skeleton),
+        vocabulary=inputs.checkpoint.vocab_size, chunk_tokens=options.chunk_tokens,
+        stored_itemsize=STORED_FLOATS[run.kv_dtype].itemsize, checkpoint_bytes=0,
+    )  # fmt: skip
+
+
+def _residence(
+    options: ContextOptions, place: Place, work: New, room: Room, parts: Mapping[str, int]
+) -> tuple[Memory, bool]:  # fmt: skip
+    """What a rank needs, ``parts`` and more, and whether stored keys and values stay in memory."""
     positions = place.ranks.size // place.grid.head_groups
     holders = place.ranks.size // place.grid.tp
     stored, grown = -(-work.stored // positions), -(-work.sequences // holders) * work.longest
     token_bytes = [h.kv_heads * (h.key_dim + h.value_dim) * h.dtype.itemsize for h, *_ in place.layers]
     two_layers = sum(sorted(token_bytes)[-2:])  # the one that is attended to, and the next, which is being read
 
-    def held(stored_bytes: int) -> Memory:
-        parts = {
-            "stored keys and values": stored * stored_bytes,
-            "new keys and values": 4 * work.longest * two_layers + grown * sum(token_bytes),
-        }
+    def needed(stored_bytes: int) -> Memory:
+        held = {"stored keys and values": stored * stored_bytes, **parts}
+        if not work.dealt:
+            held["new keys and values"] = 4 * work.longest * two_layers + grown * sum(token_bytes)
         return choose_residence(
-            parts, weight_bytes(place.reader), choice=options.weights, limit=options.memory_limit, room=room
+            held, weight_bytes(place.reader), choice=options.weights, limit=options.memory_limit, room=room
         )  # fmt: skip
 
     if options.kv != "auto":
         resident = options.kv == "memory"
-        return held(sum(token_bytes) if resident else two_layers), resident
-    mapped = held(two_layers)
+        return needed(sum(token_bytes) if resident else two_layers), resident
+    mapped = needed(two_layers)
     more = stored * (sum(token_bytes) - two_layers)
     most = room.bytes if options.memory_limit is None else options.memory_limit
     weights = weight_bytes(place.reader)
     least = mapped.total - mapped.parts["weights"] + more
     least += weights.total if options.weights == "resident" else weights.lasting + weights.streamed
-    return (held(sum(token_bytes)), True) if least <= most else (mapped, False)
+    return (needed(sum(token_bytes)), True) if least <= most else (mapped, False)
 
 
 def introduce_stored(job: ContextJob) -> None:
@@ -238,3 +303,11 @@ def open_context(job: ContextJob, engine: Engine, context: Context) -> Iterator[
     ) as stored:  # fmt: skip
         hidden = None if context.again else torch.from_numpy(document.last_hidden).to(job.model.device)
         yield Extension(engine=engine, context=stored, n_tokens=context.n_tokens, last_hidden=hidden)
+
+
+def trunk_of(job: ContextJob, extension: Extension, ids: npt.NDArray[np.int64]) -> Trunk:
+    """A text that all ranks take through the layers together after a context."""
+    return Trunk(
+        engine=extension.engine, context=extension.context, n_tokens=extension.n_tokens, ids=ids,
+        last_hidden=extension.last_hidden, segments=job.options.segments, gather=job.ranks.allgather,
+    )  # fmt: skip

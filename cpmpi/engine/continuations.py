@@ -5,13 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from cpmpi.attention.layout import Layout
 from cpmpi.comm.ranks import Ranks, start
-from cpmpi.documents.continuations import Continuation, read_continuations, would_merge
+from cpmpi.comm.stop import Stop, listening
+from cpmpi.documents.continuations import (
+    Continuation,
+    prefix_ids,
+    read_continuations,
+    without_context,
+    would_merge,
+)
 from cpmpi.documents.tokenization import load_tokenizer
 from cpmpi.engine.contexts import (
     BATCH_TOKENS,
@@ -24,18 +31,17 @@ from cpmpi.engine.contexts import (
     open_context,
     open_stored,
     prepare_contexts,
+    trunk_of,
 )
-from cpmpi.engine.extend import Question, Scored
+from cpmpi.engine.extend import Question
 from cpmpi.engine.options import ExtendOptions
 from cpmpi.engine.run import load_engine
-from cpmpi.errors import UserError
+from cpmpi.engine.scores import Results, check_output, opened
+from cpmpi.engine.trunk import LEAST_TOKENS, Joint, judge, plan
+from cpmpi.engine.watch import watched
 from cpmpi.model.checkpoint import Checkpoint
-from cpmpi.run import folder
-from cpmpi.run.paths import RunPaths
-from cpmpi.run.publish import make_folder, publish_text
 from cpmpi.run.reader import Run
-from cpmpi.run.scores import Row, scores_text
-from cpmpi.run.spec import DocumentSpec, RunSpec
+from cpmpi.run.scores import Row
 from cpmpi.text import counted, duration
 
 
@@ -61,42 +67,86 @@ def extend(options: ExtendOptions) -> Extended:
 
     Raises:
         UserError: something the user can mend; before any work where it can be known then.
+        Stopped: on all ranks, once a rank was told to stop; what is scored is kept.
     """
     ranks = start()
     began = time.perf_counter()
-    ranks.on_root(_check_output, options)
-    with open_stored(options, ranks) as (run, checkpoint):
-        return _extend(options, ranks, run, checkpoint, began)
-
-
-def _extend(options: ExtendOptions, ranks: Ranks, run: Run, checkpoint: Checkpoint, began: float) -> Extended:
-    """Score the continuations of an open run. Collective."""
-    continuations = ranks.on_root(
-        read_continuations, options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size
-    )
-    asked = ranks.on_root(_by_context, run, continuations)
-    longest = max(a.context.upto for a in asked)
-    most = max(len(c.stem) + max(map(len, c.answers)) for c in continuations)
-    whole = sum(len(c.stem) + sum(map(len, c.answers)) for c in continuations)
-    at_once = max(most, min(whole, BATCH_TOKENS * ranks.size))
-    job = prepare_contexts(options, ranks, run, checkpoint, New(stored=longest, longest=most, at_once=at_once))
-    _introduce(job, asked, continuations, _merging(ranks, run, checkpoint, continuations))
-    job.ranks.on_root(
-        make_folder, RunPaths(options.output).lock.parent
-    )  # one that cannot be made is told before the work
-    scores: dict[tuple[int, int], Scored] = {}
-    with load_engine(job) as engine:
-        for i, each in enumerate(asked):
-            with open_context(job, engine, each.context) as extension:
-                lines = [(line, _question(run, each.context, continuations[line])) for line in each.lines]
-                for batch in batches(lines, job.ranks.size // job.place.grid.tp):
-                    found = extension.score([question for _, question in batch])
-                    everyone = job.ranks.comm.gather(found)
-                    for score in (s for each in everyone or () for s in each):
-                        scores[batch[score.question][0], score.answer] = score
-            job.progress.say(f"{i + 1} of {len(asked)} contexts, {duration(time.perf_counter() - began)}")
-    rows = job.ranks.on_root(_store, job, continuations, scores)
+    ranks.on_root(check_output, options)
+    with listening(options.grace, speaks=ranks.is_root) as stop, open_stored(options, ranks) as (run, checkpoint):
+        continuations = ranks.on_root(_read, options, checkpoint)
+        asked = ranks.on_root(_by_context, run, continuations)
+        longest = max(a.context.upto for a in asked)
+        sizes = [len(c.stem) + max(map(len, c.answers)) for c in continuations]
+        most = max(sizes)
+        whole = sum(len(c.stem) + sum(map(len, c.answers)) for c in continuations)
+        at_once = max(most, min(whole, BATCH_TOKENS * ranks.size))
+        spans = tuple((a.context.upto, a.context.upto + max(map(sizes.__getitem__, a.lines))) for a in asked)
+        work = New(stored=longest, longest=most, at_once=at_once, spans=spans)
+        job = prepare_contexts(options, ranks, run, checkpoint, work)
+        _introduce(job, asked, continuations, merging(ranks, run, checkpoint, continuations))
+        with opened(job, continuations) as results:
+            _score(job, asked, results, stop)
+            rows = results.finish()
     return Extended(job=job, rows=rows, seconds=time.perf_counter() - began)
+
+
+def _read(options: ExtendOptions, checkpoint: Checkpoint) -> list[Continuation]:
+    """The lines, and after them, where that is asked for, their answers without a context."""
+    lines = read_continuations(options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size)
+    if options.unconditional is None:
+        return lines
+    bos = checkpoint.text_config_value("bos_token_id")
+    prefix = prefix_ids(options.unconditional, lambda: load_tokenizer(checkpoint.folder), bos)
+    return [*lines, *without_context(lines, prefix)]
+
+
+def _score(job: ContextJob, asked: Sequence[Asked], results: Results, stop: Stop) -> None:
+    """Score what is left of all contexts, and write it down as it comes. Collective."""
+    left = [(each, lines) for each in asked if (lines := _left(job.run, each, results))]
+    assert isinstance(job.options, ExtendOptions)
+    assert job.options.output is not None
+    began, holders = time.perf_counter(), job.ranks.size // job.place.grid.tp
+    total, done = results.count, len(results.done)
+    with watched(job, job.options.output, stop, documents=total, finished=done, noun="continuations") as watch:
+        if not left:
+            return
+        with load_engine(job) as engine:
+            for i, (each, lines) in enumerate(left):
+                joints, others = plan([question for _, question in lines], holders)
+                _say_joint(job, joints)
+                with open_context(job, engine, each.context) as extension:
+                    make = partial(trunk_of, job, extension)
+                    for joint in joints:
+                        watch.go_on()
+                        question = lines[joint.question][1]
+                        watch.document_done(results.keep(lines, judge(make, question, joint)))
+                    rest = [(line, question) for (line, _), question in zip(lines, others, strict=True)]
+                    for batch in batches([one for one in rest if any(map(len, one[1].answers))], holders):
+                        watch.go_on()
+                        found = extension.score([question for _, question in batch])
+                        watch.document_done(results.keep(batch, found))
+                job.progress.say(f"{i + 1} of {len(left)} contexts, {duration(time.perf_counter() - began)}")
+
+
+def _left(run: Run, asked: Asked, results: Results) -> list[tuple[int, Question]]:
+    """The lines of a context with the answers that are not scored yet, the others without tokens."""
+    lines = []
+    for line in asked.lines:
+        question = _question(run, asked.context, results.continuations[line])
+        answers = tuple(a[:0] if (line, i) in results.done else a for i, a in enumerate(question.answers))
+        if any(map(len, answers)):
+            lines.append((line, Question(question.stem, answers)))
+    return lines
+
+
+def _say_joint(job: ContextJob, joints: Sequence[Joint]) -> None:
+    """Say what all ranks compute together."""
+    if joints:
+        answers = sum(len(joint.answers) for joint in joints)
+        job.progress.say(
+            f"{counted(answers, 'continuation')} of {LEAST_TOKENS} tokens or more with the question: dealt over the "
+            f"{counted(job.ranks.size, 'rank')}; the others are computed by one rank each"
+        )
 
 
 def _by_context(run: Run, continuations: Sequence[Continuation]) -> list[Asked]:
@@ -126,10 +176,11 @@ def batches(
             batch, tokens = [], 0
         batch.append((line, question))
         tokens += size
-    yield batch
+    if batch:
+        yield batch
 
 
-def _merging(ranks: Ranks, run: Run, checkpoint: Checkpoint, continuations: Sequence[Continuation]) -> int:
+def merging(ranks: Ranks, run: Run, checkpoint: Checkpoint, continuations: Sequence[Continuation]) -> int:
     """Of how many texts the tokenizer would have joined the first token with the document's last. Collective."""
 
     def count() -> int:
@@ -146,6 +197,15 @@ def _merging(ranks: Ranks, run: Run, checkpoint: Checkpoint, continuations: Sequ
     return ranks.on_root(count)
 
 
+def say_merging(job: ContextJob, merging: int, done: str) -> None:
+    """Note of how many texts the tokenizer would have joined the first token, and what is ``done`` with them."""
+    if merging:
+        job.progress.say(
+            f"note: the tokenizer would have joined the first token of {counted(merging, 'text')} with the one before; "
+            f"they are {done} as tokens of their own (give token_ids to say otherwise)"
+        )
+
+
 def _introduce(job: ContextJob, asked: Sequence[Asked], continuations: Sequence[Continuation], merging: int) -> None:
     """Say what is going to happen, before it does."""
     say = job.progress.say
@@ -156,81 +216,4 @@ def _introduce(job: ContextJob, asked: Sequence[Asked], continuations: Sequence[
         f"{job.options.run}, {counted(job.ranks.size, 'rank')}"
     )
     introduce_stored(job)
-    if merging:
-        say(
-            f"note: the tokenizer would have joined the first token of {counted(merging, 'text')} with the one before; "
-            "they are scored as tokens of their own (give token_ids to say otherwise)"
-        )
-
-
-def _check_output(options: ExtendOptions) -> None:
-    """Refuse an output folder that holds a run, unless it is to be overwritten: scores are made in one piece.
-
-    The run with the stored documents is never overwritten, however it is named.
-    """
-    folder.check_folder(options.output, overwrite=options.overwrite)
-    if options.output.resolve() == RunPaths.of(options.run).folder.resolve():
-        raise UserError(f"--output {options.output} is the run with the stored documents; choose another folder")
-    if RunPaths(options.output).index.exists() and not options.overwrite:
-        raise UserError(f"{options.output}: holds a run already; choose another --output, or --overwrite")
-
-
-def _store(
-    job: ContextJob, continuations: Sequence[Continuation], scores: dict[tuple[int, int], Scored]
-) -> tuple[Row, ...]:  # fmt: skip
-    """Write the run of the continuations, on rank 0: a document for each, then the table."""
-    options, run = job.options, job.run
-    assert isinstance(options, ExtendOptions)
-    which = [(line, i) for line, c in enumerate(continuations) for i in range(len(c.answers))]
-    spec = RunSpec(
-        model=str(run.attributes["model"]), model_sha256=str(run.attributes["model_sha256"]), kv=None,
-        tokenizer_sha256=str(run.attributes["tokenizer_sha256"]), dtype=str(job.model.dtype).removeprefix("torch."),
-        world_size=job.ranks.size, hidden_size=int(run.attributes["hidden_size"]),
-        documents=tuple(_document_spec(run, continuations[line], i) for line, i in which),
-        topology=job.place.topology.to_json(), command=options.command,
-    )  # fmt: skip
-    with folder.only_writer(options.output):
-        index = folder.start_index(options.output, spec, overwrite=options.overwrite)
-        for n, (line, i) in enumerate(which):
-            found = scores[line, i]
-            index.write_outputs(
-                n, token_ids=continuations[line].answers[i], logprobs=found.logprobs, last_hidden=found.last_hidden,
-                greedy=found.greedy,
-            )  # fmt: skip
-        rows = rows_of(continuations, scores)
-        publish_text(RunPaths(options.output).scores, scores_text(rows))
-        index.finish()
-    return rows
-
-
-def _document_spec(run: Run, c: Continuation, i: int) -> DocumentSpec:
-    document, n_tokens = run.documents[c.document], len(c.answers[i])
-    follows: list[tuple[str, str | int]] = [
-        ("context_run_id", str(run.attributes["run_id"])), ("context_document", c.document),
-        ("context_tokens", document.n_tokens if c.upto is None else c.upto),
-    ]  # fmt: skip
-    if c.chosen:
-        follows += [("question", c.id), ("answer", i)]
-    return DocumentSpec(
-        id=c.names[i], source=c.source, n_tokens=n_tokens, layout=Layout(n_tokens=n_tokens, world=1),
-        continues=tuple(follows),
-    )  # fmt: skip
-
-
-def rows_of(continuations: Sequence[Continuation], scores: dict[tuple[int, int], Scored]) -> tuple[Row, ...]:
-    """The rows of all lines, in order."""
-    rows = []
-    for line, c in enumerate(continuations):
-        scored = [scores[line, i] for i in range(len(c.answers))]
-        sums = [float(np.sum(s.logprobs, dtype=np.float64)) for s in scored]
-        per_byte = [total / size if size else float("nan") for total, size in zip(sums, c.n_bytes, strict=True)]
-        most = max((value for value in per_byte if not np.isnan(value)), default=float("nan"))
-        for i, s in enumerate(scored):
-            row = Row(
-                id=c.names[i], question=c.id if c.chosen else "", answer=i, document=c.document,
-                n_tokens=len(s.logprobs), logprob=sums[i], per_token=sums[i] / len(s.logprobs), per_byte=per_byte[i],
-                greedy=bool(s.greedy.all()), best=c.chosen and sums[i] == max(sums),
-                best_per_byte=c.chosen and per_byte[i] == most,
-            )  # fmt: skip
-            rows.append(row)
-    return tuple(rows)
+    say_merging(job, merging, "scored")

@@ -1,7 +1,7 @@
 """The documents of a run that several jobs share, as rank 0 sees them: which are done, which are free, which is ours.
 
 A document is free where nobody claims it, or where the job that did is gone. It is ours once the claim
-(`cpmpi.slurm.claims`) and the file lock of its part (`cpmpi.run.folder`) are, and it is still not done then.
+(`cpmpi.slurm.claims`) and the file lock of its part (`cpmpi.run.lock`) are, and it is still not done then.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from cpmpi.engine.circumstances import publish_circumstances
 from cpmpi.engine.state import Job
@@ -17,6 +18,7 @@ from cpmpi.engine.watch import own_name
 from cpmpi.errors import UserError, told
 from cpmpi.model.size import pair_weight
 from cpmpi.run import folder, parts
+from cpmpi.run.lock import HeldError, is_held, only_writer
 from cpmpi.run.paths import RunPaths, part_name
 from cpmpi.run.reader import open_run
 from cpmpi.slurm import record
@@ -99,19 +101,10 @@ class Corpus:
     @contextmanager
     def opened(cls, job: Job) -> Iterator[Corpus]:
         """Within it documents can be taken; what is ours at its end is given back."""
-        own, paths = allocation(), RunPaths(job.options.output)
-
-        def held(name: str) -> bool | None:
-            return None if name == WHOLE else folder.is_held(paths.parts / name)
-
-        try:
-            with Claims(paths.parts, held, own.restart_count if own else 0) as claims:
-                corpus = cls(job, claims, own_name())
-                with corpus._ours:
-                    yield corpus
-        finally:
-            with suppress(OSError):
-                paths.parts.rmdir()
+        with claims_of(job.options.output) as claims:
+            corpus = cls(job, claims, own_name())
+            with corpus._ours:
+                yield corpus
 
     def join(self) -> int:
         """Take part in the run, which is laid out where there is none; how many documents are done.
@@ -119,10 +112,13 @@ class Corpus:
         Raises:
             UserError: the folder holds a run of another model, or jobs work on another list in it.
         """
+        options = self.job.options
         with self._whole():
             if not parts.join(self.folder, self.spec):
-                self._check_alone("work on another list of documents here: give all the same --input, or wait for them")
-                parts.fold(self.folder, self.spec)
+                check_alone(self.claims, "work on another list of documents here: give all the same --input, or wait")
+                parts.fold(self.folder, self.spec, keep_finished=options.keep_finished)
+            elif options.retry_failed and not at_work(self.claims):  # else who came first has them tried again
+                parts.fold(self.folder, self.spec, retry_failed=True)
             if not RunPaths(self.folder).schedule.exists():  # others take from the first what changes the order of sums
                 publish_circumstances(self.job)
         self.results.refresh()
@@ -176,9 +172,10 @@ class Corpus:
             UserError: jobs share it at this moment.
         """
         with self._whole():
-            self._check_alone("share the documents of this run: do as they do (--share), or wait for them")
-            parts.fold(self.folder, self.spec)
-            parts.delete_parts(self.folder)
+            check_alone(self.claims, "share the documents of this run: do as they do (--share), or wait for them")
+            if not self.job.options.overwrite:
+                parts.fold(self.folder, self.spec, keep_finished=self.job.options.keep_finished)
+                parts.delete_parts(self.folder)
 
     def _take(self, i: int) -> bool:
         name, part = part_name(i), RunPaths(self.folder).part(i).folder
@@ -186,10 +183,12 @@ class Corpus:
             return False
         self._ours.callback(self.claims.drop, name)
         try:
-            self._ours.enter_context(folder.only_writer(part))
-        except folder.HeldError:  # Slurm spoke of the wrong job, or its answer came late
+            self._ours.enter_context(only_writer(part))
+        except HeldError:  # Slurm spoke of the wrong job, or its answer came late
             self._ours.close()
             return False
+        if RunPaths(part).deleted.exists():  # a kill left it half deleted
+            folder.delete_run(part)
         self.results.refresh()
         if i in self.results.ends:
             self._ours.callback(parts.delete_parts, self.folder, {i} if not RunPaths(part).index.exists() else set())
@@ -202,7 +201,7 @@ class Corpus:
         patience = time.monotonic() + PATIENCE_S
         while not told(self.claims.take, WHOLE):
             if time.monotonic() > patience:
-                file, holder = RunPaths(self.folder).parts / f"{WHOLE}.claim", self._holder(WHOLE)
+                file, holder = RunPaths(self.folder).parts / f"{WHOLE}.claim", _holder(self.claims, WHOLE)
                 raise UserError(f"{file}: held for {duration(PATIENCE_S)} by {holder}; delete it if that is gone")
             time.sleep(0.2)
         try:
@@ -210,13 +209,52 @@ class Corpus:
         finally:
             self.claims.drop(WHOLE)
 
-    def _check_alone(self, why: str) -> None:
-        others = [n for n, state in self.claims.look().items() if n != WHOLE and state in (State.LIVES, State.YOUNG)]
-        if others:
-            raise UserError(f"{self.folder}: {', '.join(sorted({self._holder(n) for n in others}))} {why}")
 
-    def _holder(self, name: str) -> str:
-        owner = self.claims.owner(name)
-        if owner is None:
-            return "somebody"
-        return f"job {owner[2]}" if owner[0] == "SLURM" else f"process {owner[2]}"
+@contextmanager
+def claims_of(run: Path) -> Iterator[Claims]:
+    """The claims on documents of a run, for this process; its own are dropped at the end."""
+    own, paths = allocation(), RunPaths(run)
+
+    def held(name: str) -> bool | None:
+        return None if name == WHOLE else is_held(paths.parts / name)
+
+    try:
+        with Claims(paths.parts, held, own.restart_count if own else 0) as claims:
+            yield claims
+    finally:
+        with suppress(OSError):
+            paths.parts.rmdir()
+
+
+def at_work(claims: Claims) -> list[str]:
+    """The jobs that work on documents of a run beside this one."""
+    others = [n for n, state in claims.look().items() if n != WHOLE and state in (State.LIVES, State.YOUNG)]
+    return sorted({_holder(claims, name) for name in others})
+
+
+def check_alone(claims: Claims, why: str) -> None:
+    """Refuse to go on where other jobs work on documents.
+
+    Raises:
+        UserError: they do; with ``why`` after their names.
+    """
+    if others := at_work(claims):
+        raise UserError(f"{claims.folder.parent}: {', '.join(others)} {why}")
+
+
+def check_nobody_works(run: Path, why: str) -> None:
+    """As `check_alone`, for a job that shares nothing.
+
+    Raises:
+        UserError: jobs work on documents of a run.
+    """
+    if RunPaths(run).parts.is_dir():
+        with claims_of(run) as claims:
+            check_alone(claims, why)
+
+
+def _holder(claims: Claims, name: str) -> str:
+    owner = claims.owner(name)
+    if owner is None:
+        return "somebody"
+    return f"job {owner[2]}" if owner[0] == "SLURM" else f"process {owner[2]}"

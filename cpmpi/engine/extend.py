@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpmpi.attention.execute import Execution, Queries, Rule
-from cpmpi.attention.layout import Dealt, Piece
+from cpmpi.attention.execute import Execution, Keys, Queries, Rule
+from cpmpi.attention.layout import Dealt, Holding, Piece
 from cpmpi.engine.score import Engine
 from cpmpi.kernels.partial import Partial
 from cpmpi.model.attention_call import Call, rule_of
@@ -78,11 +78,11 @@ def keys_of(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 def deal(questions: Sequence[Question], holders: int) -> list[list[tuple[int, int]]]:
     """Which holder computes which answers, as (question, answer): the longest first, to whoever has the least tokens.
 
-    A stem is computed by every holder that has one of its answers.
+    A stem is computed by every holder that has one of its answers. Answers without tokens are left out.
     """
     dealt: list[list[tuple[int, int]]] = [[] for _ in range(holders)]
     load, stems = [0] * holders, [set[int]() for _ in range(holders)]
-    answers = [(len(a), q, i) for q, question in enumerate(questions) for i, a in enumerate(question.answers)]
+    answers = [(len(a), q, i) for q, question in enumerate(questions) for i, a in enumerate(question.answers) if len(a)]
     for size, q, i in sorted(answers, key=lambda entry: (-entry[0], entry[1:])):
         cost = [load[h] + size + (0 if q in stems[h] else len(questions[q].stem)) for h in range(holders)]
         holder = min(range(holders), key=lambda h: (cost[h], h))
@@ -204,16 +204,25 @@ class Extension:
         execution = Execution(
             rank=engine.position, program=engine.schedule.program(engine.position), transport=engine.transport,
             backend=engine.backends[layer], heads=engine.layers[layer].heads, rule=rule, query_layout=placed,
-            key_layouts=(self.context.layout,), device=engine.device, recorder=engine.recorder,
+            key_layouts=self._key_layouts, device=engine.device, recorder=engine.recorder,
         )  # fmt: skip
         if branches:
             execution.partials[engine.position] = self._own(branches, layer, calls, rule)
         runs = [(b.start, call.q_1HCD[0].transpose(0, 1)) for b, call in zip(branches, calls, strict=False)]
-        out_THE = execution.run(Queries(tuple(runs)), self.context.layer(layer))
+        out_THE = execution.run(Queries(tuple(runs)), self._keys(layer, calls))
         engine.weights.enter(layer + 1)
         if not branches:
             return [out_THE.new_zeros(1, *out_THE.shape[1:])]
         return torch.split(out_THE, [len(b.ids) for b in branches])
+
+    @property
+    def _key_layouts(self) -> tuple[Holding, ...]:
+        """Which rank has which of the keys that all ranks' queries meet."""
+        return (self.context.layout,)
+
+    def _keys(self, layer: int, calls: list[Call]) -> Keys:
+        """This rank's share of them."""
+        return self.context.layer(layer)
 
     def _own(self, branches: list[Branch], layer: int, calls: list[Call], rule: Rule) -> Partial:
         """Attention of all branches, one after the other, to themselves and those that they follow."""

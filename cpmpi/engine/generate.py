@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
 
-from cpmpi.comm.ranks import Ranks, start
-from cpmpi.documents.continuations import whole_characters
+from cpmpi.comm.ranks import AgreedError, Ranks, start
+from cpmpi.documents.continuations import whole_characters, would_merge
 from cpmpi.documents.tokenization import load_tokenizer, tokenize
+from cpmpi.engine.append import append_group, hold
 from cpmpi.engine.contexts import (
     ContextJob,
     New,
@@ -26,10 +29,12 @@ from cpmpi.engine.contexts import (
 from cpmpi.engine.decode import Decoding, TokenIds
 from cpmpi.engine.options import GenerateOptions
 from cpmpi.engine.run import load_engine
+from cpmpi.engine.score import Engine
 from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.sampling import Sampling
-from cpmpi.run.reader import Run
+from cpmpi.run.growth import Text
+from cpmpi.run.reader import Document, Run
 from cpmpi.text import counted
 
 Show = Callable[[int, str], None]
@@ -93,9 +98,16 @@ def generate(options: GenerateOptions, show: Show = lambda _, __: None) -> Answe
         UserError: something the user can mend; before any work where it can be known then.
     """
     ranks = start()
+    if options.save and len(options.prompts) > 1:
+        raise AgreedError(
+            f"--save appends one prompt with its answer to the document, but there are {len(options.prompts)}"
+        )
     wanted = {each.name: getattr(options, each.name) for each in fields(Sampling)}
     sampling = ranks.together(Sampling, **wanted)
-    with open_stored(options, ranks) as (run, checkpoint):
+    with ExitStack() as stack:
+        if options.save:
+            hold(options, ranks, stack)
+        run, checkpoint = stack.enter_context(open_stored(options, ranks))
         return _generate(options, ranks, run, checkpoint, sampling, show)
 
 
@@ -115,6 +127,11 @@ def _generate(
         f"{counted(job.ranks.size, 'rank')}"
     )
     introduce_stored(job)
+    if joined := job.ranks.on_root(lambda: sum(would_merge(tokenizer, document.token_ids, ids) for ids in prompts)):
+        job.progress.say(
+            f"note: the tokenizer would have joined the first token of {counted(joined, 'prompt')} with the document's "
+            "last; it is a token of its own (begin the prompt with a space or a new line to say otherwise)"
+        )
     answers = [Answer(prompt=prompt, tokenizer=tokenizer, stop=options.stop) for prompt in options.prompts]
     before = document.token_ids.tolist() if sampling.repetition_penalty != 1 else []
     ends = _end_tokens(checkpoint)
@@ -125,20 +142,39 @@ def _generate(
         return -1 if token in ends else token
 
     times: list[float] = []
-    with load_engine(job) as engine, open_context(job, engine, context) as extension:
-        decoding = Decoding(
-            engine=engine, context=extension.context, n_tokens=context.n_tokens, last_hidden=None,
-            gather=job.ranks.comm.allgather,
-        )  # fmt: skip
-        times.append(time.perf_counter())
-        for step in decoding.generate(prompts, choose, options.max_new_tokens):
+    with load_engine(job) as engine:
+        with open_context(job, engine, context) as extension:
+            decoding = Decoding(
+                engine=engine, context=extension.context, n_tokens=context.n_tokens, last_hidden=None,
+                gather=job.ranks.allgather,
+            )  # fmt: skip
             times.append(time.perf_counter())
-            for i, token in step:
-                show(i, answers[i].add(token))
-    for i, answer in enumerate(answers):
-        show(i, answer.finish())
+            for step in decoding.generate(prompts, choose, options.max_new_tokens):
+                times.append(time.perf_counter())
+                for i, token in step:
+                    show(i, answers[i].add(token))
+        for i, answer in enumerate(answers):
+            show(i, answer.finish())
+        if options.save:
+            _save(job, engine, document, np.array([*prompts[0], *answers[0].ids], np.int64))
     began, first, last = times[0], times[min(1, len(times) - 1)], times[-1]
     return Answered(job=job, answers=answers, first_s=first - began, steps_s=last - first, steps=max(0, len(times) - 2))
+
+
+def _save(job: ContextJob, engine: Engine, document: Document, token_ids: TokenIds) -> None:
+    """Append a prompt and its answer to the document. Collective.
+
+    They go through the model once more, dealt over the ranks as any text that is appended: the answer's last token has
+    no keys and values yet, and the others' lie on one rank.
+    """
+    taken = {part.id for part in document.appended}
+    name = next(name for n in itertools.count(1) if (name := f"answer {n}") not in taken)
+    text = Text(document=document.index, id=name, token_ids=token_ids, source="--save")
+    job, _ = append_group(job, engine, [text])
+    job.progress.say(
+        f"{document.id}: the prompt and its answer, {counted(len(token_ids), 'token')}, are its part {name!r} now"
+    )
+    job.run.close()
 
 
 def _document_id(options: GenerateOptions, run: Run) -> str:
@@ -162,7 +198,7 @@ def _prompt_ids(options: GenerateOptions, tokenizer: Any) -> list[TokenIds]:
             raise UserError("--prompt is empty: it has no token after which to go on")
         if options.chat:
             if not getattr(tokenizer, "chat_template", None):
-                raise UserError(f"{options.model}: its tokenizer has no chat template; leave --chat out")
+                raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; leave --chat out")
             message = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         found.append(tokenize(tokenizer, prompt, special_tokens=False).astype(np.int64))

@@ -124,6 +124,10 @@ class JobOptions(ModelOptions):
     )  # fmt: skip
     trace: Path | None = option(None, "Write what every rank did when, for chrome://tracing.", metavar="FILE")
     plot: Path | None = option(None, "Draw it: FILE.png, FILE.svg or FILE.pdf.", metavar="FILE")
+    keep_finished: bool = option(
+        False, "Go on where documents have changed since the last start: keep the finished that did not.", flag=True
+    )
+    retry_failed: bool = option(False, "Compute documents again that failed in an earlier start.", flag=True)
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
     share: bool = option(False, "Share the documents with other jobs on the same run folder and --input.", flag=True)
     take: str = option("longest", "Which free document a job that shares takes first.", choices=TAKES)
@@ -147,6 +151,9 @@ class JobOptions(ModelOptions):
 class ContextOptions(ModelOptions):
     """What a user asks of a job that goes on from stored documents."""
 
+    model: Path = option(
+        None, "Hugging Face checkpoint folder (safetensors).  [default: the one that made the run, where it was]"
+    )
     run: Path = option(None, "Run folder with the stored documents (made by prefill).", needed=True)
     kv: str = option(
         AUTO, "Keep stored keys and values in memory, or read a layer ahead; auto: as memory allows.",
@@ -161,7 +168,25 @@ class ExtendOptions(ContextOptions):
     inputs: tuple[str, ...] = option(
         (), '.jsonl lines: "document", "id", and "text", "token_ids" or "choices".', command_line=False
     )
-    output: Path = option(None, "Run folder for the scores.", needed=True)
+    output: Path | None = option(None, "Run folder for the scores. The same command again goes on.")
+    unconditional: str | None = option(
+        None, "Score answers also after this text alone, or after the token that begins a text, and compare by the "
+        "difference.", metavar="bos|TEXT",
+    )  # fmt: skip
+    append: bool = option(
+        False, "Make the texts a part of the stored documents, with their KV, instead of scoring them in --output.",
+        flag=True,
+    )  # fmt: skip
+    grace: int = option(100, "Seconds from SIGTERM or SIGUSR1 until the job must have ended.", least=0)
+    overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions(ModelOptions):
+    """What a user asks of the job that makes a run of keys and values that were computed elsewhere."""
+
+    files: tuple[str, ...] = option((), "safetensors files, a document each.", command_line=False)
+    output: Path = option(None, "Run folder for the documents.", needed=True)
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
 
 
@@ -180,6 +205,7 @@ class GenerateOptions(ContextOptions):
     seed: int = option(0, "Of the draws; the same on any number of ranks.", least=0)
     stop: tuple[str, ...] = option((), "Text that ends an answer; once or several times.", repeated="--stop")
     chat: bool = option(False, "Put prompts into the checkpoint's chat template.", flag=True)
+    save: bool = option(False, "Append the prompt and its answer to the stored document, with their KV.", flag=True)
 
 
 def minutes_between(checkpoint: str) -> float | None:

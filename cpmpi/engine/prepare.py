@@ -29,7 +29,7 @@ from cpmpi.engine.state import Decision, Inputs, Job, Model, Place
 from cpmpi.errors import UserError
 from cpmpi.model.blocks import blocks_of
 from cpmpi.model.checkpoint import Checkpoint
-from cpmpi.model.fingerprint import model_sha256, tokenizer_sha256
+from cpmpi.model.fingerprint import Fingerprint, fingerprint
 from cpmpi.model.linear import choose_products
 from cpmpi.model.probe import Layer, backends_of, probe
 from cpmpi.model.size import inner_width
@@ -48,18 +48,27 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
     inputs = read(options, ranks)
     model = inspect(options, ranks, inputs)
     place = find_place(options, ranks, inputs, model)
-    digest = model_sha256(inputs.checkpoint.folder, place.ranks)
-    run_spec = place.ranks.on_root(make_spec, options, inputs, model, place, digest)
+    found = fingerprint(inputs.checkpoint.folder, place.ranks)
+    run_spec = place.ranks.on_root(make_spec, options, inputs, model, place, found)
     job = Job(
         options=options, inputs=inputs, model=model, place=place, spec=run_spec,
         decision=decide(options, inputs, model, place, run_spec), progress=progress_of(options, place.ranks),
     )  # fmt: skip
     introduce(job)
     if options.share:
-        place.ranks.on_root(parts.check_room, options.output, job.spec)
+        needed = place.ranks.on_root(parts.check_room, options.output, job.spec, _hidden_bytes(options, place))
     else:
-        place.ranks.on_root(folder.check_room, options.output, job.spec, overwrite=options.overwrite)
+        needed = place.ranks.on_root(
+            folder.check_room, options.output, job.spec, overwrite=options.overwrite,
+            hidden_bytes=_hidden_bytes(options, place),
+        )  # fmt: skip
+    job.progress.say(needed)
     return job
+
+
+def _hidden_bytes(options: JobOptions, place: Place) -> int:
+    """Bytes of a token's hidden state in checkpoints; 0 where there are none."""
+    return place.blocks.token_bytes if options.checkpoint != OFF and place.blocks.whole else 0
 
 
 def progress_of(options: ModelOptions, ranks: Ranks) -> Progress:
@@ -157,7 +166,7 @@ def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place, run_
     sizes = TokenSizes(
         hidden=run_spec.hidden_size, inner=inner_width(place.skeleton), vocabulary=inputs.checkpoint.vocab_size,
         chunk_tokens=options.chunk_tokens, stored_itemsize=run_spec.kv.stored.itemsize if run_spec.kv else 0,
-        checkpoint_bytes=place.blocks.token_bytes if options.checkpoint != OFF and place.blocks.whole else 0,
+        checkpoint_bytes=_hidden_bytes(options, place),
     )  # fmt: skip
     memory = ranks.together(
         choose_residence, document_memory(work, schedule, sizes), weight_bytes(place.reader), choice=options.weights,
@@ -176,13 +185,15 @@ def workload(options: ModelOptions, model: Model, place: Place, *, tokens: int, 
     )  # fmt: skip
 
 
-def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place, digest: str) -> spec.RunSpec:
+def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place, found: Fingerprint) -> spec.RunSpec:
     """What the run folder will hold; on rank 0."""
     checkpoint, world = inputs.checkpoint, place.topology.world
     return spec.RunSpec(
         model=json.dumps(checkpoint.config.to_dict(), sort_keys=True, default=str),
-        model_sha256=digest,
-        tokenizer_sha256=tokenizer_sha256(checkpoint.folder),
+        model_path=str(checkpoint.folder.absolute()),
+        model_sha256=found.model_sha256,
+        tokenizer_sha256=found.tokenizer_sha256,
+        files=tuple(sorted(found.files.items())),
         dtype=str(model.dtype).removeprefix("torch."),
         kv=_kv_spec(options, [layer.heads for layer in model.layers]) if options.keep_kv else None,
         world_size=world,

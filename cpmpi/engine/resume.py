@@ -11,13 +11,14 @@ import torch
 
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
+from cpmpi.engine.redeal import DamagedKVError, Redeal
 from cpmpi.errors import UserError
 from cpmpi.model.blocks import Blocks
 from cpmpi.model.forward import Chunk
-from cpmpi.run import checkpoint
-from cpmpi.run.checkpoint import Manifest, SavedHidden
-from cpmpi.run.spec import DocumentSpec
-from cpmpi.run.writer import ShardWriter
+from cpmpi.run import checkpoint, folder
+from cpmpi.run.hidden import SavedHidden
+from cpmpi.run.manifest import Manifest
+from cpmpi.run.spec import RunSpec
 from cpmpi.text import duration
 
 
@@ -54,31 +55,36 @@ class Seeker:
     """Looks for the checkpoints of documents.
 
     Args:
-        folder: of the run.
-        ranks, blocks, writer, progress: see `cpmpi.engine.checkpoint.Checkpoints`.
+        folder, spec: of the run.
+        ranks, blocks, progress: see `cpmpi.engine.checkpoint.Checkpoints`.
+        redeal: of the KV, where it is kept.
     """
 
     folder: Path
+    spec: RunSpec
     ranks: Ranks
     blocks: Blocks
-    writer: ShardWriter | None
     progress: Progress
+    redeal: Redeal | None
 
     @contextmanager
-    def find(self, index: int, document: DocumentSpec, identity: str) -> Iterator[Resume | None]:
+    def find(self, index: int) -> Iterator[Resume | None]:
         """The latest checkpoint of a document that is whole, open; None where it begins anew. Collective.
 
-        All other checkpoints of it are deleted.
+        KV that others have made is dealt to these ranks. All other checkpoints of the document are deleted.
 
         Args:
             index: the document's place in the run.
-            document: which it is.
-            identity: of the document, see `cpmpi.run.checkpoint.identity_of`.
         """
+        document = self.spec.documents[index]
+        identity = checkpoint.identity_of(self.spec, document)
         chosen: Resume | None = None
-        for path, found in self.ranks.on_root(checkpoint.find, self.folder, identity):
-            problem, resume = self._open(found, index, document)
+        all_found = self.ranks.on_root(checkpoint.find, self.folder, identity)
+        for path, found in all_found:
+            problem, resume = self._open(found, index)
             problems = [p for p in self.ranks.allgather(problem) if p is not None]
+            if not problems:
+                problems = self._deal(found, index)
             if not problems:
                 chosen = resume
                 break
@@ -87,6 +93,8 @@ class Seeker:
             self.progress.say(f"{document.id}: the checkpoint {path} is not used: {problems[0]}")
         keep = chosen.last if chosen is not None else None
         self.ranks.on_root(checkpoint.delete, self.folder, identity, keep=keep)
+        if all_found:  # else none of them held shards, which were looked through when the job started
+            self.ranks.on_root(folder.delete_unused_shards, self.folder, self.spec)
         if chosen is None:
             yield None
             return
@@ -97,16 +105,14 @@ class Seeker:
         with closing(chosen.hidden):
             yield chosen
 
-    def _open(
-        self, found: Manifest | UserError, index: int, document: DocumentSpec
-    ) -> tuple[str | None, Resume | None]:
+    def _open(self, found: Manifest | UserError, index: int) -> tuple[str | None, Resume | None]:
         """A checkpoint that is whole as far as this rank can see, or why it is not."""
         if isinstance(found, UserError):
             return str(found), None
         try:
-            self._check(found, document.n_tokens)
-            if self.writer is not None:
-                self._check_kv(self.writer, index, found)
+            self._check(found, self.spec.documents[index].n_tokens)
+            if self.redeal is not None:
+                self.redeal.check(found, index)
             hidden = SavedHidden(self.folder, found)
         except UserError as problem:
             return str(problem), None
@@ -119,6 +125,16 @@ class Seeker:
             return str(problem), resume
         return None, resume
 
+    def _deal(self, found: Manifest | UserError, index: int) -> list[str]:
+        """Have the KV of a checkpoint in these ranks' shards; why that cannot be. Collective."""
+        if self.redeal is None or isinstance(found, UserError) or not self.redeal.needed(found, index):
+            return []
+        try:
+            self.redeal.move(found, index)
+        except DamagedKVError as problem:
+            return [str(problem)]
+        return []
+
     def _check(self, found: Manifest, n_tokens: int) -> None:
         blocks = self.blocks
         if found.layer not in blocks.whole or blocks.blocks[found.layer].last + 1 != found.attention:
@@ -129,16 +145,3 @@ class Seeker:
                 f"it holds {found.n_tokens} tokens x {found.shape} in {found.dtype}, "
                 f"the document has {n_tokens} x {blocks.shape} in {dtype}"
             )
-
-    def _check_kv(self, writer: ShardWriter, index: int, found: Manifest) -> None:
-        """Whether this rank's KV of the finished layers is what the checkpoint was made with."""
-        rank = self.ranks.rank
-        if len(found.parts) != self.ranks.size:
-            raise UserError(
-                f"it was made by {len(found.parts)} ranks, and keys and values are kept by {self.ranks.size}"
-            )
-        undone = (~writer.layers_done(index)[: found.attention]).nonzero()[0]
-        if len(undone):
-            raise UserError(f"rank {rank}: KV of layers {undone.tolist()} is not whole")
-        if writer.digest(index, found.attention) != found.parts[rank].kv_digest:
-            raise UserError(f"rank {rank}: the KV in its shard is not that of the checkpoint")

@@ -24,6 +24,7 @@ from cpmpi.engine.options import JobOptions, hang_seconds
 from cpmpi.engine.pace import ASSUMED_BYTES_PER_S, Pace
 from cpmpi.engine.placement import split
 from cpmpi.engine.prepare import prepare
+from cpmpi.engine.redeal import Redeal
 from cpmpi.engine.report import Outcome, log_document
 from cpmpi.engine.resume import Seeker
 from cpmpi.engine.score import Engine
@@ -34,13 +35,16 @@ from cpmpi.model.linear import use_products
 from cpmpi.model.size import pair_weight
 from cpmpi.run import checkpoint, folder
 from cpmpi.run.index import NotFiniteError, RunIndex
+from cpmpi.run.lock import only_writer
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.shard import prepare_shard
 from cpmpi.run.spec import RunSpec
 from cpmpi.run.writer import ShardWriter
-from cpmpi.text import duration
+from cpmpi.text import counted, duration
 from cpmpi.timeline.files import save_files
 from cpmpi.timeline.intervals import Recorder
+
+ALONE = "choose another --output, or --share its documents if the others do"
 
 
 def run(options: JobOptions) -> Outcome:
@@ -74,18 +78,17 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
         todo = [i for i in range(len(files.spec.documents)) if i not in files.finished and i not in failed]
         of, finished = len(files.spec.documents), len(files.finished)
         stop = stop or Stop(job.options.grace)
-        watch = stack.enter_context(watched(job, stop, documents=of, finished=finished))
-        identities = [checkpoint.identity_of(files.spec, files.spec.documents[i]) for i in todo]
-        job.ranks.on_root(checkpoint.delete_others, job.options.output, identities)
+        watch = stack.enter_context(watched(job, job.options.output, stop, documents=of, finished=finished))
         if todo:
             checkpoints = stack.enter_context(make_checkpoints(job, files, stop).opened())
+            seeker = make_seeker(job, files, stop)
             engine = stack.enter_context(load_engine(job, recorder, checkpoints))
             job.ranks.on_root(publish_circumstances, job)
             weight = pair_weight(job.model.skeleton, job.inputs.checkpoint, job.model.layers)
             job.progress.job([files.spec.documents[i].n_tokens for i in todo], weight)
             for i in todo:
                 watch.go_on()
-                if reason := score_document(job, engine, files, i):
+                if reason := score_document(job, engine, files, seeker, i):
                     failed[i] = reason
                     job.progress.say(f"failed: {reason}; the others go on")
                 seconds[i] = checkpoints.spent_s
@@ -120,7 +123,7 @@ def _open_files(job: Job, recorder: Recorder | None) -> Iterator[Files]:
     """The run folder, held for this job. Collective."""
     options, ranks = job.options, job.ranks
     with ExitStack() as stack:
-        ranks.on_root(stack.enter_context, folder.only_writer(options.output))
+        ranks.on_root(stack.enter_context, only_writer(options.output, instead=ALONE))
         ranks.on_root(take_over_shared, job)
         index, spec, finished, failed = open_run_folder(job)
         ranks.together(stack.enter_context, rank_log(RunPaths(options.output).log, ranks))
@@ -134,7 +137,7 @@ def _open_files(job: Job, recorder: Recorder | None) -> Iterator[Files]:
 
 def take_over_shared(job: Job) -> None:
     """Make a run that other jobs shared, and did not complete, one of this job alone. On rank 0."""
-    if RunPaths(job.options.output).parts.is_dir() and not job.options.overwrite:
+    if RunPaths(job.options.output).parts.is_dir():
         with Corpus.opened(job) as corpus:
             corpus.absorb()
 
@@ -146,8 +149,16 @@ def open_run_folder(job: Job) -> tuple[RunIndex | None, RunSpec, frozenset[int],
     def open_index() -> tuple[RunSpec, frozenset[int], Mapping[int, str]]:
         if job.options.overwrite and RunPaths(job.options.output).contents():
             job.progress.say(f"--overwrite deletes {folder.what_is_deleted(job.options.output)}")
-        opened.append(folder.start_index(job.options.output, job.spec, overwrite=job.options.overwrite))
-        return opened[0].spec, opened[0].finished, dict(opened[0].failed)
+        options = job.options
+        opened.append(
+            folder.start_index(
+                options.output, job.spec, overwrite=options.overwrite, keep_finished=options.keep_finished
+            )
+        )
+        failed = opened[0].failed
+        if options.retry_failed and failed:  # each keeps its mark until it is done
+            job.progress.say(f"{counted(len(failed), 'document')} failed before, and will be tried again")
+        return opened[0].spec, opened[0].finished, {} if options.retry_failed else dict(failed)
 
     spec, finished, failed = job.ranks.on_root(open_index)
     if finished:
@@ -174,7 +185,7 @@ def make_checkpoints(job: Job, files: Files, stop: Stop) -> Checkpoints:
     share = max(d.n_tokens for d in files.spec.documents) / place.ranks.size
     guess_s = share * place.blocks.token_bytes / ASSUMED_BYTES_PER_S
     return Checkpoints(
-        folder=options.output, ranks=place.ranks, grid=place.grid, blocks=place.blocks,
+        folder=options.output, spec=files.spec, ranks=place.ranks, grid=place.grid, blocks=place.blocks,
         writer=files.writer, stop=stop, progress=job.progress,
         pace=Pace(choice=options.checkpoint, nodes=len(place.topology.nodes), write_s=guess_s),
     )  # fmt: skip
@@ -208,7 +219,7 @@ def load_engine(
         )  # fmt: skip
 
 
-def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None:
+def score_document(job: Job, engine: Engine, files: Files, seeker: Seeker, i: int) -> str | None:
     """One document, from where it was left: compute, store, mark as finished; or as failed, then the reason.
     Collective."""
     document, ranks, index, writer = files.spec.documents[i], job.ranks, files.index, files.writer
@@ -218,12 +229,9 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
     if writer is not None:
         assert engine.checkpoints is not None
         keeper = Keeper(document=i, writer=writer, checkpoints=engine.checkpoints, flight=ranks.flight)
-    seeker = Seeker(
-        folder=job.options.output, ranks=ranks, blocks=job.place.blocks, writer=writer, progress=job.progress
-    )  # fmt: skip
     identity = checkpoint.identity_of(files.spec, document)
     ranks.flight.begin(i, document.id, len(job.place.layers))
-    with seeker.find(i, document, identity) as resume:
+    with seeker.find(i) as resume:
         if engine.checkpoints is not None:
             spent_s = resume.spent_s if resume is not None else 0.0
             engine.checkpoints.document = InWork(
@@ -253,6 +261,15 @@ def score_document(job: Job, engine: Engine, files: Files, i: int) -> str | None
     failed = ranks.on_root(store)
     log_document(scores, writer, document.id)
     return failed
+
+
+def make_seeker(job: Job, files: Files, stop: Stop) -> Seeker:
+    """What finds where documents go on."""
+    run, spec, ranks, progress = job.options.output, files.spec, job.ranks, job.progress
+    redeal = None
+    if files.writer is not None:
+        redeal = Redeal(folder=run, spec=spec, ranks=ranks, writer=files.writer, stop=stop, progress=progress)
+    return Seeker(folder=run, spec=spec, ranks=ranks, blocks=job.place.blocks, progress=progress, redeal=redeal)
 
 
 def assemble(everyone: list[Any], n_tokens: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

@@ -22,6 +22,7 @@ from cpmpi.engine.run import (
     Files,
     load_engine,
     make_checkpoints,
+    make_seeker,
     open_run_folder,
     open_writer,
     recording,
@@ -32,7 +33,8 @@ from cpmpi.engine.state import Job
 from cpmpi.engine.watch import Watch, watched
 from cpmpi.errors import Stopped
 from cpmpi.model.size import pair_weight
-from cpmpi.run import checkpoint, folder, parts
+from cpmpi.run import parts
+from cpmpi.run.lock import only_writer
 from cpmpi.run.paths import RunPaths
 from cpmpi.text import counted
 from cpmpi.timeline.intervals import Recorder
@@ -51,13 +53,13 @@ def share_documents(job: Job, stop: Stop | None = None) -> Outcome:
     stop = stop or Stop(job.options.grace)
     with ExitStack() as stack:
         recorder = stack.enter_context(recording(job))
-        ranks.on_root(stack.enter_context, folder.only_writer(output, shared=True))
+        ranks.on_root(stack.enter_context, only_writer(output, shared=True))
         corpus: list[Corpus] = []  # rank 0's
         ranks.on_root(lambda: corpus.append(stack.enter_context(Corpus.opened(job))))
         ended, name = ranks.on_root(lambda: (corpus[0].join(), corpus[0].name))
         log = RunPaths(output).log / f"job-{name}"
         ranks.together(stack.enter_context, rank_log(log, ranks))
-        watch = stack.enter_context(watched(job, stop, documents=of, finished=ended))
+        watch = stack.enter_context(watched(job, output, stop, documents=of, finished=ended))
         worker = Worker(job=job, watch=watch, stop=stop, recorder=recorder, stack=stack, log=log)
         while True:
             watch.go_on()
@@ -143,13 +145,11 @@ class Worker:
 
     def _score(self, job: Job, files: Files, index: int) -> dict[int, str]:
         engine, checkpoints = self._open(job, files)
-        checkpoints.folder, checkpoints.writer = job.options.output, files.writer
+        checkpoints.folder, checkpoints.spec, checkpoints.writer = job.options.output, files.spec, files.writer
         document = files.spec.documents[0]
-        identity = checkpoint.identity_of(files.spec, document)
-        job.ranks.on_root(checkpoint.delete_others, job.options.output, [identity])
         weight = pair_weight(job.model.skeleton, job.inputs.checkpoint, job.model.layers)
         job.progress.job([document.n_tokens], weight)
-        reason = score_document(job, engine, files, 0)
+        reason = score_document(job, engine, files, make_seeker(job, files, self.stop), 0)
         self.seconds[index] = checkpoints.spent_s
         if reason is not None:
             job.progress.say(f"failed: {reason}; the others go on")

@@ -19,7 +19,8 @@ from typing import Any
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import node_name
 from cpmpi.comm.stop import Stop
-from cpmpi.engine.state import Job
+from cpmpi.engine.options import JobOptions
+from cpmpi.engine.state import Prepared
 from cpmpi.errors import Stopped, one_line, why
 from cpmpi.run.paths import RunPaths
 from cpmpi.slurm import record
@@ -32,10 +33,11 @@ MOST_IN_VAIN = 2  # starts that were stopped before they had finished a document
 class Watch:
     """A job under way: how many documents are finished, and whether it was told to stop."""
 
-    job: Job
+    job: Prepared
     stop: Stop
     documents: int
     finished: int
+    noun: str = "documents"
     finished_here: int = 0
 
     def go_on(self) -> None:
@@ -46,33 +48,44 @@ class Watch:
         """
         told = [number for number in self.job.ranks.allgather(self.stop.signal) if number]
         if told:
-            done = f"{self.finished} of {self.documents} documents are finished"
+            done = f"{self.finished} of {self.documents} {self.noun} are finished"
             raise Stopped(f"stopped by {signal.Signals(told[0]).name}: {done}; the same command goes on")
 
-    def document_done(self) -> None:
-        """One more is finished."""
-        self.finished += 1
-        self.finished_here += 1
+    def document_done(self, count: int = 1) -> None:
+        """One more is finished, or several."""
+        self.finished += count
+        self.finished_here += count
 
 
 @contextmanager
-def watched(job: Job, stop: Stop, *, documents: int, finished: int) -> Iterator[Watch]:
+def watched(
+    job: Prepared, output: Path, stop: Stop, *, documents: int, finished: int, noun: str = "documents"
+) -> Iterator[Watch]:  # fmt: skip
     """A job's record, status file and log line of its allocation, kept by rank 0 while the block runs. Collective.
+
+    Args:
+        job: that is watched.
+        output: its run folder.
+        stop: whether it is told to stop.
+        documents: that it has to do in all.
+        finished: of these, before it began.
+        noun: what they are.
 
     Raises:
         Stopped: from the block; with exit status 1 where the job never gets to the end of a document.
     """
-    watch = Watch(job=job, stop=stop, documents=documents, finished=finished)
+    watch = Watch(job=job, stop=stop, documents=documents, finished=finished, noun=noun)
     _tell_allocation(job)
     if not job.ranks.is_root:
         yield watch
         return
-    folder, own = RunPaths(job.options.output).log, allocation()
+    folder, own = RunPaths.of(output).log, allocation()
     name, restarts = (own.name, own.restart_count) if own else (None, 0)
     common = {"job": name, "of": documents}
     _note(folder, **common, started=int(time.time()), restarts=restarts, finished=finished,
                 ranks=job.ranks.size, node=node_name())  # fmt: skip
-    shared, speaker = job.options.share, own_name() if job.options.share else name
+    shared = isinstance(job.options, JobOptions) and job.options.share
+    speaker = own_name() if shared else name
     status = record.StatusFile(folder, speaker if shared else None)
     job.progress.listener = lambda progress: _tell(status, progress, watch, speaker)
     how, why, saved = "failed", "", False
@@ -113,7 +126,7 @@ def _tell(status: record.StatusFile, progress: Progress, watch: Watch, name: str
         )  # fmt: skip
 
 
-def _tell_allocation(job: Job) -> None:
+def _tell_allocation(job: Prepared) -> None:
     """The allocation in one line in every log, and what Slurm gave too little of. Collective."""
     own = allocation()
     told = None

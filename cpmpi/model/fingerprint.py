@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cpmpi.comm.ranks import Ranks
 from cpmpi.documents.tokenization import tokenizer_files
@@ -31,6 +31,15 @@ def tokenizer_sha256(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
+class Fingerprint(NamedTuple):
+    """What a checkpoint is: the sums of model and tokenizer, and of each file that counts, to say which one differs."""
+
+    model_sha256: str
+    tokenizer_sha256: str
+    files: dict[str, str]
+    """Name and digest: SHA-256 of the file, of a weight file over its size and the XXH3 sums of its blocks."""
+
+
 def model_sha256(checkpoint: Path, ranks: Ranks | None = None) -> str:
     """SHA-256 over config.json, and over each weight file's name, size and the XXH3 sums of all its blocks.
 
@@ -45,9 +54,14 @@ def model_sha256(checkpoint: Path, ranks: Ranks | None = None) -> str:
     Raises:
         UserError: there is no config.json, no safetensors weights, or a weight file is missing or cannot be read.
     """
+    return fingerprint(checkpoint, ranks).model_sha256
+
+
+def fingerprint(checkpoint: Path, ranks: Ranks | None = None) -> Fingerprint:
+    """All sums of a checkpoint; see `model_sha256`."""
     on_root = call if ranks is None else ranks.on_root
     files = on_root(_model_files, checkpoint)
-    return on_root(_model_sum, files, digests_of(files[1:], ranks))
+    return on_root(_fingerprint, checkpoint, files, digests_of(files[1:], ranks))
 
 
 def _model_files(checkpoint: Path) -> list[Path]:
@@ -58,13 +72,18 @@ def _model_files(checkpoint: Path) -> list[Path]:
     return [config, *weight_files(checkpoint)]
 
 
-def _model_sum(files: Sequence[Path], sums: Sequence[bytes]) -> str:
+def _fingerprint(checkpoint: Path, files: Sequence[Path], sums: Sequence[bytes]) -> Fingerprint:
     config, *weights = files
     digest = hashlib.sha256()
     _add(digest, config.name, config.read_bytes())
+    whole = {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (config, *tokenizer_files(checkpoint))
+    }
     for file, blocks in zip(weights, sums, strict=True):
-        _add(digest, file.name, str(file.stat().st_size).encode(), blocks)
-    return digest.hexdigest()
+        size = str(file.stat().st_size).encode()
+        _add(digest, file.name, size, blocks)
+        whole[file.name] = hashlib.sha256(size + b":" + blocks).hexdigest()
+    return Fingerprint(digest.hexdigest(), tokenizer_sha256(checkpoint), whole)
 
 
 def _add(digest: Any, name: str, *parts: bytes) -> None:

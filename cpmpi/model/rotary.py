@@ -39,6 +39,11 @@ def document_length(model: torch.nn.Module, n_tokens: int) -> Iterator[None]:
         yield
 
 
+def length_matters(model: torch.nn.Module) -> bool:
+    """Whether any rotary embedding depends on the document's length."""
+    return any(_depends_on_length(module) for module in model.modules())
+
+
 def same_for(model: torch.nn.Module, lengths: Sequence[int]) -> bool:
     """Whether rotary embeddings of documents of these lengths are the same, so that one's keys can be the other's."""
     modules = [module for module in model.modules() if _depends_on_length(module)]

@@ -8,13 +8,31 @@ fit stays on disk).
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from cpmpi.attention.execute import Heads, Keys
-from cpmpi.attention.layout import Layout
+from cpmpi.attention.layout import Layout, Piece
+from cpmpi.run.hdf5 import RawArray
+from cpmpi.run.layer_reader import THREADS, Rows
 from cpmpi.run.reader import Document
+
+
+def bits_of(tensor: torch.Tensor) -> RawArray:
+    """A tensor's numbers as they are stored: bfloat16, which NumPy has not, as 16-bit integers."""
+    bits: RawArray = (
+        tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    )
+    return bits
+
+
+def convert(stored: torch.dtype, bits: RawArray, wanted: torch.Tensor) -> None:
+    """Put stored numbers into a tensor of another type."""
+    given = torch.from_numpy(bits.view(np.int16)).view(stored) if stored == torch.bfloat16 else torch.from_numpy(bits)
+    wanted.copy_(given)
 
 
 class StoredKeys:
@@ -37,6 +55,7 @@ class StoredKeys:
         self.document, self.layout, self.pieces = document, layout, layout.pieces(position)
         self._group, self._heads, self._device = group, heads, device
         self._thread = ThreadPoolExecutor(1, "cpmpi-stored-keys", torch.set_num_threads, (1,))  # the cores compute
+        self._pool = ThreadPoolExecutor(THREADS, "cpmpi-blocks", torch.set_num_threads, (1,))
         self._coming: dict[int, Future[Keys]] = {}
         self._kept = {i: self._read(i) for i in range(len(heads))} if resident else None
 
@@ -51,19 +70,28 @@ class StoredKeys:
         return keys
 
     def _read(self, layer: int) -> Keys:
-        keys = Keys.empty(self.pieces, self._heads[layer], self._device)
-        row, kv_heads = 0, self._heads[layer].kv_heads
-        held = slice(self._group * kv_heads, (self._group + 1) * kv_heads)
+        heads, stored = self._heads[layer], getattr(torch, str(self.document.run.kv_dtype))
+        n_tokens = sum(piece.size for piece in self.pieces)
+        n_bytes = n_tokens * heads.kv_heads * (heads.key_dim + heads.value_dim) * heads.dtype.itemsize
+        # NumPy's memory: it asks for large pages, which the kernel fills several times as fast as small ones.
+        flat_B = torch.from_numpy(np.empty(n_bytes, np.uint8)) if n_bytes else torch.empty(0, dtype=torch.uint8)
+        keys = Keys.over(self.pieces, heads, flat_B)
+        held = Piece(self._group * heads.kv_heads, (self._group + 1) * heads.kv_heads)
+        row = 0
         for piece in self.pieces:
-            stored = self.document.kv(layer, piece.start, piece.stop, as_torch=True)
-            for tensor, place in zip(stored, (keys.k_SGD, keys.v_SGE), strict=True):
-                place[row : row + piece.size] = tensor[:, held]
+            k_CGD, v_CGE = (tensor[row : row + piece.size] for tensor in (keys.k_SGD, keys.v_SGE))
+            if stored == heads.dtype:
+                rows = Rows(piece.start, held, (bits_of(k_CGD), bits_of(v_CGE)))
+            else:
+                rows = Rows(piece.start, held, (k_CGD, v_CGE), partial(convert, stored))
+            self.document.read_rows(layer, rows, self._pool)
             row += piece.size
-        return keys
+        return Keys.over(self.pieces, heads, keys.flat_B.to(self._device))
 
     def close(self) -> None:
         """Stop reading."""
         self._thread.shutdown(cancel_futures=True)
+        self._pool.shutdown()
         self._kept = None
         self._coming.clear()
 

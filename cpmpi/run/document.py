@@ -6,26 +6,37 @@ Shapes: ``T`` tokens, ``G`` KV heads, ``D`` key dim, ``E`` value dim.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 from h5py import h5a
 
 from cpmpi.attention.grid import Grid
-from cpmpi.attention.layout import Layout
+from cpmpi.attention.layout import Layout, Piece
 from cpmpi.errors import UserError
-from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
-from cpmpi.run.layer_reader import Source, read_layer
+from cpmpi.run.hdf5 import STORED_FLOATS, RawArray, tensor_of
+from cpmpi.run.layer_reader import Rows, Source, read_layer
 from cpmpi.run.publish import saying
 from cpmpi.run.results import DIGESTS, GREEDY, Results, outputs_digest, read_outputs, result_digest
-from cpmpi.run.spec import CONTINUES, DocumentSpec, KVGroup, KVShape, Origin
+from cpmpi.run.sharded_kv import ShardedKV
+from cpmpi.run.spec import APPENDED, CONTINUES, DocumentSpec, KVGroup, KVShape, Origin, Part
 
 if TYPE_CHECKING:
     from cpmpi.run.reader import Run
+
+
+class Placed(NamedTuple):
+    """A part of a document, the set of shards that it is in, its number there, and the row of its first rank among the
+    digests."""
+
+    part: Part
+    shard_set: int
+    number: int
+    first_digest: int
 
 
 class Document:
@@ -39,7 +50,6 @@ class Document:
         with saying(self._path, f"{name} cannot be read"):
             self.group = holder.file[name]
         self._result_checked = False
-        self._tables: dict[int, npt.NDArray[np.uint64]] = {}
 
     def __repr__(self) -> str:
         """What is in it, for a notebook."""
@@ -103,10 +113,15 @@ class Document:
         return self._output("token_ids").astype(np.int32, copy=False)
 
     @property
+    def scored(self) -> bool:
+        """Whether its log-probabilities are known; not where its keys and values alone were imported."""
+        return bool(self._attributes.get("scored", True))
+
+    @property
     def continues(self) -> Mapping[str, Any]:
         """What a continuation follows: ``context_run_id``, ``context_document``, ``context_tokens``, and, of an answer,
         ``question`` and ``answer``. Empty for documents that follow nothing."""
-        return {name: value for name, value in self._attributes.items() if name in CONTINUES}
+        return {name: self._attributes[name] for name in CONTINUES if name in self._attributes}
 
     @property
     def greedy(self) -> npt.NDArray[np.bool_] | None:
@@ -126,38 +141,48 @@ class Document:
     @cached_property
     def spec(self) -> DocumentSpec:
         """How its tokens lie on the ranks that did it, or are to do it."""
-        attributes, n_tokens = self._attributes, self.n_tokens
-        grid = Grid(tp=int(attributes.get("tp", 1)), head_groups=int(attributes.get("head_groups", 1)))
+        appended = self.appended
+        first = self._part({**self._attributes, "n_tokens": self.n_tokens - sum(p.layout.n_tokens for p in appended)})
         return DocumentSpec(
-            id=self.id,
-            source=self.source,
-            n_tokens=n_tokens,
-            layout=Layout(
-                n_tokens=n_tokens,
-                world=int(attributes["n_ranks"]) // grid.head_groups,
-                segments=int(attributes["segments"]),
-            ),
-            grid=grid,
-            first_rank=int(attributes["first_rank"]),
-            token_ids_sha256=str(attributes["token_ids_sha256"]),
-            origin=Origin(
-                world_size=self.world_size,
-                shard_set=self.part[1] if self.part is not None else int(attributes.get("shard_set", 0)),
-                number=int(attributes.get("shard_document", self.index)),
-            ),
-        )
+            id=self.id, source=self.source, n_tokens=self.n_tokens, layout=first.layout, grid=first.grid,
+            first_rank=first.first_rank, token_ids_sha256=str(self._attributes["token_ids_sha256"]),
+            origin=first.origin, appended=appended, first_sha256=str(self._attributes.get("first_sha256", "")),
+            scored=self.scored, continues=tuple(self.continues.items()),
+        )  # fmt: skip
 
-    @property
-    def shard_set(self) -> int:
-        """The set of shards that its keys and values are in."""
-        assert self.spec.origin is not None
-        return self.spec.origin.shard_set
+    @cached_property
+    def appended(self) -> tuple[Part, ...]:
+        """The texts that were added to it later, in order."""
+        with saying(self._path, f"{self.group.name} cannot be read"):
+            groups = self.group.get(APPENDED, {})
+            return tuple(self._part(dict(groups[name].attrs)) for name in sorted(groups))
 
-    @property
-    def shard_number(self) -> int:
-        """Its number in these shards."""
-        assert self.spec.origin is not None
-        return self.spec.origin.number
+    def _part(self, attributes: Mapping[str, Any]) -> Part:
+        """A part of it, from the attributes that say how it lies on its ranks."""
+        grid = Grid(tp=int(attributes.get("tp", 1)), head_groups=int(attributes.get("head_groups", 1)))
+        layout = Layout(
+            n_tokens=int(attributes["n_tokens"]), start=int(attributes.get("start", 0)),
+            world=int(attributes["n_ranks"]) // grid.head_groups, segments=int(attributes["segments"]),
+        )  # fmt: skip
+        origin = Origin(
+            world_size=int(attributes.get("world_size", self.run.world_size)),
+            shard_set=int(attributes.get("shard_set", 0)) if self.part is None else self.part[1],
+            number=int(attributes.get("shard_document", self.index)),
+        )  # fmt: skip
+        return Part(
+            layout=layout, grid=grid, first_rank=int(attributes["first_rank"]), origin=origin,
+            id=str(attributes["id"]), token_ids_sha256=str(attributes["token_ids_sha256"]),
+        )  # fmt: skip
+
+    @cached_property
+    def places(self) -> tuple[Placed, ...]:
+        """Its parts with the shards that they are in, as ``run.h5`` says."""
+        first, found = 0, []
+        for part in self.spec.parts:
+            assert part.origin is not None
+            found.append(Placed(part, part.origin.shard_set, part.origin.number, first))
+            first += part.origin.world_size
+        return tuple(found)
 
     @cached_property
     def kv_groups(self) -> tuple[KVGroup, ...]:
@@ -227,37 +252,46 @@ class Document:
         first, last, _ = slice(start, stop).indices(self.n_tokens)
         stored = STORED_FLOATS[self.run.kv_dtype]
         key_TGD, value_TGE = (np.empty((max(0, last - first), heads, dim), stored.raw) for dim in dims)
-        read_layer(self._sources(layer, first, last, verify), first, key_TGD, value_TGE)
+        rows = Rows(first, Piece(0, heads), (key_TGD, value_TGE))
+        read_layer(self._sources(layer, first, last, verify), rows)
         if as_torch:
-            return _as_torch(key_TGD, self.run.kv_dtype), _as_torch(value_TGE, self.run.kv_dtype)
+            return tensor_of(key_TGD, self.run.kv_dtype), tensor_of(value_TGE, self.run.kv_dtype)
         return (key_TGD, value_TGE) if raw else (stored.widen(key_TGD), stored.widen(value_TGE))
+
+    def read_rows(self, layer: int, rows: Rows, pool: Executor | None = None) -> None:
+        """Fill rows with keys and values of a layer of some positions and KV heads, compared with their checksums.
+
+        Args:
+            layer: its number.
+            rows: where they go.
+            pool: whose threads read; None: one for this call.
+
+        Raises:
+            UserError: as `kv`.
+        """
+        self._check_complete()
+        read_layer(self._sources(layer, rows.first, rows.first + len(rows.into[0]), True), rows, pool)
 
     def _sources(self, layer: int, first: int, last: int, verify: bool) -> Iterator[Source]:
         """The shards that hold some of the positions ``first .. last``."""
-        assert self.kv_shapes is not None
-        for rank in range(self.spec.first_rank, self.spec.first_rank + self.spec.n_ranks):
-            pieces = self.spec.pieces(rank)
-            if any(piece.start < last and first < piece.stop for piece in pieces):
-                shard = self.run.shard(rank, self.shard_set)
-                place, heads = shard.document(self.shard_number), self.spec.heads(rank, self.kv_shapes[layer].heads)
-                if place.pieces != pieces or place.layers[layer].shape != self.kv_shapes[layer]._replace(
-                    heads=heads.size
-                ):
-                    raise UserError(f"{shard.path}: damaged: document {self.id!r} is not laid out as in run.h5")
-                checksums = self._checksums(rank)[layer] if verify else None
-                yield Source(
-                    shard=shard, place=place, layer=layer, heads=heads, document=self.id, checksums_B2=checksums
-                )
+        for stored in self._sharded:
+            layout = stored.part.layout
+            if layout.start < last and first < layout.start + layout.n_tokens:
+                yield from stored.sources(layer, first, last, verify=verify)
 
-    def _checksums(self, rank: int) -> npt.NDArray[np.uint64]:
-        """The checksum table (L, B, 2) in a shard, which is the one that ``run.h5`` has the digest of."""
-        if rank not in self._tables:
-            shard = self.run.shard(rank, self.shard_set)
-            table = shard.checksums(self.shard_number)
-            if xxhash.xxh3_64_intdigest(table.tobytes()) != self.group[DIGESTS][rank]:
-                raise UserError(f"{shard.path}: document {self.id!r}: its checksums are not those that run.h5 recorded")
-            self._tables[rank] = table
-        return self._tables[rank]
+    @cached_property
+    def _sharded(self) -> tuple[ShardedKV, ...]:
+        """Its keys and values in the shards, part by part."""
+        return tuple(map(self._sharded_part, self.places))
+
+    def _sharded_part(self, placed: Placed) -> ShardedKV:
+        assert self.kv_shapes is not None
+        assert self.run.kv_dtype is not None
+        return ShardedKV(
+            name=self.id, part=placed.part, number=placed.number, shapes=self.kv_shapes,
+            stored=STORED_FLOATS[self.run.kv_dtype], shard=lambda rank: self.run.shard(rank, placed.shard_set),
+            digest=lambda rank: int(self.group[DIGESTS][placed.first_digest + rank]), recorded_in="run.h5",
+        )  # fmt: skip
 
     def check_result(self) -> None:
         """Compare what was recorded of the document, but for its outputs, with its checksum (from format version 2 on).
@@ -319,10 +353,3 @@ def read_truth(owner: Any, name: str, path: Path) -> bool:
     if value not in (0, 1):
         raise UserError(f"{path}: damaged: `{name}` of {owner.name} is {value}")
     return bool(value)
-
-
-def _as_torch(raw: RawArray, dtype: str) -> Any:
-    import torch
-
-    bits = torch.from_numpy(raw.view(np.int16) if dtype == "bfloat16" else raw)
-    return bits.view(torch.bfloat16) if dtype == "bfloat16" else bits

@@ -8,29 +8,30 @@ Their keys and values stay where they are, and a new set of shards takes those o
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from cpmpi.errors import UserError, some
+from cpmpi.run import checkpoint
 from cpmpi.run.document import Document
 from cpmpi.run.hdf5 import open_file
 from cpmpi.run.index import RunIndex, create_index
-from cpmpi.run.index_layout import FORMAT, kv_dtype
+from cpmpi.run.index_layout import FORMAT
 from cpmpi.run.paths import RunPaths, document_name
-from cpmpi.run.publish import make_folder, saying
+from cpmpi.run.publish import saying, sync_path
 from cpmpi.run.reader import Run, open_run
 from cpmpi.run.seal import HDF5_SIGNATURE, MAGIC
-from cpmpi.run.spec import DocumentSpec, KVShape, RunSpec, ShardSet, index_bytes, shard_bytes
+from cpmpi.run.spec import DocumentSpec, KVShape, RunSpec, ShardSet, checkpoint_bytes, index_bytes, shard_bytes
 from cpmpi.run.spec import check_room as check_free
+from cpmpi.run.unchanged import check_same_documents, check_same_run
 from cpmpi.text import human_bytes
 
 
-def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunIndex:
+def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False, keep_finished: bool = False) -> RunIndex:
     """The ``run.h5`` to write to: a new one, or that of the same run, to be continued. On rank 0.
 
     ``RunIndex.spec`` says what holds, ``RunIndex.finished`` and ``RunIndex.failed`` which documents are done.
@@ -39,9 +40,11 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunI
         folder: the run folder; it may not exist yet, and may hold files that are no part of a run.
         spec: what is to be run.
         overwrite: delete the run that is in the folder first.
+        keep_finished: go on where documents have changed: the finished ones that did not are kept.
 
     Raises:
-        UserError: the folder has a file where a run would put one, or holds a run of another model.
+        UserError: the folder has a file where a run would put one, or holds a run of another model, or of documents
+            that have changed.
     """
     check_folder(folder, overwrite=overwrite)
     if overwrite:
@@ -49,16 +52,23 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> RunI
     if not RunPaths(folder).index.exists():
         return create_index(folder, spec)
     with open_run(folder) as run:
-        check_same_run(run, spec)
+        check_same(run, spec, keep_finished=keep_finished)
         if _goes_on(run, spec):
-            spec = _as_laid_out(run, spec)
-            _delete_shards_but(folder, {*run.shard_sets, spec.shard_set.number})  # a kill may have left some
-            return RunIndex(folder, spec)
-        spec, kept = keep_finished(run, spec)
-        index = create_index(folder, spec, {name: document.group for name, document in kept.items()})
-    RunPaths(folder).summary.unlink(missing_ok=True)
-    _delete_shards_but(folder, {one.number for one in (*spec.earlier_sets, spec.shard_set)})
+            index = RunIndex(folder, _as_laid_out(run, spec))
+        else:
+            spec, kept = with_finished(run, spec)
+            index = create_index(folder, spec, {name: document.group for name, document in kept.items()})
+            RunPaths(folder).summary.unlink(missing_ok=True)
+    left = [document for i, document in enumerate(index.spec.documents) if i not in {*index.finished, *index.failed}]
+    checkpoint.delete_others(folder, [checkpoint.identity_of(index.spec, document) for document in left])
+    delete_unused_shards(folder, index.spec)  # a kill may have left some, too
     return index
+
+
+def delete_unused_shards(folder: Path, spec: RunSpec) -> None:
+    """Delete the shards of sets that neither the run nor a checkpoint names any more. On rank 0."""
+    run = {one.number for one in (*spec.earlier_sets, spec.shard_set)}
+    delete_shards_but(folder, run | checkpoint.shard_sets(folder))
 
 
 def check_folder(folder: Path, *, overwrite: bool = False) -> None:
@@ -81,6 +91,12 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
         paths = RunPaths(folder)
         ours = [path for path in paths.contents() if path.suffix != ".tmp" and path.parent != paths.parts]
     if not paths.index.exists():
+        if paths.deleted in ours and overwrite:
+            return
+        if paths.deleted in ours:
+            raise UserError(
+                f"{folder}: holds what is left of a run that --overwrite was deleting; give --overwrite again"
+            )
         names = some([path.relative_to(folder).as_posix() for path in ours], 5)
         shards = any(path.is_relative_to(paths.shards) for path in ours)
         if shards and not overwrite:
@@ -118,7 +134,7 @@ def what_is_deleted(folder: Path) -> str:
     """What ``--overwrite`` deletes, in words: how many documents, how many of them finished, how many bytes."""
     paths = RunPaths(folder)
     ours = paths.contents() if folder.is_dir() else []
-    size = human_bytes(sum(path.stat().st_blocks * 512 for path in ours))
+    size = human_bytes(_size(ours))
     if not paths.index.exists():
         return f"{len(ours)} files of a run ({size})"
     try:
@@ -130,43 +146,71 @@ def what_is_deleted(folder: Path) -> str:
         return f"a run that cannot be read ({size})"
 
 
-def check_room(folder: Path, spec: RunSpec, *, overwrite: bool = False) -> None:
+def check_room(folder: Path, spec: RunSpec, *, overwrite: bool = False, hidden_bytes: int = 0) -> str:
     """Refuse, before any work, a run that cannot fit; what is finished or laid out already needs no room. On rank 0.
+
+    Args:
+        folder: the run folder.
+        spec: what is to be run.
+        overwrite: whether the run that is there is deleted first.
+        hidden_bytes: of a token's hidden state in checkpoints; 0: there are none.
+
+    Returns:
+        What is needed, in words.
 
     Raises:
         UserError: the file system has too little room.
     """
-    written = 0
+    paths, written = RunPaths(folder), []
     if overwrite and folder.is_dir():
-        written = sum(path.stat().st_blocks * 512 for path in RunPaths(folder).contents())
-    elif RunPaths(folder).index.exists():
+        written = paths.contents()
+    elif paths.index.exists():
         with open_run(folder) as run:
             goes_on = _goes_on(run, spec)
-            spec = _as_laid_out(run, spec) if goes_on else keep_finished(run, spec)[0]
-            files = [run.paths.shard(rank, spec.shard_set.number) for rank in range(spec.world_size)]
+            spec = _as_laid_out(run, spec) if goes_on else with_finished(run, spec)[0]
         if goes_on:
-            files = [path for path in (*files, RunPaths(folder).index) if path.exists()]
-            written = sum(path.stat().st_blocks * 512 for path in files)
+            written = [paths.index, *(paths.shard(rank, spec.shard_set.number) for rank in range(spec.world_size))]
+    saved = () if overwrite else (path for path in paths.contents() if path.is_relative_to(paths.checkpoints))
+    checkpoints = max(0, checkpoint_bytes(spec, hidden_bytes) - _size(saved))
     needed = index_bytes(spec)
     if any(document.origin is None for document in spec.documents):
         needed += sum(shard_bytes(spec, rank) for rank in range(spec.world_size))
-    check_free(folder, max(0, needed - written))
+    needed = max(0, needed - _size(written)) + checkpoints
+    check_free(folder, needed, checkpoints)
+    words = f", {human_bytes(checkpoints)} of it for checkpoints" if checkpoints else ""
+    return f"disk: {human_bytes(needed)} to be written{words}"
+
+
+def _size(paths: Iterable[Path]) -> int:
+    """Bytes that files take on disk."""
+    return sum(path.stat().st_blocks * 512 for path in paths if path.exists())
 
 
 def delete_run(folder: Path) -> None:
     """Delete the files of a run but its logs.
 
-    ``run.h5`` first, so that no half-deleted run is taken for a run; shards last, so that what is left is known as one.
+    ``run.h5`` loses its name first, so that no half-deleted run is taken for a run, and goes last, so that what is left
+    is known as one, wherever this is interrupted.
     """
     paths = RunPaths(folder)
-    if folder.is_dir():
-        for path in sorted(paths.contents(), key=lambda path: (path != paths.index, path.is_relative_to(paths.shards))):
-            path.unlink(missing_ok=True)
-        _remove_if_empty(*paths.shards.glob("[0-9]" * 6), paths.shards, paths.report, paths.checkpoints)
+    if not folder.is_dir():
+        return
+    if paths.index.exists():
+        os.replace(paths.index, paths.deleted)
+        sync_path(folder)
+    left = [path for path in paths.contents() if path != paths.deleted]
+    for path in left:
+        path.unlink(missing_ok=True)
+    for within in {path.parent for path in left}:
+        sync_path(within)
+    _remove_if_empty(*paths.shards.glob("[0-9]" * 6), paths.shards, paths.report, paths.checkpoints)
+    if paths.deleted.exists():
+        paths.deleted.unlink()
+        sync_path(folder)
 
 
-def _delete_shards_but(folder: Path, sets: set[int]) -> None:
-    """Delete the shards of sets that the run does not name any more."""
+def delete_shards_but(folder: Path, sets: set[int]) -> None:
+    """Delete the shards of all sets but some."""
     paths = RunPaths(folder)
     for path in paths.contents():
         if path.is_relative_to(paths.shards):
@@ -182,75 +226,14 @@ def _remove_if_empty(*folders: Path) -> None:
             emptied.rmdir()
 
 
-class HeldError(UserError):
-    """Another process writes the run."""
-
-
-@contextmanager
-def only_writer(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the run folder for this process, so that a second job does not write the same run. On rank 0.
-
-    The lock goes with the process however it ends, and holds across the nodes of a network file system. Where the file
-    system has no locks, none is taken.
-
-    Args:
-        folder: of the run.
-        shared: hold it together with all others that share it.
-
-    Raises:
-        UserError: another process holds it, or the folder cannot be written.
-    """
-    lock = RunPaths(folder).lock
-    make_folder(lock.parent)
-    with saying(lock, "cannot be made"):
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
-    try:
-        try:
-            fcntl.lockf(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError as problem:
-            if problem.errno in (errno.EACCES, errno.EAGAIN):
-                share = "" if shared else ", or --share its documents if the others do"
-                raise HeldError(
-                    f"{folder}: another process is writing this run; wait for it or choose another --output{share}"
-                ) from problem
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def is_held(folder: Path) -> bool | None:
-    """Whether a process writes the run in a folder, and is not this one; None where the file system has no locks."""
-    lock = RunPaths(folder).lock
-    if not lock.exists():
-        return False
-    try:
-        with lock.open("r+b") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as problem:
-        return True if problem.errno in (errno.EACCES, errno.EAGAIN) else None
-    return False
-
-
-def check_same_run(run: Run, spec: RunSpec) -> None:
-    """Refuse to go on with a run of another model, in other types, or with other shapes of keys and values.
+def check_same(run: Run, spec: RunSpec, *, keep_finished: bool) -> None:
+    """Refuse to go on with a run of another model or types, or of documents that have changed.
 
     Raises:
         UserError: what differs.
     """
-    expected = {
-        "model_sha256": spec.model_sha256,
-        "tokenizer_sha256": spec.tokenizer_sha256,
-        "dtype": spec.dtype,
-        "kv_dtype": kv_dtype(spec),
-        "hidden_size": spec.hidden_size,
-    }
-    for name, value in expected.items():
-        found = run.attributes[name]
-        if found != value:
-            raise UserError(
-                f"{run.paths.folder}: holds a run with {name} {found}, this one has {value}; choose another --output, "
-                f"or --overwrite, which deletes {what_is_deleted(run.paths.folder)}"
-            )
+    check_same_run(run, spec, partial(what_is_deleted, run.paths.folder))
+    check_same_documents(run, spec, keep_finished=keep_finished)
     _check_same_shapes(run, spec)
 
 
@@ -273,7 +256,7 @@ def _goes_on(run: Run, spec: RunSpec) -> bool:
     if run.version == 1 or len(run.documents) != len(spec.documents) or run.documents[0].kv_shapes != _shapes(spec):
         return False
     for old, new in zip(run.documents, spec.documents):
-        if old.id != new.id or content_of(old.spec) != content_of(new):
+        if old.id != new.id or not matches(old, new):
             return False
         if not old.complete and not _dealt_alike(run, old, new, spec):
             return False
@@ -283,12 +266,13 @@ def _goes_on(run: Run, spec: RunSpec) -> bool:
 def _dealt_alike(run: Run, old: Document, new: DocumentSpec, spec: RunSpec) -> bool:
     here = (old.spec.layout, old.spec.grid, old.spec.first_rank, old.world_size)
     there = (new.layout, new.grid, new.first_rank, spec.world_size)
-    return here == there and old.shard_set == max(run.shard_sets, default=0)
+    return here == there and old.places[0].shard_set == max(run.shard_sets, default=0)
 
 
-def content_of(document: DocumentSpec) -> tuple[int, str]:
-    """What a document is, whatever its name and place."""
-    return document.n_tokens, document.token_ids_sha256
+def matches(old: Document, new: DocumentSpec) -> bool:
+    """Whether a document is the one that is asked for; one that was appended to is also what it was at first."""
+    same = new.contents[0] in (old.spec.contents if old.id == new.id else old.spec.contents[:1])
+    return same and old.spec.continues == new.continues
 
 
 def _as_laid_out(run: Run, spec: RunSpec) -> RunSpec:
@@ -305,7 +289,7 @@ def _as_laid_out(run: Run, spec: RunSpec) -> RunSpec:
     )
 
 
-def keep_finished(run: Run, spec: RunSpec) -> tuple[RunSpec, dict[str, Document]]:
+def with_finished(run: Run, spec: RunSpec) -> tuple[RunSpec, dict[str, Document]]:
     """The spec with what is finished already, and for each such document's group in the new ``run.h5`` its old self.
 
     Raises:
@@ -315,23 +299,27 @@ def keep_finished(run: Run, spec: RunSpec) -> tuple[RunSpec, dict[str, Document]
     for document in (*run.documents, *run.set_aside):
         if document.complete:
             document.logprobs  # noqa: B018 - is an error where they do not have their checksum
-            left.setdefault(content_of(document.spec), []).append(document)
+            for content in document.spec.contents:
+                left.setdefault(content, []).append(document)
+    taken: set[Document] = set()
     documents, kept = list(spec.documents), {}
     for same_name in (True, False):
         for i, new in enumerate(spec.documents):
-            found = [old for old in left.get(content_of(new), ()) if old.id == new.id or not same_name]
+            same = [old for old in left.get(new.contents[0], ()) if old not in taken and matches(old, new)]
+            found = [old for old in same if old.id == new.id or not same_name]
             if documents[i].origin is None and found and new.token_ids_sha256:
-                left[content_of(new)].remove(found[0])
+                taken.add(found[0])
                 kept[document_name(i)] = found[0]
                 documents[i] = replace(found[0].spec, id=new.id, source=new.source)
-    aside = [document for group in left.values() for document in group]
+    aside = [each for each in (*run.documents, *run.set_aside) if each.complete and each not in taken]
     kept |= {document_name(i, set_aside=True): document for i, document in enumerate(aside)}
-    used = {document.shard_set for document in kept.values()} & run.shard_sets.keys()
+    used = {placed.shard_set for document in kept.values() for placed in document.places} & run.shard_sets.keys()
+    numbers = {*run.shard_sets, *checkpoint.shard_sets(run.paths.folder)}
     laid_out = replace(
         spec,
         documents=tuple(documents),
         set_aside=tuple(document.spec for document in aside),
         earlier_sets=tuple(run.shard_sets[number] for number in sorted(used)),
-        shard_set=ShardSet(world_size=spec.world_size, number=max(run.shard_sets, default=-1) + 1),
+        shard_set=ShardSet(world_size=spec.world_size, number=max(numbers, default=-1) + 1),
     )
     return laid_out, kept

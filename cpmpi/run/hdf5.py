@@ -64,6 +64,14 @@ STORED_FLOATS = {
 }
 
 
+def tensor_of(raw: RawArray, dtype: str) -> Any:
+    """The tensor whose bits are in an array, in one of `STORED_FLOATS`."""
+    import torch
+
+    bits = torch.from_numpy(raw.view(np.int16) if dtype == "bfloat16" else raw)
+    return bits.view(torch.bfloat16) if dtype == "bfloat16" else bits
+
+
 @contextmanager
 def created_file(path: Path, *, most_places: int, attributes: Collection[str] = ()) -> Iterator[Any]:
     """Yield a new h5py file for laying out; it appears at ``path``, sealed and durable, when the block ends well.
@@ -127,6 +135,7 @@ def create_contiguous(
     plist = h5p.create(h5p.DATASET_CREATE)
     plist.set_layout(h5d.CONTIGUOUS)
     plist.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+    plist.set_obj_track_times(False)  # the same file again where it has to be laid out anew
     plist.set_fill_time(h5d.FILL_TIME_NEVER if fill is None else h5d.FILL_TIME_ALLOC)
     if fill is not None:
         plist.set_fill_value(np.asarray(fill))
@@ -144,6 +153,7 @@ class VirtualBlock:
     head: int
     heads: int
     file: str
+    source: str
     source_rows: int
     source_start: int
 
@@ -154,12 +164,11 @@ def create_virtual(
     shape: Sequence[int],
     h5type: Any,
     blocks: Sequence[VirtualBlock],
-    source_name: str,
     labels: Sequence[str],
 ) -> Any:
     """Create a virtual dataset out of blocks of axes 1 (tokens) and 2 (heads) of datasets in other files.
 
-    A source dataset, called ``source_name``, has all layers, some tokens, and the heads of its block.
+    A source dataset has all layers, some tokens, and the heads of its block.
 
     File names are relative to the folder of this file. What no readable source covers reads as NaN.
     """
@@ -172,7 +181,7 @@ def create_virtual(
         source = h5s.create_simple((layers, block.source_rows, block.heads, dim))
         source.select_hyperslab((0, block.source_start, 0, 0), extent)
         space.select_hyperslab((0, block.start, block.head, 0), extent)
-        plist.set_virtual(space, block.file.encode(), source_name.encode(), source)
+        plist.set_virtual(space, block.file.encode(), block.source.encode(), source)
     space.select_all()
     dataset = h5py.Dataset(h5d.create(group.id, name.encode(), h5type, space, plist))
     label_dimensions(dataset, labels)

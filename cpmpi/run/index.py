@@ -81,7 +81,7 @@ class RunIndex:
         shard_set = self.spec.shard_set
         assert len(sizes) == shard_set.world_size
         group = f"/shards/{shard_set.number:06d}"
-        if any(self.spec.own(self.spec.documents[i]) for i in self._finished):
+        if any(one.document_index in self._finished for one in self.spec.own()):
             with open_file(self._paths.index, check=False) as file:
                 recorded = file[f"{group}/size"][:]
             for rank in np.flatnonzero(recorded != sizes).tolist():
@@ -126,9 +126,7 @@ class RunIndex:
             outputs[GREEDY] = np.asarray(greedy, np.uint8)
         if self.spec.kv is not None:
             outputs[DIGESTS] = np.array(digests, "<u8")
-        _check_outputs(document, outputs)
-        nll = sum_nll(outputs["logprobs"])
-        results = Results(arrays=outputs, nll=nll, perplexity=perplexity(nll, len(predicted(outputs["logprobs"]))))
+        results = checked_results(document, outputs)
         self._write_datasets(document_name(document_index), outputs)
         self._write_results(document_index, results, complete=True)
         self._finished.add(document_index)
@@ -160,37 +158,12 @@ class RunIndex:
         sync_path(self._paths.index)
 
     def _write_results(self, document_index: int, results: Results, *, complete: bool) -> None:
-        """Write the attributes of a document, with the checksums that cover its datasets, then ``complete``."""
-        outputs = outputs_digest(results.arrays) if results.arrays else 0
         self._check_ours()
-        with changed_file(self._paths.index) as file:
-            group = file[document_name(document_index)]
-            set_attribute(group, "nll", results.nll)
-            set_attribute(group, "perplexity", results.perplexity)
-            set_attribute(group, "failed", results.failed)
-            set_attribute(group, "outputs_xxh3", outputs)
-            set_attribute(group, "result_xxh3", result_digest(results, outputs))
-            self._sync(file)
-            if complete:
-                set_attribute(group, "complete", True)
-        sync_path(self._paths.index)
+        write_results(self._paths.index, document_name(document_index), results, complete=complete)
 
     def _write_datasets(self, group: str, arrays: dict[str, RawArray]) -> None:
-        """Write whole datasets at their offsets, past HDF5, and make them durable."""
         self._check_ours()
-        with open_file(self._paths.index, locking=False, check=False) as file:
-            places = {name: file[f"{group}/{name}"] for name in arrays}
-            for name, array in arrays.items():
-                assert places[name].shape == array.shape, (name, places[name].shape, array.shape)
-            offsets = {name: dataset_offset(place) for name, place in places.items()}
-        with saying(self._paths.index, "cannot be written"):
-            descriptor = os.open(self._paths.index, os.O_WRONLY)
-            try:
-                for name, array in arrays.items():
-                    pwrite_all(descriptor, np.ascontiguousarray(array), offsets[name])
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        write_datasets(self._paths.index, group, arrays)
 
     def _check_ours(self) -> None:
         """Refuse to write into a file that another job has laid out since."""
@@ -198,15 +171,58 @@ class RunIndex:
             if file.attrs["run_id"] != self.spec.run_id:
                 raise UserError(f"{self._paths.index}: another job has started this run anew; nothing more is written")
 
-    def _sync(self, file: Any) -> None:
+
+def write_results(index: Path, name: str, results: Results, *, complete: bool) -> None:
+    """Write the attributes of a document, with the checksums that cover its datasets, then ``complete``.
+
+    Args:
+        index: the file.
+        name: of the document's group.
+        results: with the arrays that are in the datasets already, if any.
+        complete: whether the document is.
+    """
+    outputs = outputs_digest(results.arrays) if results.arrays else 0
+    with changed_file(index) as file:
+        group = file[name]
+        set_attribute(group, "nll", results.nll)
+        set_attribute(group, "perplexity", results.perplexity)
+        set_attribute(group, "failed", results.failed)
+        set_attribute(group, "outputs_xxh3", outputs)
+        set_attribute(group, "result_xxh3", result_digest(results, outputs))
         file.flush()
-        sync_path(self._paths.index)
+        sync_path(index)
+        if complete:
+            set_attribute(group, "complete", True)
+    sync_path(index)
 
 
-def _check_outputs(document: DocumentSpec, outputs: dict[str, RawArray]) -> None:
+def write_datasets(index: Path, group: str, arrays: Mapping[str, RawArray]) -> None:
+    """Write whole datasets at their offsets, past HDF5, and make them durable."""
+    with open_file(index, locking=False, check=False) as file:
+        places = {name: file[f"{group}/{name}"] for name in arrays}
+        for name, array in arrays.items():
+            assert places[name].shape == array.shape, (name, places[name].shape, array.shape)
+        offsets = {name: dataset_offset(place) for name, place in places.items()}
+    with saying(index, "cannot be written"):
+        descriptor = os.open(index, os.O_WRONLY)
+        try:
+            for name, array in arrays.items():
+                pwrite_all(descriptor, np.ascontiguousarray(array), offsets[name])
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def checked_results(document: DocumentSpec, outputs: dict[str, RawArray]) -> Results:
+    """The results of a document, whose outputs are what they must be.
+
+    Raises:
+        NotFiniteError: a log-probability or hidden value is not finite.
+        UserError: the token ids are not those of the spec.
+    """
     logprobs, who = outputs["logprobs"], f"document {document.id!r} ({document.source})"
     first = 0 if document.continues else 1
-    bad = np.flatnonzero(~np.isfinite(logprobs[first:])) + first
+    bad = np.flatnonzero(~np.isfinite(logprobs[first:]) & document.scored) + first
     if len(bad):
         raise NotFiniteError(f"{who}: {len(bad)} log-probabilities are not finite, the first at token {bad[0]}")
     assert first == 0 or np.isnan(logprobs[0]), "nothing predicts the first token"
@@ -215,6 +231,8 @@ def _check_outputs(document: DocumentSpec, outputs: dict[str, RawArray]) -> None
     digest = token_digest(outputs["token_ids"])
     if document.token_ids_sha256 not in ("", digest):
         raise UserError(f"{who}: its token ids have SHA-256 {digest}, expected {document.token_ids_sha256}")
+    nll = sum_nll(logprobs)
+    return Results(arrays=outputs, nll=nll, perplexity=perplexity(nll, len(predicted(logprobs))))
 
 
 def summary_text(file: Any) -> str:

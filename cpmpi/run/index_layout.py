@@ -5,6 +5,7 @@ Shapes: ``L`` layers, ``T`` tokens of a document, ``N`` ranks, ``G`` KV heads, `
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from h5py import h5t
 from cpmpi.run.hdf5 import VirtualBlock, create_contiguous, create_virtual, created_file, set_attribute
 from cpmpi.run.paths import RunPaths, document_name, shard_name
 from cpmpi.run.publish import make_folder
-from cpmpi.run.results import GREEDY, OUTPUTS, read_results, result_digest
+from cpmpi.run.results import GREEDY, OUTPUTS, Results, outputs_digest, read_results, result_digest
 from cpmpi.run.shard import LABELS
-from cpmpi.run.spec import DocumentSpec, RunSpec, ShardSet
+from cpmpi.run.spec import APPENDED, DocumentSpec, Part, RunSpec, ShardSet
 
 FORMAT = "cpmpi-run"
 FORMAT_VERSION = 2
@@ -34,7 +35,7 @@ def lay_out_index(folder: Path, spec: RunSpec, finished: Mapping[str, Any]) -> N
     Args:
         folder: the run folder.
         spec: what the run will hold.
-        finished: for each group of a document that has an ``origin``, that with its results, in the file it is from.
+        finished: for each group of a document that is done, its results, or the group in the file they are from.
     """
     make_folder(folder)
     groups = {document_name(i): (i, document) for i, document in enumerate(spec.documents)}
@@ -46,7 +47,7 @@ def lay_out_index(folder: Path, spec: RunSpec, finished: Mapping[str, Any]) -> N
             group = file.create_group(name)
             _lay_out_document(group, index, document, spec)
             if name in finished:
-                _copy_results(finished[name], group)
+                _put_results(finished[name], group)
 
 
 def kv_dtype(spec: RunSpec) -> str:
@@ -60,8 +61,11 @@ def _lay_out_run(file: Any, spec: RunSpec) -> None:
     file.attrs["cpmpi_version"] = spec.version
     file.attrs["run_id"] = spec.run_id
     file.attrs["model"] = spec.model
+    file.attrs["model_path"] = spec.model_path
     file.attrs["model_sha256"] = spec.model_sha256
     file.attrs["tokenizer_sha256"] = spec.tokenizer_sha256
+    if spec.files:
+        file.attrs["checkpoint_files"] = json.dumps(dict(spec.files))
     file.attrs["dtype"] = spec.dtype
     file.attrs["kv_dtype"] = kv_dtype(spec)
     file.attrs["world_size"] = spec.world_size
@@ -71,8 +75,7 @@ def _lay_out_run(file: Any, spec: RunSpec) -> None:
     file.attrs["complete"] = False
     if spec.kv is not None:
         shards = file.create_group("shards")
-        filled = any(spec.own(document) for document in spec.documents)
-        for shard_set in (*spec.earlier_sets, *([spec.shard_set] if filled else [])):
+        for shard_set in spec.used_sets():
             _lay_out_shards(shards.create_group(f"{shard_set.number:06d}"), shard_set)
 
 
@@ -96,6 +99,10 @@ def _lay_out_document(group: Any, index: int, document: DocumentSpec, spec: RunS
         "outputs_xxh3": np.uint64(0), "result_xxh3": np.uint64(0), "complete": False,
     }  # fmt: skip
     attributes |= dict(document.continues)
+    if not document.scored:
+        attributes["scored"] = False
+    if document.appended:
+        attributes["first_sha256"] = document.first_sha256
     if spec.kv is not None:
         attributes |= {"shard_set": shard_set.number, "shard_document": number}
     for name, value in attributes.items():
@@ -109,46 +116,73 @@ def _lay_out_document(group: Any, index: int, document: DocumentSpec, spec: RunS
         create_contiguous(group, GREEDY, (tokens,), h5t.STD_U8LE, fill=np.uint8(0), labels=("token",))
     if spec.kv is not None:
         _lay_out_kv(group.create_group("kv"), index, document, spec)
+    for number, part in enumerate(document.appended, start=1):
+        _lay_out_appended(group.create_group(f"{APPENDED}/{number:06d}"), part)
+
+
+def _lay_out_appended(group: Any, part: Part) -> None:
+    """Which tokens were appended, how they were dealt, and where their keys and values are."""
+    assert part.origin is not None
+    attributes = {
+        "id": part.id, "start": part.layout.start, "n_tokens": part.layout.n_tokens,
+        "token_ids_sha256": part.token_ids_sha256, "segments": part.layout.segments,
+        "world_size": part.origin.world_size, "first_rank": part.first_rank, "n_ranks": part.n_ranks,
+        "tp": part.grid.tp, "head_groups": part.grid.head_groups, "shard_set": part.origin.shard_set,
+        "shard_document": part.origin.number,
+    }  # fmt: skip
+    for name, value in attributes.items():
+        group.attrs[name] = value
 
 
 def _lay_out_kv(kv: Any, index: int, document: DocumentSpec, spec: RunSpec) -> None:
     assert spec.kv is not None
-    shard_set, number = spec.place(document, index)
+    places = [(part, *spec.place(part, index)) for part in document.parts]
     for one in spec.kv.groups():
-        blocks = _virtual_blocks(document, one.shape.heads, shard_set.number)
         for name, dim in ((one.key, one.shape.key_dim), (one.value, one.shape.value_dim)):
             shape = (len(one.layers), document.n_tokens, one.shape.heads, dim)
-            source = f"{document_name(number)}/{name}"
-            dataset = create_virtual(kv, name, shape, spec.kv.stored.h5type(), blocks, source, LABELS)
+            blocks = [
+                block
+                for part, shard_set, number in places
+                for block in _virtual_blocks(part, one.shape.heads, shard_set.number, f"{document_name(number)}/{name}")
+            ]
+            dataset = create_virtual(kv, name, shape, spec.kv.stored.h5type(), blocks, LABELS)
             dataset.attrs["layers"] = np.array(one.layers, np.int64)
-    ranks = spec.world_of(document)
+    ranks = sum(spec.world_of(part) for part in document.parts)
     create_contiguous(kv, "shard_digest", (ranks,), h5t.STD_U64LE, fill=np.uint64(0), labels=("rank",))
 
 
-def _virtual_blocks(document: DocumentSpec, kv_heads: int, shard_set: int) -> list[VirtualBlock]:
+def _virtual_blocks(part: Part, kv_heads: int, shard_set: int, source: str) -> list[VirtualBlock]:
     """Every piece of every rank: where it is in the document, and where in its rank's shard."""
     blocks = []
-    for rank in range(document.first_rank, document.first_rank + document.n_ranks):
-        pieces = document.pieces(rank)
-        heads = document.heads(rank, kv_heads)
+    for rank in range(part.first_rank, part.first_rank + part.n_ranks):
+        pieces = part.pieces(rank)
+        heads = part.heads(rank, kv_heads)
         held = sum(piece.size for piece in pieces)
         first = 0
         for piece in pieces:
             block = VirtualBlock(
                 start=piece.start, count=piece.size, head=heads.start, heads=heads.size,
-                file=shard_name(rank, shard_set), source_rows=held, source_start=first,
+                file=shard_name(rank, shard_set), source=source, source_rows=held, source_start=first,
             )  # fmt: skip
             blocks.append(block)
             first += piece.size
     return blocks
 
 
-def _copy_results(source: Any, group: Any) -> None:
-    """Take over the results of a finished document, also of an older format."""
-    results = read_results(source)
+def _put_results(source: Any, group: Any) -> None:
+    """Put the results of a document in place, or take them over from a group, also of an older format.
+
+    The reason why a document failed is taken over as well.
+    """
+    if not isinstance(source, Results) and not source.attrs["complete"]:
+        for name in ("failed", "result_xxh3"):
+            set_attribute(group, name, source.attrs[name])
+        return
+    results = source if isinstance(source, Results) else read_results(source)
     for name, array in results.arrays.items():
         group[name][...] = array
-    for name in ("nll", "perplexity", "outputs_xxh3"):
-        set_attribute(group, name, source.attrs[name])
+    outputs = outputs_digest(results.arrays) if isinstance(source, Results) else source.attrs["outputs_xxh3"]
+    for name, value in (("nll", results.nll), ("perplexity", results.perplexity), ("outputs_xxh3", outputs)):
+        set_attribute(group, name, value)
     set_attribute(group, "result_xxh3", result_digest(results))
     set_attribute(group, "complete", True)

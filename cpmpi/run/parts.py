@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from cpmpi.errors import UserError
 from cpmpi.run import folder as folders
-from cpmpi.run.index import create_index
-from cpmpi.run.paths import RunPaths
+from cpmpi.run.document import Document
+from cpmpi.run.index import RunIndex, create_index
+from cpmpi.run.paths import RunPaths, document_name
 from cpmpi.run.publish import make_folder, saying, sync_path
 from cpmpi.run.reader import Run, open_run
-from cpmpi.run.spec import DocumentSpec, RunSpec, ShardSet, index_bytes, shard_bytes
+from cpmpi.run.spec import DocumentSpec, RunSpec, ShardSet, checkpoint_bytes, index_bytes, shard_bytes
 from cpmpi.run.spec import check_room as check_free
+from cpmpi.text import human_bytes
 
 MOST_PARTS = 256  # readers have them all open; more are folded on the way
 
@@ -37,9 +39,16 @@ def join(folder: Path, spec: RunSpec) -> bool:
         create_index(folder, spec)
         return True
     with open_run(folder) as run:
-        folders.check_same_run(run, spec)
-        listed = [(document.id, *folders.content_of(document.spec)) for document in run.documents]
-        return run.version > 1 and listed == [(d.id, *folders.content_of(d)) for d in spec.documents]
+        folders.check_same(run, spec, keep_finished=True)
+        return run.version > 1 and _listed(run, spec)
+
+
+def _listed(run: Run, spec: RunSpec) -> bool:
+    """Whether a run is of the same documents, in the same order and by the same names."""
+    pairs = zip(run.documents, spec.documents)
+    return len(run.documents) == len(spec.documents) and all(
+        old.id == new.id and folders.matches(old, new) for old, new in pairs
+    )
 
 
 def part_spec(spec: RunSpec, index: int) -> RunSpec:
@@ -66,7 +75,7 @@ class Results:
 
     def refresh(self) -> None:
         """Look for what is new. Parts come first: what is no part any more is in ``run.h5`` already."""
-        places = [int(p.name) for p in self._paths.parts.glob("[0-9]" * 6)]
+        places = [int(part.folder.name) for part in self._paths.every_part()]
         for index in places:
             if index < len(self._spec.documents) and index not in self.ends:
                 self._look_at_part(index)
@@ -85,40 +94,61 @@ class Results:
         try:
             with Run(paths.folder) as part:
                 found = part.documents[0]
-                wanted = folders.content_of(self._spec.documents[index])
-                if part.complete and folders.content_of(found.spec) == wanted:
+                if part.complete and folders.matches(found, self._spec.documents[index]):
                     self.ends[index] = found.failed
         except UserError:  # being written or folded; who claims it looks again, and says what is wrong
             return
 
 
-def fold(folder: Path, spec: RunSpec) -> None:
+def fold(folder: Path, spec: RunSpec, *, keep_finished: bool = False, retry_failed: bool = False) -> None:
     """Make finished parts and what ``run.h5`` has one ``run.h5``, for this list of documents. On rank 0.
 
     Nobody else may fold at the same time, but others may work on parts of the same list.
-    Shards get a second name where they belong before ``run.h5`` names them there, and lose the first one after it: a
-    kill at any moment leaves a run whose finished documents can be read.
+
+    Args:
+        folder: the run folder.
+        spec: of the job.
+        keep_finished: go on where documents have changed, see `cpmpi.run.folder.start_index`.
+        retry_failed: whether documents that failed are to be done again.
+
+    Raises:
+        UserError: the folder holds a run of another model, or of documents that have changed.
     """
     with open_run(folder) as run:
-        folders.check_same_run(run, spec)
-        same = [folders.content_of(d.spec) for d in run.documents] == [folders.content_of(d) for d in spec.documents]
-        failed = {d.index: d.failed for d in run.documents if d.failed} if same else {}
-        laid_out, kept = folders.keep_finished(run, spec)
-        for document in kept.values():
-            if document.part is not None and run.kv_dtype is not None:
-                _link_shards(run, *document.part)
-        index = create_index(folder, laid_out, {name: document.group for name, document in kept.items()})
-    for place, reason in failed.items():
-        if place not in index.finished:
-            index.mark_failed(place, reason)
-    done = {*index.finished, *failed}
+        folders.check_same(run, spec, keep_finished=keep_finished)
+        same = _listed(run, spec)
+        failed = {document_name(d.index): d for d in run.documents if d.failed} if same else {}
+        laid_out, kept = folders.with_finished(run, spec)
+        ended = {document.index for document in run.documents if document.complete or document.failed}
+        index = make_one(run, laid_out, kept if retry_failed else failed | kept)
+    done = {*index.finished, *index.failed}
     if len(done) == len(spec.documents):
         index.finish()
-    delete_parts(folder, None if not same or len(done) == len(spec.documents) else done)
+    delete_parts(folder, None if not same or len(done) == len(spec.documents) else ended)
+
+
+def make_one(run: Run, spec: RunSpec, ended: Mapping[str, Document]) -> RunIndex:
+    """Lay out ``run.h5`` with documents that are done or have failed, in parts or in the ``run.h5`` that is there.
+
+    Shards get a second name where they belong before ``run.h5`` names them there, and lose the first one after it: a
+    kill at any moment leaves a run whose finished documents can be read.
+
+    Args:
+        run: as it is.
+        spec: of what it is to be.
+        ended: these documents, by the names of their groups in the new file.
+    """
+    for document in ended.values():
+        if document.part is not None and document.complete and run.kv_dtype is not None:
+            _link_shards(run, *document.part)
+    index = create_index(run.paths.folder, spec, {name: document.group for name, document in ended.items()})
+    if len(index.finished) + len(index.failed) < len(spec.documents):
+        run.paths.summary.unlink(missing_ok=True)
+    return index
 
 
 def _link_shards(run: Run, part: Run, number: int) -> None:
-    inner = part.documents[0].shard_set
+    inner = part.documents[0].places[0].shard_set
     for rank in range(part.shard_sets[inner].world_size):
         source, target = part.paths.shard(rank, inner), run.paths.shard(rank, number)
         make_folder(target.parent)
@@ -134,7 +164,7 @@ def _link_shards(run: Run, part: Run, number: int) -> None:
 def delete_parts(folder: Path, which: set[int] | None = None) -> None:
     """Delete the parts of these documents, or all, with their folder."""
     paths = RunPaths(folder)
-    for part in [RunPaths(path) for path in paths.parts.glob("[0-9]" * 6)]:
+    for part in paths.every_part():
         if which is None or int(part.folder.name) in which:
             folders.delete_run(part.folder)
             part.lock.unlink(missing_ok=True)
@@ -145,13 +175,26 @@ def delete_parts(folder: Path, which: set[int] | None = None) -> None:
         paths.parts.rmdir()
 
 
-def check_room(folder: Path, spec: RunSpec) -> None:
+def check_room(folder: Path, spec: RunSpec, hidden_bytes: int = 0) -> str:
     """Refuse, before any work, a shared run whose unfinished documents cannot fit. On rank 0.
+
+    Args:
+        folder: the run folder.
+        spec: what is to be run.
+        hidden_bytes: of a token's hidden state in checkpoints, of which a job has those of one document at a time; 0:
+            there are none.
+
+    Returns:
+        What is needed, in words.
 
     Raises:
         UserError: the file system has too little room.
     """
-    check_free(folder, sum(_bytes(spec, document) for document in _unfinished(folder, spec)))
+    left = tuple(_unfinished(folder, spec))
+    checkpoints = checkpoint_bytes(replace(spec, documents=left), hidden_bytes) if left else 0
+    needed = sum(_bytes(spec, document) for document in left) + checkpoints
+    check_free(folder, needed, checkpoints)
+    return f"disk: {human_bytes(needed)} to be written, by all jobs that share the documents together"
 
 
 def _unfinished(folder: Path, spec: RunSpec) -> Iterator[DocumentSpec]:
@@ -159,8 +202,8 @@ def _unfinished(folder: Path, spec: RunSpec) -> Iterator[DocumentSpec]:
         yield from spec.documents
         return
     with open_run(folder) as run:
-        done = {folders.content_of(document.spec) for document in run.documents if document.complete}
-    yield from (document for document in spec.documents if folders.content_of(document) not in done)
+        done = {content for document in run.documents if document.complete for content in document.spec.contents}
+    yield from (document for document in spec.documents if document.contents[0] not in done)
 
 
 def _bytes(spec: RunSpec, document: DocumentSpec) -> int:

@@ -12,9 +12,10 @@ from cpmpi.run.publish import TEMPORARY_SUFFIX
 IDENTITY_DIGITS = 12
 CHECKPOINT = re.compile(r"(?P<document>[0-9a-f]{12})-layer-(?P<layer>\d{5,})(\.json|-rank-(?P<rank>\d{5,})\.h5)")
 OURS = re.compile(
-    r"run\.h5|(topology|schedule)\.json|(summary|scores)\.csv|shards/(\d{6}/)?rank-\d{5,}\.h5|report/surprisal-\d{6,}\.png"
+    r"run\.h5(\.deleted)?|(topology|schedule)\.json|(summary|scores)\.csv|shards/(\d{6}/)?rank-\d{5,}\.h5|report/surprisal-\d{6,}\.png"
     rf"|checkpoints/{CHECKPOINT.pattern}"
 )
+PARTS = "parts"
 CLAIM = re.compile(r"(\d{6,}|run)\.(claim|cleanup)(\.lock)?(_\d+)?|\d{6,}\.cleanup\.lock(_\d+)?")
 
 
@@ -28,6 +29,16 @@ class RunPaths:
     def index(self) -> Path:
         """``run.h5``: metadata, outputs and virtual datasets; what anyone opens."""
         return self.folder / "run.h5"
+
+    @property
+    def deleted(self) -> Path:
+        """What ``run.h5`` is called while the run is deleted: what is left is known as a run's, and is no run."""
+        return self.folder / "run.h5.deleted"
+
+    @property
+    def repair(self) -> Path:
+        """Where a shard is laid out anew, before it takes its place."""
+        return self.folder / "repair"
 
     @classmethod
     def of(cls, path: Path) -> RunPaths:
@@ -59,11 +70,22 @@ class RunPaths:
     @property
     def parts(self) -> Path:
         """The folder of the parts of a run that several jobs share, and of their claims; gone when it is complete."""
-        return self.folder / "parts"
+        return self.folder / PARTS
 
     def part(self, index: int) -> RunPaths:
         """The run of a document alone, while several jobs share the documents."""
         return RunPaths(self.parts / part_name(index))
+
+    def every_part(self) -> list[RunPaths]:
+        """The parts that are there."""
+        return [RunPaths(path) for path in sorted(self.parts.glob("[0-9]" * 6)) if path.is_dir()]
+
+    @property
+    def whole(self) -> RunPaths:
+        """The run that this one is a part of; itself where it is none."""
+        within = self.folder.absolute().parent
+        above = RunPaths(within.parent)
+        return above if within.name == PARTS and above.index.exists() else self
 
     def claim(self, index: int) -> Path:
         """What the job puts down that works on a document."""
@@ -112,9 +134,8 @@ class RunPaths:
         return sorted([*(path for path, name in names if OURS.fullmatch(name)), *self._contents_of_parts()])
 
     def _contents_of_parts(self) -> list[Path]:
-        parts = [RunPaths(path) for path in self.parts.glob("[0-9]" * 6) if path.is_dir()]
         claims = [path for path in self.parts.glob("*.*") if CLAIM.fullmatch(path.name)]
-        return [*claims, *(p for part in parts for p in (*part.contents(), part.lock) if p.exists())]
+        return [*claims, *(p for part in self.every_part() for p in (*part.contents(), part.lock) if p.exists())]
 
 
 def part_name(index: int) -> str:

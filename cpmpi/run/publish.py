@@ -41,7 +41,7 @@ def publish_text(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, where they are missing, and make the new name durable where that is allowed.
+    """Make a folder and those above it, where they are missing, and make the new names durable where that is allowed.
 
     Raises:
         UserError: that is not possible.
@@ -49,9 +49,11 @@ def make_folder(path: Path) -> None:
     with saying(path, "cannot make this folder"):
         if path.is_symlink() and not path.exists():
             raise UserError(f"{path}: is a link to {os.readlink(path)}, which does not exist")
+        new = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)
-        with suppress(PermissionError):
-            sync_path(path.parent)
+        for made in reversed(new or [path]):  # one that is there may have been made just now, by another rank
+            with suppress(PermissionError):
+                sync_path(made.parent)
 
 
 def sync_path(path: Path) -> None:

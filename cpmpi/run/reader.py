@@ -24,35 +24,39 @@ from cpmpi.run.hdf5 import open_file
 from cpmpi.run.index_layout import FORMAT, FORMAT_VERSION, OLDER_VERSIONS
 from cpmpi.run.paths import RunPaths, document_name
 from cpmpi.run.publish import saying
-from cpmpi.run.shard import ShardFile
+from cpmpi.run.shard import OpenShards, ShardFile
 from cpmpi.run.spec import ShardSet
 
 __all__ = ["Document", "Documents", "Run", "open_run"]
-MOST_OPEN = 64  # shards: each takes two descriptors, of which a process may have some 1,000
 SUMMARY = ("id", "source", "n_tokens", "nll", "perplexity", "complete", "failed")
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
+def open_run(path: str | os.PathLike[str], *, locking: bool | str = "best-effort", parts: bool = True) -> Run:
     """Open a run folder (or its ``run.h5``) for reading. Use as a context manager, or call ``close``.
+
+    Args:
+        path: of the folder, or the file.
+        locking: HDF5's; False where this process writes the run meanwhile.
+        parts: of a run that several jobs share, whether what is finished in parts belongs to it already.
 
     Raises:
         UserError: there is no run, or its ``run.h5`` is damaged.
     """
-    return Run(Path(path))
+    return Run(Path(path), locking, parts)
 
 
 class Run:
     """A run, complete or in progress."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, locking: bool | str = "best-effort", parts: bool = True) -> None:
         """Open the run in the folder ``path``."""
         self.paths = RunPaths.of(path)
         with saying(self.paths.folder, "cannot be looked into"):
             found = self.paths.index.exists()
         if not found:
             raise UserError(f"{self.paths.folder}: no run here (no run.h5)")
-        self.file = open_file(self.paths.index)
-        self._shards: dict[tuple[int, int], ShardFile] = {}
+        self.file = open_file(self.paths.index, locking=locking)
+        self._shards = OpenShards(self.paths.folder)
         self.parts: dict[int, Run] = {}
         """Of a run that several jobs share: the parts that are finished, by the place of their document."""
         self._part_sets: dict[int, tuple[Run, int]] = {}
@@ -64,7 +68,7 @@ class Run:
             self.shard_sets = self._read_shard_sets()
             """The sets of shards, by number; none when the run keeps no KV."""
             self._first_part_set = max(self.shard_sets, default=-1) + 1
-            if self.paths.parts.is_dir():
+            if parts and self.paths.parts.is_dir():
                 self._read_parts()
         except BaseException as problem:
             self.close()
@@ -104,6 +108,11 @@ class Run:
         return int(self.attributes["world_size"])
 
     @property
+    def model_path(self) -> str:
+        """Where the checkpoint was that made it; empty where an older version did not record it."""
+        return str(self.attributes.get("model_path", ""))
+
+    @property
     def kv_dtype(self) -> str | None:
         """The stored type of keys and values; None when the run keeps none."""
         name = str(self.attributes["kv_dtype"])
@@ -129,20 +138,15 @@ class Run:
         Raises:
             UserError: it is missing, truncated, damaged, or belongs to another run.
         """
-        key = (rank, shard_set)
-        if key not in self._shards:
-            while len(self._shards) >= MOST_OPEN:
-                self._shards.pop(next(iter(self._shards))).close()
-            one = self.shard_sets[shard_set]
-            size = one.sizes[rank] if one.sizes[rank] >= 0 else None  # not recorded yet
-            self._shards[key] = ShardFile(self.shard_path(rank, shard_set), one.id, rank, size)
-        return self._shards[key]
+        return self._shards.get(self.shard_sets[shard_set], rank, self.shard_path(rank, shard_set))
 
     def shard_path(self, rank: int, shard_set: int = 0) -> Path:
         """The file of ``rank`` in a set of shards."""
         if shard_set in self._part_sets:
             part, number = self._part_sets[shard_set]
-            return part.paths.shard(rank, number)
+            path = part.paths.shard(rank, number)
+            if path.exists():  # else it was made one run since, where it has the number that it has here
+                return path
         return self.paths.shard(rank, shard_set)
 
     def part_of(self, index: int) -> tuple[Run, int] | None:
@@ -156,9 +160,7 @@ class Run:
         """Close ``run.h5``, the shards and the parts."""
         for part in self.parts.values():
             part.close()
-        for shard in self._shards.values():
-            shard.close()
-        self._shards.clear()
+        self._shards.close()
         self.file.close()
 
     def _read_version(self) -> int:
@@ -192,11 +194,10 @@ class Run:
             part = open_part(self.paths, index, Document(self, index, document_name(index)))
             if part is not None:
                 self.parts[index] = part
-                for inner, one in part.shard_sets.items():
-                    if inner == part.documents[0].shard_set:
-                        number = self._first_part_set + index
-                        self._part_sets[number] = part, inner
-                        self.shard_sets[number] = replace(one, number=number)
+                if part.kv_dtype is not None:
+                    number, inner = self._first_part_set + index, part.documents[0].places[0].shard_set
+                    self._part_sets[number] = part, inner
+                    self.shard_sets[number] = replace(part.shard_sets[inner], number=number)
 
     def __enter__(self) -> Run:
         return self
@@ -227,8 +228,7 @@ def open_part(paths: RunPaths, index: int, document: Document) -> Run | None:
         if paths.claim(index).exists():  # just being written
             return None
         raise
-    own, content = part.documents[0].spec, document.spec
-    if part.complete and (own.n_tokens, own.token_ids_sha256) == (content.n_tokens, content.token_ids_sha256):
+    if part.complete and part.documents[0].spec.contents == document.spec.contents:
         return part
     part.close()
     return None

@@ -90,6 +90,13 @@ def check_seal(path: Path) -> bool:
         return True
 
 
+def places_of(path: Path) -> list[Place]:
+    """The places of a sealed file in which it may be written."""
+    with open(path, "rb") as raw:
+        *_, count = HEADER.unpack(raw.read(HEADER.size))
+        return [(int(a), int(b)) for a, b in np.frombuffer(raw.read(16 * count), "<u8").reshape(-1, 2)]
+
+
 def _dataset_places(file: Any) -> list[Place]:
     """Where the datasets are that were allocated early, for being written later."""
     places: list[Place] = []

@@ -34,11 +34,12 @@ from cpmpi.errors import UserError
 from cpmpi.run.hdf5 import RawArray, create_contiguous, created_file, dataset_offset, open_file, pread_all
 from cpmpi.run.paths import RunPaths, document_name
 from cpmpi.run.publish import make_folder, saying
-from cpmpi.run.spec import BLOCK_TOKENS, DocumentSpec, KVShape, KVSpec, RunSpec
+from cpmpi.run.spec import BLOCK_TOKENS, Inside, KVShape, KVSpec, RunSpec, ShardSet
 
 FORMAT = "cpmpi-shard"
 FORMAT_VERSION = 2
 LABELS = ("layer", "token", "head", "dim")
+MOST_OPEN = 64  # shards: each takes two descriptors, of which a process may have some 1,000
 
 
 def create_shard(folder: Path, spec: RunSpec, rank: int) -> Path:
@@ -50,29 +51,27 @@ def create_shard(folder: Path, spec: RunSpec, rank: int) -> Path:
     assert spec.kv is not None
     path = RunPaths(folder).shard(rank, spec.shard_set.number)
     make_folder(path.parent)
-    own = [i for i, document in enumerate(spec.documents) if spec.own(document)]
+    own = spec.own()
     with created_file(path, most_places=len(own) * (2 + 2 * len(spec.kv.groups()))) as file:
         file.attrs["format"] = FORMAT
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["set_id"] = spec.shard_set.id
         file.attrs["rank"] = rank
         file.attrs["world_size"] = spec.shard_set.world_size
-        for index in own:
-            document = spec.documents[index]
-            _, number = spec.place(document, index)
-            _lay_out(file.create_group(document_name(number)), document, spec.kv, rank)
+        for one in own:
+            _lay_out(file.create_group(document_name(one.number)), one, spec.kv, rank)
     return path
 
 
-def _lay_out(group: Any, document: DocumentSpec, kv: KVSpec, rank: int) -> None:
-    pieces = document.pieces(rank)
+def _lay_out(group: Any, inside: Inside, kv: KVSpec, rank: int) -> None:
+    pieces = inside.part.pieces(rank)
     n_tokens = sum(piece.size for piece in pieces)
-    group.attrs["id"] = document.id
-    group.attrs["n_tokens"] = document.n_tokens
+    group.attrs["id"] = inside.document.id
+    group.attrs["n_tokens"] = inside.part.layout.n_tokens
     group.attrs["block_tokens"] = BLOCK_TOKENS
     group.create_dataset("pieces", data=np.array(pieces, np.int64).reshape(-1, 2))
     for one in kv.groups():
-        heads = document.heads(rank, one.shape.heads).size
+        heads = inside.part.heads(rank, one.shape.heads).size
         for name, dim in ((one.key, one.shape.key_dim), (one.value, one.shape.value_dim)):
             shape = (len(one.layers), n_tokens, heads, dim)
             dataset = create_contiguous(group, name, shape, kv.stored.h5type(), labels=LABELS)
@@ -95,7 +94,7 @@ def prepare_shard(folder: Path, spec: RunSpec, rank: int, finished: Collection[i
         UserError: documents are finished but their shard is missing, or is of another run.
     """
     path = RunPaths(folder).shard(rank, spec.shard_set.number)
-    inside = [i for i in finished if spec.own(spec.documents[i])]
+    inside = [one for one in spec.own() if one.document_index in finished]
     if path.exists():
         try:
             ShardFile(path, spec.shard_set.id, rank).close()
@@ -235,6 +234,44 @@ class ShardFile:
         """xxh3_64 of a document's checksum table: ties all its bytes in this shard to ``run.h5``, or those of its first
         ``layers`` layers to a checkpoint."""
         return xxhash.xxh3_64_intdigest(self.checksums(number)[:layers].tobytes())
+
+
+class OpenShards:
+    """The shards of a run, opened when they are asked for; those not asked for longest are closed where many are open.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._paths = RunPaths(folder)
+        self._open: dict[tuple[str, int], ShardFile] = {}
+
+    def get(self, shard_set: ShardSet, rank: int, path: Path | None = None) -> ShardFile:
+        """The shard of a rank; it stays open while fewer than `MOST_OPEN` others are asked for.
+
+        Args:
+            shard_set: the set.
+            rank: of the job that laid it out.
+            path: where it is; None: in the run folder.
+
+        Raises:
+            UserError: it is missing, truncated, damaged, or belongs to another run.
+        """
+        key = (shard_set.id, rank)
+        shard = self._open.pop(key, None)
+        if shard is None:
+            while len(self._open) >= MOST_OPEN:
+                self._open.pop(next(iter(self._open))).close()
+            size = shard_set.sizes[rank] if shard_set.sizes and shard_set.sizes[rank] >= 0 else None  # not recorded yet
+            shard = ShardFile(path or self._paths.shard(rank, shard_set.number), shard_set.id, rank, size)
+        self._open[key] = shard  # now the last
+        return shard
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._open:
+            self._open.popitem()[1].close()
 
 
 def _places(group: Any) -> ShardDocument:

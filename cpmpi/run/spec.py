@@ -27,6 +27,8 @@ DATASET_METADATA_BYTES = 1 << 10
 VIRTUAL_BLOCK_METADATA_BYTES = 512
 # A read checks whole blocks: little enough for a slice of a few tokens, enough that checksums are few.
 BLOCK_TOKENS = 1024
+# The group of what was appended to a document, in its own.
+APPENDED = "appended"
 # Attributes of a continuation of a stored document.
 CONTINUES = ("context_run_id", "context_document", "context_tokens", "question", "answer")
 
@@ -127,40 +129,25 @@ class Origin(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocumentSpec:
-    """One document and how its tokens lie on the ranks.
+class Part:
+    """Tokens of a document that one job did: how they lie on its ranks, and in which shards."""
 
-    Raises:
-        UserError: the document has no tokens.
-    """
-
-    id: str
-    source: str
-    """Where the text came from: a path, or a path and line."""
-    n_tokens: int
     layout: Layout
     """Over the positions of a head group."""
     grid: Grid = field(default_factory=Grid)
     """How ranks share heads and tokens."""
     first_rank: int = 0
     """The world rank that is rank 0 of the grid: a short document may use only some of the ranks."""
-    token_ids_sha256: str = ""
-    """``token_digest`` of the token ids; empty: unknown, so that it cannot be found finished."""
     origin: Origin | None = None
     """None: it is for this job to do."""
-    continues: tuple[tuple[str, str | int], ...] = ()
-    """Of a continuation: what it follows, as the attributes of ``CONTINUES`` with their values."""
-
-    def __post_init__(self) -> None:
-        if self.n_tokens < 1:
-            raise UserError(f"document {self.id!r} ({self.source}) has no tokens")
-        assert self.layout.n_tokens == self.n_tokens, (self.layout, self.n_tokens)
-        assert self.layout.start == 0, self.layout
-        assert {name for name, _ in self.continues} <= {*CONTINUES}, self.continues
+    id: str = ""
+    """The name of a text that was appended."""
+    token_ids_sha256: str = ""
+    """``token_digest`` of its token ids."""
 
     @property
     def n_ranks(self) -> int:
-        """Ranks among which the document is dealt."""
+        """Ranks among which the tokens are dealt."""
         return self.layout.world * self.grid.head_groups
 
     def pieces(self, rank: int) -> tuple[Piece, ...]:
@@ -174,6 +161,82 @@ class DocumentSpec:
         each = kv_heads // self.grid.head_groups
         first = self.grid.group(rank - self.first_rank) * each
         return Piece(first, first + each)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentSpec:
+    """One document and how its tokens lie on the ranks.
+
+    Raises:
+        UserError: the document has no tokens.
+    """
+
+    id: str
+    source: str
+    """Where the text came from: a path, or a path and line."""
+    n_tokens: int
+    """With those that were appended."""
+    layout: Layout
+    """This, ``grid``, ``first_rank`` and ``origin`` are of the tokens that were there at first; see `Part`."""
+    grid: Grid = field(default_factory=Grid)
+    first_rank: int = 0
+    token_ids_sha256: str = ""
+    """``token_digest`` of the token ids; empty: unknown, so that it cannot be found finished."""
+    origin: Origin | None = None
+    """None: it is for this job to do."""
+    appended: tuple[Part, ...] = ()
+    """What later jobs added."""
+    first_sha256: str = ""
+    """``token_digest`` of the tokens that were there at first, where some were added."""
+    scored: bool = True
+    """Whether its log-probabilities are known; not where its keys and values alone were imported. Those of appended
+    tokens always are."""
+    continues: tuple[tuple[str, str | int], ...] = ()
+    """Of a continuation: what it follows, as the attributes of ``CONTINUES`` with their values."""
+
+    def __post_init__(self) -> None:
+        if self.n_tokens < 1:
+            raise UserError(f"document {self.id!r} ({self.source}) has no tokens")
+        stops = [part.layout.start + part.layout.n_tokens for part in self.parts]
+        assert [part.layout.start for part in self.parts] == [0, *stops[:-1]], self
+        assert stops[-1] == self.n_tokens, self
+        assert {name for name, _ in self.continues} <= {*CONTINUES}, self.continues
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All of it, in position order."""
+        first = Part(layout=self.layout, grid=self.grid, first_rank=self.first_rank, origin=self.origin)
+        return first, *self.appended
+
+    @property
+    def n_ranks(self) -> int:
+        """Ranks among which the first part is dealt."""
+        return self.parts[0].n_ranks
+
+    def pieces(self, rank: int) -> tuple[Piece, ...]:
+        """The pieces of world rank ``rank`` in the first part; see `Part.pieces`."""
+        return self.parts[0].pieces(rank)
+
+    def heads(self, rank: int, kv_heads: int) -> Piece:
+        """Which of the KV heads world rank ``rank`` holds of the first part."""
+        return self.parts[0].heads(rank, kv_heads)
+
+    @property
+    def contents(self) -> tuple[tuple[int, str], ...]:
+        """What it is, whatever its name and place, as number and digest of tokens; then what it was at first."""
+        now = (self.n_tokens, self.token_ids_sha256)
+        return (now, (self.layout.n_tokens, self.first_sha256)) if self.appended else (now,)
+
+
+class Inside(NamedTuple):
+    """A part of a document in a set of shards."""
+
+    number: int
+    """Of the document there."""
+    document_index: int
+    """Place of the document in the run."""
+    document: DocumentSpec
+    part: Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +265,16 @@ class RunSpec:
     """The shards of this job; made where none is given."""
     earlier_sets: tuple[ShardSet, ...] = ()
     """Those of other jobs, in which finished documents are."""
+    model_path: str = ""
+    """The checkpoint's folder, absolute, as the job saw it."""
     topology: str = "{}"
     """The machine, JSON."""
     command: str = ""
     version: str = __version__
     """The version of cpmpi that made the run."""
+    """Where the checkpoint is."""
+    files: tuple[tuple[str, str], ...] = ()
+    """Of the checkpoint: name and digest of each, to say which one changed."""
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Of one layout of ``run.h5``. Made once, on rank 0; when a run is resumed, the one in the file holds."""
 
@@ -220,22 +288,34 @@ class RunSpec:
         if twice:
             raise UserError(f"document ids must differ, but these occur more than once: {', '.join(twice[:5])}")
         for document in self.documents:
-            assert 0 <= document.first_rank <= self.world_of(document) - document.n_ranks, document
+            for part in document.parts:
+                assert 0 <= part.first_rank <= self.world_of(part) - part.n_ranks, document
 
-    def world_of(self, document: DocumentSpec) -> int:
-        """Ranks of the job that does a document, or did it."""
-        return self.world_size if document.origin is None else document.origin.world_size
+    def world_of(self, part: DocumentSpec | Part) -> int:
+        """Ranks of the job that does a part of a document, or did it."""
+        return self.world_size if part.origin is None else part.origin.world_size
 
-    def own(self, document: DocumentSpec) -> bool:
-        """Whether the keys and values of a document are, or will be, in the shards of this job."""
-        return document.origin is None or document.origin.shard_set == self.shard_set.number
-
-    def place(self, document: DocumentSpec, index: int) -> tuple[ShardSet, int]:
-        """The shards of the document at place ``index``, and its number in them: its place, unless it is older."""
-        if document.origin is None:
+    def place(self, part: DocumentSpec | Part, index: int) -> tuple[ShardSet, int]:
+        """The shards of a part of the document at place ``index``, and its number in them: its place, unless it is
+        older."""
+        if part.origin is None:
             return self.shard_set, index
         sets = {one.number: one for one in (*self.earlier_sets, self.shard_set)}
-        return sets[document.origin.shard_set], document.origin.number
+        return sets[part.origin.shard_set], part.origin.number
+
+    def own(self) -> list[Inside]:
+        """What is, or will be, in the shards of this job."""
+        found = []
+        for i, document in enumerate(self.documents):
+            for part in document.parts:
+                shard_set, number = self.place(part, i)
+                if shard_set.number == self.shard_set.number:
+                    found.append(Inside(number, i, document, part))
+        return found
+
+    def used_sets(self) -> list[ShardSet]:
+        """The sets of shards that the run names."""
+        return [*self.earlier_sets, *([self.shard_set] if self.own() else [])]
 
 
 def token_digest(token_ids: npt.ArrayLike) -> str:
@@ -248,11 +328,11 @@ def shard_bytes(spec: RunSpec, rank: int) -> int:
     if spec.kv is None:
         return 0
     total = FILE_METADATA_BYTES
-    for document in filter(spec.own, spec.documents):
-        pieces = document.pieces(rank)
+    for *_, part in spec.own():
+        pieces = part.pieces(rank)
         tokens = sum(piece.size for piece in pieces)
         checksums = 16 * sum(-(-piece.size // BLOCK_TOKENS) for piece in pieces)
-        total += tokens * spec.kv.bytes_per_token // document.grid.head_groups
+        total += tokens * spec.kv.bytes_per_token // part.grid.head_groups
         total += spec.kv.layers * (checksums + 1 + 8) + 16 * len(pieces)
         total += DOCUMENT_METADATA_BYTES + 2 * len(spec.kv.groups()) * (DATASET_METADATA_BYTES + ALIGNMENT_BYTES)
     return total
@@ -260,23 +340,37 @@ def shard_bytes(spec: RunSpec, rank: int) -> int:
 
 def index_bytes(spec: RunSpec) -> int:
     """Bytes of ``run.h5``: outputs, the map of the virtual datasets, and HDF5's metadata."""
-    total = FILE_METADATA_BYTES + len(spec.model) + len(spec.topology) + len(spec.command)
+    total = FILE_METADATA_BYTES + len(spec.model) + len(spec.topology) + len(spec.command) + len(spec.model_path)
+    total += 128 * len(spec.files)
     total += 64 * sum(one.world_size for one in (*spec.earlier_sets, spec.shard_set))
     for document in (*spec.documents, *spec.set_aside):
         total += 9 * document.n_tokens + 4 * spec.hidden_size + DOCUMENT_METADATA_BYTES + 3 * ALIGNMENT_BYTES
         if spec.kv is not None:
-            blocks = document.n_ranks * document.layout.segments
+            blocks = sum(part.n_ranks * part.layout.segments for part in document.parts)
             each = blocks * VIRTUAL_BLOCK_METADATA_BYTES + DATASET_METADATA_BYTES
-            total += 2 * len(spec.kv.groups()) * each + 8 * (spec.world_of(document) + spec.kv.layers)
+            total += 2 * len(spec.kv.groups()) * each + 8 * (sum(map(spec.world_of, document.parts)) + spec.kv.layers)
+            total += DOCUMENT_METADATA_BYTES * len(document.appended)
     return total
 
 
-def check_room(folder: Path, needed: int) -> None:
+def checkpoint_bytes(spec: RunSpec, token_bytes: int) -> int:
+    """Bytes of checkpoints inside documents, of all ranks together: the next one beside the last.
+
+    Args:
+        spec: of the run; documents that are finished have none.
+        token_bytes: of a token's hidden state; 0: there are none.
+    """
+    longest = max((document.n_tokens for document in spec.documents if document.origin is None), default=0)
+    return 2 * (longest * token_bytes + spec.world_size * FILE_METADATA_BYTES) if longest and token_bytes else 0
+
+
+def check_room(folder: Path, needed: int, checkpoints: int = 0) -> None:
     """Refuse, before any work, a run that cannot fit. Quotas are not seen here; they show when they are hit.
 
     Args:
         folder: the run folder; it need not exist yet.
         needed: bytes to be written there, of all ranks together.
+        checkpoints: how many of them are for checkpoints.
 
     Raises:
         UserError: the file system has less room than that.
@@ -284,8 +378,10 @@ def check_room(folder: Path, needed: int) -> None:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
+        of_it = f", {human_bytes(checkpoints)} of it for checkpoints," if checkpoints else ","
+        off = "--checkpoint off, " if checkpoints else ""
         raise UserError(
-            f"{folder}: the run needs {human_bytes(needed)} ({needed} bytes), but its file system has "
-            f"{human_bytes(free)} ({free} bytes) free; choose another --output, a smaller --kv-dtype, or "
+            f"{folder}: the run needs {human_bytes(needed)} ({needed} bytes){of_it} but its file system has "
+            f"{human_bytes(free)} ({free} bytes) free; choose another --output, a smaller --kv-dtype, {off}or "
             "`cpmpi score`, which keeps no KV"
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cpmpi.comm.ranks import OPEN_MPI
 
-from ..conftest import clean_environment
+from ..conftest import clean_environment, mpirun_path
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "cluster"
@@ -91,9 +91,8 @@ class Cluster:
         **environment: str,
     ) -> str:  # fmt: skip
         """What ``python COMMAND`` prints on nodes of so many ranks, started by Open MPI's mpirun on n1."""
-        launcher = Path(sys.executable).with_name("mpirun")
         hosts = ",".join(f"{node}:{ranks}" for node in nodes)
-        line = [str(launcher) if launcher.exists() else "mpirun", "--bind-to", "none", "--host", hosts]
+        line = [mpirun_path(), "--bind-to", "none", "--host", hosts]
         line += ["--mca", "plm", "ssh", "--mca", "plm_ssh_agent", f"{SCRIPT} rsh"]
         line += ["-n", str(len(nodes) * ranks), sys.executable, *command]
         return self.on("n1", *line, timeout_s=timeout_s, **self._mpi(environment))

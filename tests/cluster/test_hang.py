@@ -15,7 +15,7 @@ import pytest
 
 from cpmpi.jobs.hang import last_hang
 
-from ..conftest import ROOT, clean_environment
+from ..conftest import ROOT, clean_environment, mpirun_path
 from ..tiny_models import VOCABULARY, save_tiny, tiny_config
 from .emulated import SCRIPT
 
@@ -39,8 +39,7 @@ def test_a_node_is_lost(end, cluster, tmp_path):
     save_tiny(tmp_path / "model", tiny_config("llama", num_hidden_layers=8, max_position_embeddings=8192))
     np.save(tmp_path / "long.npy", np.random.default_rng(0).integers(3, VOCABULARY, 6000))
     run, token = tmp_path / "run", str(tmp_path)
-    beside = Path(sys.executable).with_name("mpirun")
-    line = [str(beside) if beside.exists() else "mpirun", "--bind-to", "none", "--host", "n1:1,n2:1", "-n", "2"]
+    line = [mpirun_path(), "--bind-to", "none", "--host", "n1:1,n2:1", "-n", "2"]
     line += ["--mca", "plm", "ssh", "--mca", "plm_ssh_agent", f"{SCRIPT} rsh", "-x", TOKEN]
     line += [sys.executable, "-m", "cpmpi", "prefill", "--model", str(tmp_path / "model")]
     line += ["--input", str(tmp_path / "long.npy"), "--output", str(run), "--hang-timeout", "5"]
@@ -74,9 +73,13 @@ def test_a_node_is_lost(end, cluster, tmp_path):
             os.kill(pid, signal.SIGKILL)
         job.wait()
     said = (tmp_path / "out").read_text()
-    assert status != 0
     assert left == [], said
     lines = re.findall(r"^error: .*$", said, re.MULTILINE)
+    if end == "node" and not lines:  # Open MPI's launcher saw its daemon go, and ended all; its status may be 0
+        assert "prterun" in said
+        assert not (run / "summary.csv").exists()
+        return
+    assert status != 0
     assert len(lines) == 1, said
     assert last_hang(run).line == lines[0]
     if end == "node":

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from mpi4py import MPI
 from cpmpi.cost.choose import schedule_on
+from cpmpi.comm.carrier import Carrier
 from cpmpi.cost.attention_bench import AttentionBench
 from cpmpi.cost.price import price
 from cpmpi.attention.execute import Heads
@@ -36,7 +37,7 @@ def uplink_bytes():
 comm = MPI.COMM_WORLD
 topology = discover(comm, leaf_file=sys.argv[1])
 shape = AttentionShape(new=32, stored=16384, query_heads=8, kv_heads=8, key_dim=64, value_dim=64, itemsize=4)
-bench = AttentionBench(comm, topology, select(torch.device("cpu"), torch.float32, head_dim=64), torch.device("cpu"))
+bench = AttentionBench(comm, topology, select(torch.device("cpu"), torch.float32, head_dim=64), Carrier())
 send, crossed = bench.transport.send, [0]
 
 def counted(payload_B, peer, channel):

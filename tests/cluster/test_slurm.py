@@ -17,7 +17,7 @@ from cpmpi.run.verify import verify_run
 from cpmpi.slurm import record
 from cpmpi.slurm.profile import read_profile
 
-from ..conftest import ROOT
+from ..conftest import ROOT, mpirun_path
 from .jobs import CPMPI, DEMO, wait_for
 
 pytestmark = pytest.mark.cluster
@@ -67,7 +67,7 @@ def test_told_preempted_and_a_node_lost_the_run_is_whole(jobs):
 def test_a_cancelled_job_stays_cancelled(jobs):
     """It saves its state when it is told, and yet must not put itself back into the queue."""
     jobs.documents(4, tokens=20_000)
-    job = jobs.submit("--tasks-per-node", "2", "--launcher", "mpirun --bind-to none")
+    job = jobs.submit("--tasks-per-node", "2", "--launcher", f"{mpirun_path()} --bind-to none")
     jobs.wait_for(lambda: record.read_status(jobs.run / "log"))
     assert jobs.slurm(*CPMPI, "cancel", str(jobs.run)) == f"cancelled {job}\n"
     jobs.wait_for(lambda: jobs.ended(job))

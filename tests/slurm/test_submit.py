@@ -79,6 +79,19 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(here):
     assert not Path("RUN").exists()
 
 
+def test_the_grace_time_is_what_slurms_notice_leaves(here):
+    def graces(signal: list[str], *more: str) -> list[str]:
+        return re.findall(r"--grace\S* ?\d+", submit("--dry-run", *signal, *SCORE, *more).stdout)
+
+    assert graces(["--signal", "600"]) == ["--grace 580"] * 2  # in the comment, which can be copied, and in the job
+    assert graces(["--signal", "5"]) == ["--grace 1"] * 2
+    assert graces([]) == graces(["--signal", "0"]) == graces(["--signal", "120"]) == []
+    assert graces(["--signal", "600"], "--grace", "7") == ["--grace 7"] * 2
+    assert graces(["--signal", "600"], "--grace=7") == ["--grace=7"] * 2
+    words = ["--", "generate", "--model", "model", "--run", "RUN", "--prompt", "Why?"]
+    assert "--grace" not in submit("--dry-run", "--signal", "600", *words).stdout
+
+
 def test_from_python(here):
     done = cpmpi.submit(SCORE[1:], nodes="auto", time="auto", cpus_per_task=2)
     assert done.job_ids == ("101",)
