@@ -56,12 +56,7 @@ def run(options: JobOptions) -> Outcome:
     """
     ranks = start()
     with listening(options.grace, speaks=ranks.is_root) as stop:
-        job = prepare(options, ranks)
-        if options.share:
-            from cpmpi.engine.share import share_documents  # which does each document by what is below
-
-            return share_documents(job, stop)
-        return run_prepared(job, stop)
+        return run_prepared(prepare(options, ranks), stop)
 
 
 def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
@@ -70,6 +65,10 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
     Raises:
         Stopped: on all ranks, once a rank was told to stop and what is done is saved.
     """
+    if job.options.share:
+        from cpmpi.engine.share import share_documents  # which does each document by what is below
+
+        return share_documents(job, stop)
     seconds: dict[int, float] = {}
     with ExitStack() as stack:
         recorder = stack.enter_context(recording(job))

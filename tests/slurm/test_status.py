@@ -183,8 +183,9 @@ def test_jobs_that_share_a_run_are_all_at_work(run, monkeypatch):
     now = time.time()
     for name, at in (("17_1", now), ("17_2", now - 500), ("17_3", now - 500), ("17_4", now)):
         record.StatusFile(run / "log", name).write(
-            job=name, document=f"d{name}", tokens=66015, layer=2, layers=3, tokens_per_s=2638.2, left_s=15.2
-        )
+            job=name, document=f"d{name}", tokens=66015, layer=2, layers=3, tokens_per_s=2638.2, left_s=15.2,
+            finished=1, of=3,
+        )  # fmt: skip
         path = run / "log" / f"status-{name}.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "at": at}))
     squeue(run, line("17_1"), line("17_2"), line("17_4", "PENDING", "BeginTime"))
