@@ -68,6 +68,7 @@ bench: $(STAMP)
 	$(RUN)/python -m benchmarks.weights
 	$(RUN)/python -m benchmarks.checkpoints
 	$(RUN)/python -m benchmarks.corpus
+	$(RUN)/python -m benchmarks.keep
 
 docs: $(STAMP)
 	$(RUN)/python docs/make_cli.py

@@ -143,7 +143,8 @@ def make_one(run: Run, spec: RunSpec, ended: Mapping[str, Document]) -> RunIndex
             _link_shards(run, *document.part)
     index = create_index(run.paths.folder, spec, {name: document.group for name, document in ended.items()})
     if len(index.finished) + len(index.failed) < len(spec.documents):
-        run.paths.summary.unlink(missing_ok=True)
+        for table in (run.paths.summary, run.paths.spans):
+            table.unlink(missing_ok=True)
     return index
 
 
