@@ -63,7 +63,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "shards": [
             _shard_facts(run, number, rank)
             for number, one in run.shard_sets.items()
-            if not (run.paths.parts.is_dir() and set(one.sizes) == {-1})  # jobs that share have sets of their own
+            if set(one.sizes) != {-1} or run.shard_path(0, number).exists()  # jobs that share have sets of their own
             for rank in range(one.world_size)
         ],
         "unfinished": _unfinished_facts(run),

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import re
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from cpmpi import open_run
-from cpmpi.engine import corpus
+from cpmpi.engine import append, corpus
 from cpmpi.errors import UserError
-from cpmpi.run import parts
+from cpmpi.jobs.inspect import facts_of
+from cpmpi.run import growth, parts
 from cpmpi.run.folder import start_index
 from cpmpi.run.lock import HeldError, is_held, only_writer
 from cpmpi.run.paths import RunPaths
@@ -125,10 +127,7 @@ def test_a_part_of_another_list_is_not_taken_for_this_document(tmp_path):
 
 def test_failed_documents_stay_marked(tmp_path):
     spec = shared_run(tmp_path, 0, 1, 2)
-    part = RunPaths(tmp_path).part(3).folder
-    index = start_index(part, parts.part_spec(spec, 3))
-    index.mark_failed(0, "not finite")
-    index.finish()
+    failed_part(tmp_path, spec, 3)
     results = parts.Results(tmp_path, spec)
     results.refresh()
     assert results.ends == {0: "", 1: "", 2: "", 3: "not finite"}
@@ -136,6 +135,102 @@ def test_failed_documents_stay_marked(tmp_path):
     with open_run(tmp_path) as run:
         assert run.complete
         assert [document.failed for document in run.documents] == ["", "", "", "not finite"]
+
+
+def failed_part(folder, spec, i):
+    """Document ``i`` failed in a part."""
+    index = start_index(RunPaths(folder).part(i).folder, parts.part_spec(spec, i))
+    index.mark_failed(0, "not finite")
+    index.finish()
+
+
+def test_documents_that_failed_are_tried_again_by_who_comes_first(shared_job, tmp_path):
+    """In parts, or in run.h5 already; not by each that joins while others work, which would never end."""
+    folder = tmp_path / "run"
+    with shared_job() as one:
+        one.join()
+        make_part(folder, 0, world=1)
+        failed_part(folder, one.spec, 1)
+        parts.fold(folder, one.spec)
+        failed_part(folder, one.spec, 2)
+        claim_of(folder, 3, "SLURM 0 12")
+    with shared_job(retry_failed=True) as late:
+        assert late.join() == 3
+    RunPaths(folder).claim(3).unlink()
+    with shared_job() as other:
+        assert other.join() == 3
+    with shared_job(retry_failed=True) as again:
+        assert again.join() == 1
+        assert again.next().index == 3
+        again.give_back()
+        assert not RunPaths(folder).part(2).index.exists()
+    with open_run(folder) as run:
+        assert [d.failed for d in run.documents] == [""] * 4
+    check(folder, 0)
+
+
+def test_documents_that_have_changed_are_refused_or_kept(shared_job, tmp_path):
+    """As where a run is not shared: by the job that would lay the list out anew."""
+    folder = tmp_path / "run"
+    spec = make_spec(LENGTHS)
+    new = replace(spec.documents[2], token_ids_sha256=spec.documents[2].token_ids_sha256[::-1])
+    changed = replace(spec, documents=(*spec.documents[:2], new, spec.documents[3]))
+    with shared_job() as one:
+        one.join()
+        make_part(folder, 0, world=1)
+    for own, told in (({}, "1 document has changed"), ({"keep_finished": True}, "")):
+        with shared_job(**own) as other:
+            other.spec = changed
+            if told:
+                with pytest.raises(UserError, match=told):
+                    other.join()
+            else:
+                assert other.join() == 1
+
+
+def test_a_run_that_is_read_while_it_is_made_one(tmp_path):
+    """Who has it open reads on: the shards have the same numbers then."""
+    spec = shared_run(tmp_path, 0, 1, 2, 3)
+    with open_run(tmp_path) as run:
+        parts.fold(tmp_path, spec)
+        assert not RunPaths(tmp_path).parts.exists()
+        for i, length in enumerate(LENGTHS):
+            found = run.documents[i].kv(1, as_torch=True)
+            assert all(a.equal(b.bfloat16()) for a, b in zip(found, kv_of(i, 1, length)))
+
+
+def test_before_a_run_grows_its_parts_become_one(tmp_path):
+    """All documents are done, but the last job was killed before it made them one run."""
+    spec = shared_run(tmp_path, 0, 1, 2)
+    with pytest.raises(UserError, match="1 of 4 documents are not finished"):
+        growth.finish(tmp_path)
+    failed_part(tmp_path, spec, 3)
+    growth.finish(tmp_path)
+    growth.finish(tmp_path)
+    assert not RunPaths(tmp_path).parts.exists()
+    assert check(tmp_path, 0, 1, 2) == ["document 'd3' failed: not finite"]
+    with open_run(tmp_path) as run:
+        assert run.complete
+        assert [s["set"] for s in facts_of(run)["shards"]] == [1, 2, 2, 3, 3, 3]
+
+
+def test_a_part_is_no_run_to_append_to(tmp_path):
+    shared_run(tmp_path, 0)
+    with pytest.raises(UserError, match=rf"000000: is a part of the run {tmp_path}, which several jobs share"):
+        append._check_whole(RunPaths(tmp_path).part(0).folder)
+    append._check_whole(tmp_path)
+
+
+def test_a_damaged_checkpoint_in_a_part_is_told(tmp_path):
+    spec = shared_run(tmp_path, 0)
+    part = RunPaths(tmp_path).part(1)
+    start_index(part.folder, parts.part_spec(spec, 1))
+    part.checkpoints.mkdir()
+    manifest = part.checkpoint("0" * 64, 1)
+    manifest.write_text("{}")
+    problems = verify_run(tmp_path).problems
+    assert len(problems) == 2
+    assert any(problem.startswith(f"{manifest}: ") for problem in problems)
 
 
 def test_what_left_the_parts_is_found_in_the_run(tmp_path):
@@ -269,6 +364,16 @@ def test_what_others_have_is_left_and_what_the_dead_had_is_taken(shared_job, tmp
         assert patient.next().wait
     with shared_job(most_tokens=1) as small:
         assert small.next() == corpus.Turn(ended=3), "longer documents are none of its business"
+
+
+def test_a_part_that_is_half_deleted_is_begun_anew(shared_job, tmp_path):
+    with shared_job() as one:
+        one.join()
+        make_part(tmp_path / "run", 0, world=1)
+        part = RunPaths(tmp_path / "run").part(0)
+        os.replace(part.index, part.deleted)
+        assert one.next().index == 0
+        assert [path for path in part.contents() if path != part.lock] == []
 
 
 def test_a_document_that_was_done_meanwhile_is_not_begun_again(shared_job, tmp_path):

@@ -127,6 +127,7 @@ def check_lengths(folder, comm):
                 assert (one.logprobs[1:] == other.logprobs[1:]).all()
                 assert (one.kv(4)[0] == other.kv(4)[0]).all()
                 assert one.index == other.index
+        check_repair(folder / "mixed")
     comm.Barrier()
     assert shared(folder, "mixed", comm, keep_kv=True) == ["d.npy", "90.npy", "70.npy"]
     if comm.rank == 0:
@@ -138,6 +139,36 @@ def check_lengths(folder, comm):
         assert verify_run(folder / "mixed").problems == []
         assert sorted(done(folder / "mixed")) == sorted(done(folder / "at-once"))
     comm.Barrier()
+
+
+def check_repair(run):
+    """What is damaged in parts is computed again there, and the run goes on as one that is not finished."""
+    from mpi4py import MPI
+
+    from cpmpi.comm.progress import Progress
+    from cpmpi.comm.ranks import Ranks
+    from cpmpi.engine.repair import repair
+    from cpmpi.run.paths import RunPaths
+
+    parts = RunPaths(run).every_part()
+    shard, index = parts[0].shard(0), parts[1].index
+    before = [file.read_bytes() for file in (shard, index, RunPaths(run).index)]
+    damage(shard, "key", 3)
+    damage(index, "logprobs", 5)
+    found = repair(run, None, Ranks(MPI.COMM_SELF), Progress(enabled=False))
+    assert [problem.split(": ", 1)[1] for problem in found.problems] == ["not complete: 5 of 8 documents are finished"]
+    assert [file.read_bytes() for file in (shard, index, RunPaths(run).index)] == before
+
+
+def damage(file, dataset, at):
+    """Change a byte of a dataset of the document in a file of a part."""
+    import h5py
+
+    with h5py.File(file, "r", locking=False) as opened:
+        offset = opened[f"documents/000000/{dataset}"].id.get_offset() + at
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 1
+    file.write_bytes(data)
 
 
 def check_lists(folder, comm):

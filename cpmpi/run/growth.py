@@ -148,10 +148,13 @@ def finish(folder: Path) -> None:
 
 
 def _make_one(run: Run, spec: RunSpec) -> RunSpec:
-    """Have documents that several jobs have done in parts in ``run.h5``; its spec then."""
-    used = {placed.shard_set for document in (*run.documents, *run.set_aside) for placed in document.places}
+    """Have documents that several jobs have done in parts in ``run.h5``, without the shards of those that failed; its
+    spec then."""
+    done = [document for document in (*run.documents, *run.set_aside) if document.complete]
+    used = {placed.shard_set for document in done for placed in document.places}
     spec = replace(
-        spec, earlier_sets=tuple(run.shard_sets[number] for number in sorted(used & run.shard_sets.keys())),
+        spec, documents=tuple(d.spec if d.complete else replace(d.spec, origin=None) for d in run.documents),
+        earlier_sets=tuple(run.shard_sets[number] for number in sorted(used & run.shard_sets.keys())),
         shard_set=ShardSet(world_size=run.world_size, number=max(run.shard_sets, default=-1) + 1),
         run_id=uuid.uuid4().hex,
     )  # fmt: skip
