@@ -233,7 +233,7 @@ def test_scores_are_kept_as_they_come_and_the_same_command_goes_on(tmp_path, cap
     from mpi4py import MPI
 
     import cpmpi
-    from cpmpi.engine import continuations
+    from cpmpi.engine import continuations, prepare
     from cpmpi.engine.extend import Extension
     from cpmpi.run.verify import verify_run
 
@@ -253,23 +253,25 @@ def test_scores_are_kept_as_they_come_and_the_same_command_goes_on(tmp_path, cap
     comm.Barrier()
     batches, score = continuations.batches, Extension.score
     monkeypatch.setattr(continuations, "batches", lambda lines, holders: batches(lines, holders, 1))
-    scored = []
+    choose = prepare.choose_schedule
+    monkeypatch.setattr(prepare, "choose_schedule", lambda *a: choose(*a[:2], a[2].replace("auto", "tree"), a[3]))
+    scored, kinds = [], set()
 
     def count(extension, questions):
         scored.append(sum(bool(len(a)) for q in questions for a in q.answers))
+        kinds.add(extension.engine.schedule.kind)
         if interrupted and comm.rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
         return score(extension, questions)
 
     monkeypatch.setattr(Extension, "score", count)
-    words = ["extend", "--quiet", "--attention", "tree"]  # auto measures anew at every start, and may choose another
-    words += ["--run", f"{folder}/run", "--input", f"{folder}/lines.jsonl", "--output"]
+    words = ["extend", "--quiet", "--run", f"{folder}/run", "--input", f"{folder}/lines.jsonl", "--output"]
     interrupted = False
-    assert call([*words, f"{folder}/undisturbed"], capsys)[0] == 0
+    assert call([*words, f"{folder}/undisturbed", "--attention", "ring"], capsys)[0] == 0
     assert scored == [3, 1, 1]
     scored.clear()
     interrupted = True
-    status, told = call([*words, f"{folder}/scores"], capsys)
+    status, told = call([*words, f"{folder}/scores", "--attention", "ring"], capsys)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which a job on its way out leaves ignored
     assert status == (75 if comm.rank == 0 else 0)
     assert scored == [3]
@@ -286,6 +288,7 @@ def test_scores_are_kept_as_they_come_and_the_same_command_goes_on(tmp_path, cap
     scored.clear()
     assert call([*again, f"{folder}/scores"], capsys)[0] == 0
     assert scored == [1], "the same tokens after another context are another continuation"
+    assert kinds == {"ring"}, "auto goes on with the schedule that the scores were begun with"
     other = ["score", "--quiet", "--model", f"{folder}/model", "--input", f"{folder}/context.npy", "--output"]
     status, told = call([*other, f"{folder}/scores"], capsys)
     assert status == 1
@@ -297,7 +300,12 @@ def test_scores_are_kept_as_they_come_and_the_same_command_goes_on(tmp_path, cap
                 np.testing.assert_array_equal(a.logprobs, b.logprobs)
             assert run.documents[4].continues["context_tokens"] == 18
             assert [d.id for d in run.set_aside] == ["early"]
+        assert verify_run(folder / "undisturbed").problems == []
+        assert json.loads((folder / "undisturbed" / "schedule.json").read_text())["kind"] == "ring"
         assert (folder / "undisturbed" / "scores.csv").read_text().count("\n") == 6
+    comm.Barrier()
+    assert call([*words, f"{folder}/undisturbed", "--overwrite"], capsys)[0] == 0
+    assert kinds == {"ring", "tree"}, "what begins anew chooses anew"
 
 
 @pytest.mark.mpi(2)

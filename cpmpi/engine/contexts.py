@@ -18,13 +18,12 @@ import torch
 from cpmpi.attention.layout import Layout
 from cpmpi.comm.device import Room, room_of
 from cpmpi.comm.ranks import AgreedError, Ranks
-from cpmpi.cost.choose import choose_schedule
 from cpmpi.cost.memory import Memory, choose_residence, document_memory
 from cpmpi.cost.workload import TokenSizes
 from cpmpi.engine.circumstances import recorded_products
 from cpmpi.engine.extend import Extension
 from cpmpi.engine.options import ContextOptions
-from cpmpi.engine.prepare import find_place, inspect, progress_of, workload
+from cpmpi.engine.prepare import find_place, inspect, progress_of, schedule_for, workload
 from cpmpi.engine.score import Engine
 from cpmpi.engine.state import Decision, Inputs, Model, Place, Prepared
 from cpmpi.engine.trunk import Trunk
@@ -194,7 +193,7 @@ def prepare_contexts(options: ContextOptions, ranks: Ranks, run: Run, checkpoint
     ranks.together(check_rotary, model, work.lengths)
     place = find_place(options, ranks, inputs, model)
     computed = workload(options, model, place, tokens=work.at_once, stored=work.stored)
-    schedule, reason = choose_schedule(place.ranks, place.topology, options.attention, computed)
+    schedule, reason = schedule_for(options, options.goes_on, place, computed)
     room = room_of(place.ranks, model.device)
     parts = document_memory(computed, schedule, _sizes(options, run, inputs, place)) if work.dealt else {}
     memory, resident = place.ranks.together(_residence, options, place, work, room, parts)

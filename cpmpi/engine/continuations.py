@@ -20,6 +20,7 @@ from cpmpi.documents.continuations import (
     would_merge,
 )
 from cpmpi.documents.tokenization import load_tokenizer
+from cpmpi.engine.circumstances import publish_circumstances
 from cpmpi.engine.contexts import (
     BATCH_TOKENS,
     Context,
@@ -111,6 +112,7 @@ def _score(job: ContextJob, asked: Sequence[Asked], results: Results, stop: Stop
         if not left:
             return
         with load_engine(job) as engine:
+            job.ranks.on_root(publish_circumstances, job, job.options.output)
             for i, (each, lines) in enumerate(left):
                 joints, others = plan([question for _, question in lines], holders)
                 _say_joint(job, joints)
