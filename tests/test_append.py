@@ -224,6 +224,22 @@ def test_a_job_that_is_killed_while_it_appends_leaves_the_run_as_it_was(tmp_path
         compare(run.documents[0], *truth(folder / "model", whole))
 
 
+def test_the_first_tokens_of_a_document_have_the_keys_of_all_of_it():
+    from types import SimpleNamespace
+
+    from cpmpi.engine.contexts import Context
+    from cpmpi.engine.continuations import Asked, texts_of
+
+    def line(stem, *answers):
+        return SimpleNamespace(stem=[0] * stem, answers=[[0] * n for n in answers])
+
+    run = SimpleNamespace(documents=[SimpleNamespace(n_tokens=75)])
+    early, whole, none = (Context(document=0, n_tokens=max(0, n - 1), upto=n) for n in (29, 75, 0))
+    asked = [Asked(context=one, lines=places) for one, places in ((early, (0, 1)), (whole, (1,)), (none, (0,)))]
+    found = texts_of(run, asked, [line(2, 3), line(0, 40, 9)])
+    assert found == ((75, 29 + 5, 29 + 40), (75, 75 + 9, 75 + 40), (0, 5, 5))
+
+
 @pytest.mark.mpi(2)
 def test_scores_are_kept_as_they_come_and_the_same_command_goes_on(tmp_path, capsys, monkeypatch):
     """A signal to one rank stops all after the line in work, with status 75; what is scored is not scored again."""
@@ -470,5 +486,9 @@ def test_rotary_embeddings_are_compared_for_every_document(tmp_path):
 
     model = SimpleNamespace(skeleton=Checkpoint(tmp_path).skeleton(torch.float32))
     check_rotary(model, New(stored=100, longest=20, at_once=1, spans=((100, 110), (30, 50))).lengths)
+    check_rotary(model, [(75, 69, 75 + 40), (0, 3, 32)])  # the first tokens of a document of 75, and a text by itself
+    for text, reason in (((75, 34, 69), "keys of 75 .* of 34"), ((0, 32, 65), "keys of 32 tokens are not those of 65")):
+        with pytest.raises(UserError, match=reason):
+            check_rotary(model, [text])
     with pytest.raises(UserError, match="keys of 50 tokens are not those of 70"):
         check_rotary(model, New(stored=100, longest=20, at_once=1, spans=((100, 110), (50, 70))).lengths)

@@ -74,6 +74,8 @@ class New:
         sequences: lines whose new keys and values, of all layers, stay until the end.
         dealt: whether all ranks share the tokens of a line, and store their keys and values.
         spans: of each context its tokens, and how many they are with the longest line; by default of the one above.
+        texts: of each context the tokens of the document whose keys it has (none: it has none), of the shortest text
+            that goes on from them, and of the longest; by default as the spans say.
     """
 
     stored: int
@@ -82,6 +84,7 @@ class New:
     sequences: int = 0
     dealt: bool = False
     spans: tuple[tuple[int, int], ...] = ()
+    texts: tuple[tuple[int, ...], ...] = ()
 
     @property
     def lengths(self) -> tuple[tuple[int, int], ...]:
@@ -190,7 +193,7 @@ def prepare_contexts(options: ContextOptions, ranks: Ranks, run: Run, checkpoint
     ranks.together(_check_positions, options, checkpoint, work)
     inputs = Inputs(checkpoint=checkpoint, documents=(), longest=work.stored + work.longest)
     model = inspect(options, ranks, inputs)
-    ranks.together(check_rotary, model, work.lengths)
+    ranks.together(check_rotary, model, work.texts or work.lengths)
     place = find_place(options, ranks, inputs, model)
     computed = workload(options, model, place, tokens=work.at_once, stored=work.stored)
     schedule, reason = schedule_for(options, options.goes_on, place, computed)
@@ -219,22 +222,23 @@ def _check_positions(options: ContextOptions, checkpoint: Checkpoint, work: New)
         )
 
 
-def check_rotary(model: Model, spans: Sequence[tuple[int, int]]) -> None:
-    """Refuse keys that would be others in a longer text.
+def check_rotary(model: Model, texts: Sequence[tuple[int, ...]]) -> None:
+    """Refuse keys that would be others in a shorter or longer text.
 
     Args:
         model: whose they are.
-        spans: tokens that there are keys of, and those of the longest text that they are used in.
+        texts: tokens of a document that there are keys of (0: of none), and of texts that they are used in.
 
     Raises:
         UserError: that.
     """
-    for span in sorted(set(spans)) if length_matters(model.skeleton) else ():
-        if not same_for(model.skeleton, (max(1, span[0]), span[1])):
-            raise UserError(
-                f"the rotary embeddings of this model depend on the document's length: keys of {span[0]} tokens are "
-                f"not those of {span[1]}; prefill the whole text instead"
-            )
+    for made, *used in sorted(set(texts)) if length_matters(model.skeleton) else ():
+        for tokens in used:
+            if not same_for(model.skeleton, (made or used[0], tokens)):
+                raise UserError(
+                    f"the rotary embeddings of this model depend on the document's length: keys of "
+                    f"{made or used[0]} tokens are not those of {tokens}; prefill the whole text instead"
+                )
 
 
 def _sizes(options: ContextOptions, run: Run, inputs: Inputs, place: Place) -> TokenSizes:

@@ -82,7 +82,8 @@ def extend(options: ExtendOptions) -> Extended:
         whole = sum(len(c.stem) + sum(map(len, c.answers)) for c in continuations)
         at_once = max(most, min(whole, BATCH_TOKENS * ranks.size))
         spans = tuple((a.context.upto, a.context.upto + max(map(sizes.__getitem__, a.lines))) for a in asked)
-        work = New(stored=longest, longest=most, at_once=at_once, spans=spans)
+        texts = ranks.on_root(texts_of, run, asked, continuations)
+        work = New(stored=longest, longest=most, at_once=at_once, spans=spans, texts=texts)
         job = prepare_contexts(options, ranks, run, checkpoint, work)
         _introduce(job, asked, continuations, merging(ranks, run, checkpoint, continuations))
         with opened(job, continuations) as results:
@@ -157,6 +158,21 @@ def _by_context(run: Run, continuations: Sequence[Continuation]) -> list[Asked]:
     for i, c in enumerate(continuations):
         lines.setdefault(context_of(find_document(run, c.document, c.source), c.upto, c.source), []).append(i)
     return [Asked(context=context, lines=tuple(places)) for context, places in lines.items()]
+
+
+def texts_of(
+    run: Run, asked: Sequence[Asked], continuations: Sequence[Continuation]
+) -> tuple[tuple[int, ...], ...]:  # fmt: skip
+    """Of each context the tokens of its document, of the shortest text that goes on from it, and of the longest.
+
+    The keys of a document's first tokens are those of a text as long as the document.
+    """
+    texts = []
+    for each in asked:
+        sizes = [len(c.stem) + len(a) for c in map(continuations.__getitem__, each.lines) for a in c.answers]
+        made = run.documents[each.context.document].n_tokens if each.context.upto else 0
+        texts.append((made, each.context.upto + min(sizes), each.context.upto + max(sizes)))
+    return tuple(texts)
 
 
 def _question(run: Run, context: Context, c: Continuation) -> Question:
