@@ -169,7 +169,7 @@ class Decoding(Extension):
 
     def attend(
         self, branches: list[Branch], placed: Dealt, longest: int, layer: int, calls: list[Call]
-    ) -> Sequence[torch.Tensor]:
+    ) -> torch.Tensor:
         """As for continuations; the new keys are set aside."""
         self._fresh.append([keys_of(call) for _, call in zip(branches, calls, strict=False)])
         return super().attend(branches, placed, longest, layer, calls)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -50,6 +49,47 @@ class Branch(NamedTuple):
     def run(self) -> Piece:
         """Its positions."""
         return Piece(self.start, self.start + len(self.ids))
+
+
+class Pack(NamedTuple):
+    """Branches that go through the model as one chunk, one after the other: rows of larger matrix products."""
+
+    branches: tuple[Branch, ...]
+
+    @property
+    def size(self) -> int:
+        """Its tokens."""
+        return sum(len(b.ids) for b in self.branches)
+
+    def chunk(self, device: torch.device) -> Chunk:
+        """As the model takes it."""
+        ids_C = torch.from_numpy(np.concatenate([b.ids for b in self.branches])).to(device)
+        positions_C = None
+        if len(self.branches) > 1:
+            positions_C = torch.cat([torch.arange(*b.run, device=device) for b in self.branches])
+        return Chunk(ids_C, self.branches[0].start, positions_C)
+
+    def split(self, rows_C: torch.Tensor, dim: int = 0) -> tuple[torch.Tensor, ...]:
+        """The part of each branch."""
+        return torch.split(rows_C, [len(b.ids) for b in self.branches], dim)
+
+    def calls(self, call: Call) -> list[Call]:
+        """What each branch hands over in a layer."""
+        parts = (self.split(tensor, 2) for tensor in (call.q_1HCD, call.k_1GCD, call.v_1GCE))
+        return [call._replace(q_1HCD=q, k_1GCD=k, v_1GCE=v) for q, k, v in zip(*parts, strict=True)]
+
+
+def packed(branches: Sequence[Branch], most: int) -> list[Pack]:
+    """Branches next to one another in packs of at most ``most`` tokens, or of one branch."""
+    packs: list[list[Branch]] = []
+    tokens = 0
+    for branch in branches:
+        if not packs or tokens + len(branch.ids) > most:
+            packs.append([])
+            tokens = 0
+        packs[-1].append(branch)
+        tokens += len(branch.ids)
+    return [Pack(tuple(pack)) for pack in packs]
 
 
 class Question(NamedTuple):
@@ -180,24 +220,35 @@ class Extension:
     def _hidden(self, branches: list[Branch], placed: Dealt) -> list[torch.Tensor]:
         """Hidden states (C, hidden) after the final norm of each of this rank's branches. Collective."""
         weights, device = self.engine.weights, self.engine.device
-        chunks = [Chunk(torch.from_numpy(b.ids).to(device), b.start) for b in branches]
+        packs = packed(branches, self.engine.chunk_tokens)
+        chunks = [pack.chunk(device) for pack in packs]
         if not chunks:  # walks along, and nobody takes its result
             chunks = [Chunk(torch.zeros(1, dtype=torch.int64, device=device), self.n_tokens)]
         longest = max(run.stop for runs in placed.runs for run in runs)
+        decoder = decoder_of(weights.model)
+
+        def attend(layer: int, calls: list[Call]) -> Sequence[torch.Tensor]:
+            each = [one for pack, call in zip(packs, calls, strict=False) for one in pack.calls(call)]
+            out_THE = self.attend(branches, placed, longest, layer, each or calls)
+            return torch.split(out_THE, [pack.size for pack in packs]) if packs else [out_THE]
+
         weights.enter(0)
-        attend, decoder = partial(self.attend, branches, placed, longest), decoder_of(weights.model)
         with finite_layers(decoder) if self.engine.check_finite else nullcontext():
-            states = layer_major(decoder, chunks, longest, attend)
+            packed_states = layer_major(decoder, chunks, longest, attend)
         weights.close()
+        states = [state_CD for pack, each in zip(packs, packed_states, strict=False) for state_CD in pack.split(each)]
         if self.engine.check_finite:
-            for branch, hidden_CD in zip(branches, states, strict=False):
+            for branch, hidden_CD in zip(branches, states, strict=True):
                 finite(hidden_CD, f"output of the final norm, tokens {branch.start} to {branch.run.stop - 1}")
         return states
 
     def attend(
         self, branches: list[Branch], placed: Dealt, longest: int, layer: int, calls: list[Call]
-    ) -> Sequence[torch.Tensor]:
-        """A layer's attention: each branch to its own line, then across ranks to the stored keys."""
+    ) -> torch.Tensor:
+        """A layer's attention (T, H, E): each branch to its own line, then across ranks to the stored keys.
+
+        ``calls`` has what each branch hands over; of a rank without any, what the token does that walks along.
+        """
         engine = self.engine
         engine.weights.leave(layer)
         rule = rule_of(calls[0], longest)
@@ -211,9 +262,7 @@ class Extension:
         runs = [(b.start, call.q_1HCD[0].transpose(0, 1)) for b, call in zip(branches, calls, strict=False)]
         out_THE = execution.run(Queries(tuple(runs)), self._keys(layer, calls))
         engine.weights.enter(layer + 1)
-        if not branches:
-            return [out_THE.new_zeros(1, *out_THE.shape[1:])]
-        return torch.split(out_THE, [len(b.ids) for b in branches])
+        return out_THE if branches else out_THE.new_zeros(1, *out_THE.shape[1:])
 
     @property
     def _key_layouts(self) -> tuple[Holding, ...]:

@@ -218,7 +218,7 @@ class Trunk(Extension):
 
     def attend(
         self, branches: list[Branch], placed: Dealt, longest: int, layer: int, calls: list[Call]
-    ) -> Sequence[torch.Tensor]:
+    ) -> torch.Tensor:
         """As for continuations, with progress."""
         outputs = super().attend(branches, placed, longest, layer, calls)
         self.engine.progress.update(layer + 1)
