@@ -165,6 +165,44 @@ def test_texts_are_appended_twice_by_other_ranks_each_time(tmp_path, capsys):
         logprobs, _ = scratch(model.eval(), whole, ids_of(0, 0), ids_of(6, 9))
         assert np.abs(run.documents[0].logprobs - logprobs).max() <= 1e-4
         assert run.documents[0].continues["context_tokens"] == len(whole)
+    check_exports(folder, model, whole, logprobs)
+
+
+def check_exports(folder, model, whole, logprobs):
+    """An appended document in the hands of other tools: transformers goes on from its end, and no token is missing."""
+    import pyarrow.parquet
+    import torch
+    from safetensors.torch import load_file
+    from transformers import DynamicCache
+
+    import cpmpi
+
+    from .test_export import export
+
+    for kind in ("transformers", "safetensors", "parquet"):
+        name = f"{kind}.{'parquet' if kind == 'parquet' else 'safetensors'}"
+        status, said = export(folder / "run", "--to", kind, "--output", folder / name)
+        assert status == 0, said
+    t = load_file(folder / "transformers.safetensors")
+    after = torch.from_numpy(ids_of(6, 9))
+    cache = DynamicCache([(t[f"layers.{i}.key"], t[f"layers.{i}.value"]) for i in range(2)])
+    with torch.inference_mode():
+        logits_TV = model(input_ids=after[None], past_key_values=cache).logits[0]
+    found = torch.log_softmax(logits_TV, -1)[:-1].gather(1, after[1:, None])[:, 0]
+    assert np.abs(found.numpy() - logprobs[1:]).max() <= 1e-4
+    plain, table = load_file(folder / "safetensors.safetensors"), pyarrow.parquet.read_table(folder / "parquet.parquet")
+    assert table["position"].to_pylist() == [*range(len(whole))]
+    with cpmpi.open_run(folder / "run") as run:
+        document = run.documents[0]
+        for ids in (t["token_ids"].numpy(), plain["token_ids"].numpy(), table["token_id"].to_numpy()):
+            np.testing.assert_array_equal(ids, whole)
+        for values in (t["logprobs"].numpy(), plain["logprobs"].numpy(), table["logprob"].to_numpy()):
+            np.testing.assert_array_equal(values, document.logprobs)
+        np.testing.assert_array_equal(t["last_hidden"].numpy(), document.last_hidden)
+        for layer in range(2):
+            for name, rows_TGD in zip(("key", "value"), document.kv(layer, raw=True), strict=True):
+                np.testing.assert_array_equal(plain[f"layers.{layer}.{name}"].numpy(), rows_TGD)
+                np.testing.assert_array_equal(t[f"layers.{layer}.{name}"][0].transpose(0, 1).numpy(), rows_TGD)
 
 
 class monkeypatched_world:
