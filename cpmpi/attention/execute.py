@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -116,17 +117,18 @@ class Group(NamedTuple):
             row += len(q_THD)
 
 
-def joined(runs: Sequence[tuple[int, torch.Tensor]]) -> list[Group]:
-    """Runs of queries in groups: short ones that are next to one another, and long ones alone."""
+def joined(runs: Sequence[tuple[int, torch.Tensor]], mask: Mask) -> list[Group]:
+    """Runs of queries in groups: short ones that are next to one another in one document, and long ones alone."""
     groups: list[tuple[int, list[tuple[int, torch.Tensor]]]] = []
-    row, held = 0, JOINED  # tokens of the last group
+    row, held, last = 0, JOINED, -1  # tokens of the last group, and the document that they are of
     for start, q_THD in runs:
-        if len(q_THD) >= SHORT or held + len(q_THD) > JOINED:
+        document = bisect_right(mask.documents, start)
+        if len(q_THD) >= SHORT or held + len(q_THD) > JOINED or document != last:
             groups.append((row, []))
             held = JOINED if len(q_THD) >= SHORT else 0
         groups[-1][1].append((start, q_THD))
         row += len(q_THD)
-        held += len(q_THD)
+        held, last = held + len(q_THD), document
     return [
         Group(row, tuple(each), each[0][1] if len(each) == 1 else torch.cat([q for _, q in each]))
         for row, each in groups
@@ -235,7 +237,7 @@ class Execution:
         if not (self._tokens(query, (self.query_layout,)) and self._tokens(key, self.key_layouts)):
             return
         partial, keys, rule = self._partial(query), self.keys[key], self.rule
-        groups = joined(self.queries[query].runs)
+        groups = joined(self.queries[query].runs, rule.mask)
         for i, group in enumerate(groups, start=1):
             first = 0
             for piece in keys.pieces:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from cpmpi.comm.ranks import AgreedError, Ranks
 from cpmpi.cost.memory import Memory, choose_residence, document_memory
 from cpmpi.cost.workload import TokenSizes
 from cpmpi.engine.circumstances import recorded_products
-from cpmpi.engine.extend import Extension
+from cpmpi.engine.extend import APART, Before, Extension
 from cpmpi.engine.options import ContextOptions
 from cpmpi.engine.prepare import find_place, inspect, progress_of, schedule_for, workload
 from cpmpi.engine.score import Engine
@@ -40,6 +40,8 @@ from cpmpi.run.reader import Document, Run, open_run
 from cpmpi.run.unchanged import changed_files, recorded_files
 
 BATCH_TOKENS = 4096  # of continuations that a rank takes through the layers at a time
+TOGETHER_TOKENS = 1 << 14  # of several contexts whose continuations go through the layers together, or of the longest
+MOST_TOGETHER = 16  # of them: each looks at the keys of all, to see that they are not its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,20 +294,33 @@ def introduce_stored(job: ContextJob) -> None:
 
 
 @contextmanager
-def open_context(job: ContextJob, engine: Engine, context: Context) -> Iterator[Extension]:
-    """What goes on from a context on this rank. Collective."""
-    place, document = job.place, job.run.documents[context.document]
-    grid, position = place.grid, engine.position
-    layout = Layout(
-        n_tokens=context.n_tokens, world=place.ranks.size // grid.head_groups, segments=job.options.segments
-    )  # fmt: skip
+def open_contexts(job: ContextJob, engine: Engine, contexts: Sequence[Context]) -> Iterator[Extension]:
+    """What goes on from contexts on this rank, each blind to the others. Collective."""
+    place, grid, position = job.place, job.place.grid, engine.position
+    stored, befores = [], []
+    for i, context in enumerate(contexts):
+        document, base = job.run.documents[context.document], i * APART
+        layout = Layout(
+            n_tokens=context.n_tokens, world=place.ranks.size // grid.head_groups, segments=job.options.segments,
+            start=base,
+        )  # fmt: skip
+        hidden = None if context.again else torch.from_numpy(document.last_hidden).to(job.model.device)
+        stored.append((document, layout))
+        befores.append(Before(context.n_tokens, hidden, base))
     heads = tuple(layer.heads for layer in place.layers)
     with StoredKeys(
-        document, layout, position, group=grid.group(place.ranks.rank), heads=heads, device=job.model.device,
-        resident=job.resident,
-    ) as stored:  # fmt: skip
-        hidden = None if context.again else torch.from_numpy(document.last_hidden).to(job.model.device)
-        yield Extension(engine=engine, context=stored, n_tokens=context.n_tokens, last_hidden=hidden)
+        *stored[0], position, group=grid.group(place.ranks.rank), heads=heads, device=job.model.device,
+        resident=job.resident, more=stored[1:],
+    ) as keys:  # fmt: skip
+        n_tokens, last_hidden, _ = befores[0]
+        yield Extension(
+            engine=engine, context=keys, n_tokens=n_tokens, last_hidden=last_hidden, more=tuple(befores[1:])
+        )  # fmt: skip
+
+
+def open_context(job: ContextJob, engine: Engine, context: Context) -> AbstractContextManager[Extension]:
+    """What goes on from a context on this rank. Collective."""
+    return open_contexts(job, engine, (context,))
 
 
 def trunk_of(job: ContextJob, extension: Extension, ids: npt.NDArray[np.int64]) -> Trunk:

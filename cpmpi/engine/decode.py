@@ -152,7 +152,8 @@ class Decoding(Extension):
         )  # fmt: skip
         own = lines[self._here]
         self._rows, self._fresh = [going[i].row for i, _ in own], []
-        states = self._hidden([b for _, b in own], placed)
+        longest = max(b.stop for line in lines for _, b in line)
+        states = self._hidden([b for _, b in own], placed, longest)
         if not own:
             return {}
         assert self._grown is not None
