@@ -160,7 +160,7 @@ def test_runs_that_share_a_kernel_call_see_what_they_see_alone(limits):
     starts = [(100, 3), (100, 7), (100, SHORT), (100, 1), (103, 2), (APART + 90, 4), (APART + 90, 1)]
     groups = joined([(start, torch.zeros(n, 1, 1)) for start, n in starts], mask)
     assert [len(q) for group in groups for _, q in group.runs] == [n for _, n in starts]
-    for piece in (Piece(0, 50), Piece(50, 100), Piece(APART, APART + 90), Piece(40, 102)):
+    for piece in (Piece(0, 50), Piece(50, 100), Piece(99, 100), Piece(APART, APART + 90), Piece(40, 102)):
         seen = torch.zeros(sum(n for _, n in starts), piece.size, dtype=torch.int64)
         calls = 0
         for group in groups:
@@ -171,7 +171,9 @@ def test_runs_that_share_a_kernel_call_see_what_they_see_alone(limits):
         expected = torch.cat([mask.dense(range(start, start + n), piece) for start, n in starts])
         assert torch.equal(seen, expected.long()), piece
         if not limits:
-            assert calls == {0: 3, 50: 3, APART: 1, 40: 5}[piece.start], "runs that see all of a piece go together"
+            assert calls == {0: 3, 50: 3, 99: 3, APART: 1, 40: 5}[piece.start], (
+                "runs that see all of a piece go together"
+            )
 
 
 def test_small_contexts_go_together():
@@ -264,7 +266,8 @@ def save_context(folder):
 
 @pytest.mark.mpi(2)
 def test_the_job_scores_lines_into_a_run_of_its_own(tmp_path):
-    """Whole and partial contexts, answers, tensor parallelism, mapped keys: against one transformers process."""
+    """Whole and partial contexts of two documents in one pass, answers, tensor parallelism, mapped keys: against one
+    transformers process."""
     import torch
     from mpi4py import MPI
     from transformers import AutoModelForCausalLM
@@ -274,11 +277,15 @@ def test_the_job_scores_lines_into_a_run_of_its_own(tmp_path):
 
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)
+    documents = {"context.npy": ids_of(CONTEXT, 5), "other.npy": ids_of(77, 6)}
     if comm.rank == 0:
         save_context(folder)
+        np.save(folder / "other.npy", documents["other.npy"])
+        with open(folder / "lines.jsonl", "a") as file:
+            file.write(json.dumps({"document": "other.npy", "id": "other", "token_ids": ids_of(6, 8).tolist()}) + "\n")
     comm.Barrier()
-    model = folder / "model"
-    cpmpi.prefill(model=model, inputs=folder / "context.npy", output=folder / "run", kv_dtype="float32").close()
+    model, inputs = folder / "model", [folder / name for name in documents]
+    cpmpi.prefill(model=model, inputs=inputs, output=folder / "run", kv_dtype="float32").close()
     given = {"model": model, "run": folder / "run", "inputs": folder / "lines.jsonl", "quiet": True}
     ways = {"auto": {}, "mapped": {"kv": "mapped", "attention": "tree"}, "tp": {"tp": 2, "weights": "stream"}}
     for name, options in ways.items():
@@ -291,9 +298,10 @@ def test_the_job_scores_lines_into_a_run_of_its_own(tmp_path):
     for name in ways:
         assert verify_run(folder / name).problems == []
         with cpmpi.open_run(folder / name) as run:
-            assert [d.id for d in run.documents] == ["whole/0", "whole/1", "whole/2", "alone", "early", "first"]
+            names = ["whole/0", "whole/1", "whole/2", "alone", "early", "first", "other"]
+            assert [d.id for d in run.documents] == names
             for line in lines:
-                context = ids_of(CONTEXT, 5)[: line.get("upto")]
+                context = documents[line["document"]][: line.get("upto")]
                 for i, answer in enumerate(line.get("choices") or [line["token_ids"]]):
                     d = run.documents[f"{line['id']}/{i}" if "choices" in line else line["id"]]
                     logprobs, greedy = scratch(truth, context, ids_of(0, 0), np.array(answer))
