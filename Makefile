@@ -69,6 +69,11 @@ bench: $(STAMP)
 	$(RUN)/python -m benchmarks.checkpoints
 	$(RUN)/python -m benchmarks.corpus
 	$(RUN)/python -m benchmarks.keep
+	$(RUN)/python -m benchmarks.stored_kv
+	$(RUN)/python -m benchmarks.kv_read
+	$(RUN)/python -m benchmarks.long_continuation
+	$(RUN)/python -m benchmarks.short_continuations
+	$(RUN)/python -m benchmarks.decode_step
 
 docs: $(STAMP)
 	$(RUN)/python docs/make_cli.py

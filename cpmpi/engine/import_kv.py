@@ -106,12 +106,12 @@ class LastToken(Extension):
             runs=((branch.run,), *((),) * (self._holders - 1)), copies=self.engine.grid.copies
         )  # fmt: skip
         mine = [branch] if self._here == 0 else []
-        states = self._hidden(mine, placed)
+        states = self._hidden(mine, placed, branch.stop)
         return states[0][0].float().cpu() if mine else None
 
     def attend(
         self, branches: list[Branch], placed: Dealt, longest: int, layer: int, calls: list[Call]
-    ) -> Sequence[torch.Tensor]:
+    ) -> torch.Tensor:
         """As for continuations; what the layer makes of the token is kept."""
         if branches:
             self.made.append(keys_of(calls[0]))

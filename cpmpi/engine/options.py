@@ -175,6 +175,11 @@ class ContextOptions(ModelOptions):
         choices=(AUTO, *KV_RESIDENCES),
     )  # fmt: skip
 
+    @property
+    def goes_on(self) -> Path | None:
+        """The run folder with results of an earlier start, if any, that this job would add to."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtendOptions(ContextOptions):
@@ -194,6 +199,11 @@ class ExtendOptions(ContextOptions):
     )  # fmt: skip
     grace: int = option(100, "Seconds from SIGTERM or SIGUSR1 until the job must have ended.", least=0)
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
+
+    @property
+    def goes_on(self) -> Path | None:
+        """The run folder with results of an earlier start, if any, that this job would add to."""
+        return None if self.overwrite else self.output
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,14 @@ All that can be refused is refused here. Each step is collective: all ranks make
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 
 from cpmpi.attention.execute import Heads
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout
+from cpmpi.attention.schedule import Schedule
 from cpmpi.choices import AUTO, OFF
 from cpmpi.comm.carrier import choose_carrier
 from cpmpi.comm.device import choose_device, room_of, set_threads
@@ -163,12 +165,7 @@ def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place, run_
     """Kernels, schedule, and where the weights stay. Collective."""
     ranks = place.ranks
     work = workload(options, model, place, tokens=inputs.longest)
-    begun = None
-    if options.attention == AUTO and not options.overwrite:  # another schedule would add up in another order
-        begun = ranks.on_root(recorded_schedule, options.output, ranks.size // place.grid.head_groups)
-    schedule, reason = choose_schedule(ranks, place.topology, begun or options.attention, work)
-    if begun is not None:
-        reason = f"{begun}: as this run was begun"
+    schedule, reason = schedule_for(options, None if options.overwrite else options.output, place, work)
     sizes = TokenSizes(
         hidden=run_spec.hidden_size, inner=inner_width(place.skeleton), vocabulary=inputs.checkpoint.vocab_size,
         chunk_tokens=options.chunk_tokens, stored_itemsize=run_spec.kv.stored.itemsize if run_spec.kv else 0,
@@ -181,6 +178,18 @@ def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place, run_
     recorded = None if options.overwrite else ranks.on_root(recorded_products, options.output)
     products = choose_products(place.skeleton, model.device, ranks, recorded=recorded)
     return Decision(schedule=schedule, reason=reason, backends=work.backends, products=products, memory=memory)
+
+
+def schedule_for(options: ModelOptions, output: Path | None, place: Place, work: Workload) -> tuple[Schedule, str]:
+    """The schedule that is asked for, and why. ``auto`` takes the one that the run in ``output`` was begun with.
+
+    Another one would add up in another order. Where there is none yet, or none goes on (None), it chooses. Collective.
+    """
+    begun, ranks = None, place.ranks
+    if options.attention == AUTO and output is not None:
+        begun = ranks.on_root(recorded_schedule, output, ranks.size // place.grid.head_groups)
+    schedule, reason = choose_schedule(ranks, place.topology, begun or options.attention, work)
+    return schedule, reason if begun is None else f"{begun}: as this run was begun"
 
 
 def workload(options: ModelOptions, model: Model, place: Place, *, tokens: int, stored: int = 0) -> Workload:

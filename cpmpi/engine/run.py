@@ -79,7 +79,7 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
             checkpoints = stack.enter_context(make_checkpoints(job, files, stop).opened())
             seeker = make_seeker(job, files, stop)
             engine = stack.enter_context(load_engine(job, recorder, checkpoints))
-            job.ranks.on_root(publish_circumstances, job)
+            job.ranks.on_root(publish_circumstances, job, job.options.output)
             weight = pair_weight(job.model.skeleton, job.inputs.checkpoint, job.model.layers)
             job.progress.job([files.spec.documents[i].n_tokens for i in todo], weight)
             for i in todo:

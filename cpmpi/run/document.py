@@ -123,8 +123,9 @@ class Document(DocumentScores):
 
     @property
     def continues(self) -> Mapping[str, Any]:
-        """What a continuation follows: ``context_run_id``, ``context_document``, ``context_tokens``, and, of an answer,
-        ``question`` and ``answer``. Empty for documents that follow nothing."""
+        """What a continuation follows: ``context_run_id``, ``context_document``, ``context_tokens``, of an answer
+        ``question`` and ``answer``, and ``question_sha256`` where tokens stand between the context and it. Empty for
+        documents that follow nothing."""
         return {name: self._attributes[name] for name in CONTINUES if name in self._attributes}
 
     @property

@@ -31,7 +31,7 @@ BLOCK_TOKENS = 1024
 # The group of what was appended to a document, in its own.
 APPENDED = "appended"
 # Attributes of a continuation of a stored document.
-CONTINUES = ("context_run_id", "context_document", "context_tokens", "question", "answer")
+CONTINUES = ("context_run_id", "context_document", "context_tokens", "question", "answer", "question_sha256")
 # Attributes of a document that was given as text: how much of it there is, and how much of that its nll is of.
 TEXT = ("n_characters", "n_bytes", "scored_characters", "scored_bytes")
 
