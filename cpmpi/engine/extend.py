@@ -184,6 +184,8 @@ class Extension:
         if not chunks:  # walks along, and nobody takes its result
             chunks = [Chunk(torch.zeros(1, dtype=torch.int64, device=device), self.n_tokens)]
         longest = max(run.stop for runs in placed.runs for run in runs)
+        document = self.context.document
+        self.engine.flight.begin(document.index, document.id, len(self.engine.layers))
         weights.enter(0)
         attend, decoder = partial(self.attend, branches, placed, longest), decoder_of(weights.model)
         with finite_layers(decoder) if self.engine.check_finite else nullcontext():
@@ -198,13 +200,14 @@ class Extension:
         self, branches: list[Branch], placed: Dealt, longest: int, layer: int, calls: list[Call]
     ) -> Sequence[torch.Tensor]:
         """A layer's attention: each branch to its own line, then across ranks to the stored keys."""
-        engine = self.engine
+        engine, program = self.engine, self.engine.schedule.program(self.engine.position)
+        engine.flight.enter(layer, len(program))
         engine.weights.leave(layer)
         rule = rule_of(calls[0], longest)
         execution = Execution(
-            rank=engine.position, program=engine.schedule.program(engine.position), transport=engine.transport,
-            backend=engine.backends[layer], heads=engine.layers[layer].heads, rule=rule, query_layout=placed,
-            key_layouts=self._key_layouts, device=engine.device, recorder=engine.recorder,
+            rank=engine.position, program=program, transport=engine.transport, backend=engine.backends[layer],
+            heads=engine.layers[layer].heads, rule=rule, query_layout=placed, key_layouts=self._key_layouts,
+            device=engine.device, recorder=engine.recorder, flight=engine.flight,
         )  # fmt: skip
         if branches:
             execution.partials[engine.position] = self._own(branches, layer, calls, rule)
