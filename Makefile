@@ -67,6 +67,7 @@ bench: $(STAMP)
 	$(RUN)/python benchmarks/memory.py
 	$(RUN)/python -m benchmarks.weights
 	$(RUN)/python -m benchmarks.checkpoints
+	$(RUN)/python -m benchmarks.keep
 
 docs: $(STAMP)
 	$(RUN)/python docs/make_cli.py

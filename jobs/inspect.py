@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from cpmpi.jobs.hang import hang_facts, hang_text, last_hang
 from cpmpi.run.hdf5 import STORED_FLOATS
 from cpmpi.run.reader import Document, Run, open_run
 from cpmpi.run.scores import SCORES, Row, read_scores
+from cpmpi.run.spec import PLAIN
 from cpmpi.text import counted, escaped, human_bytes, shown, table
 
-HEADINGS = ("", "id", "tokens", "nll", "perplexity", "complete")
+HEADINGS = ("", "id", "tokens", "nll", "perplexity", "bits/byte", "complete")
 NAME_WIDTH = 50
 
 
@@ -57,6 +59,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "cpmpi_version": attributes["cpmpi_version"],
         "format_version": run.version,
         "kv": _kv_facts(run),
+        "scoring": asdict(run.scoring),
         "shards": [
             _shard_facts(run, number, rank) for number, one in run.shard_sets.items() for rank in range(one.world_size)
         ],
@@ -139,6 +142,8 @@ def _document_facts(document: Document) -> dict[str, Any]:
         "n_tokens": document.n_tokens,
         "nll": _number(document.nll),
         "perplexity": _number(document.perplexity),
+        "bits_per_byte": _number(document.bits_per_byte),
+        "bits_per_character": _number(document.bits_per_character),
         "complete": document.complete,
         "failed": document.failed or None,
         "world_size": document.world_size,
@@ -209,6 +214,7 @@ def as_text(facts: dict[str, Any], limit: int) -> str:
             for s in kv["shapes"]
         ]
         lines.append(f"kv        {kv['dtype']}, {' and '.join(shapes)}: {human_bytes(kv['bytes'])}")
+    lines += _scoring_lines(facts["scoring"])
     good = [shard["bytes"] for shard in facts["shards"] if shard["problem"] is None]
     if good:
         each = " to ".join(dict.fromkeys(human_bytes(size) for size in (min(good), max(good))))
@@ -232,17 +238,34 @@ def as_text(facts: dict[str, Any], limit: int) -> str:
     return "\n".join(map(escaped, lines))
 
 
+def _scoring_lines(scoring: dict[str, Any]) -> list[str]:
+    """What is scored and kept, where it is more than the log-probabilities of all tokens."""
+    said = []
+    if scoring["keep"]:
+        said.append(f"kept: {scoring['keep']}")
+    if scoring["scored_from"]:
+        said.append(f"from token {scoring['scored_from']:,} on")
+    if scoring["prefix_token_id"] >= 0:
+        said.append(f"prefix token {scoring['prefix_token_id']} ({scoring['prefix_token']})")
+    elif scoring["prefix_token"] != PLAIN.prefix_token:
+        said.append(f"prefix token: {scoring['prefix_token']}")
+    if scoring["spans"]:
+        said.append(f"spans: {scoring['spans']}")
+    return [f"scores    {'; '.join(said)}"] if said else []
+
+
 def _table(documents: list[dict[str, Any]]) -> list[str]:
-    rows = [HEADINGS]
+    rows: list[tuple[str, ...]] = [HEADINGS]
     for document in documents:
-        nll, perplexity = (
-            "-" if value is None else f"{value:.6g}" for value in (document["nll"], document["perplexity"])
-        )
+        numbers = (document["nll"], document["perplexity"], document["bits_per_byte"])
+        nll, perplexity, bits = ("-" if value is None else f"{value:.6g}" for value in numbers)
         complete = "yes" if document["complete"] else "failed" if document["failed"] else "no"
         name = shown(document["id"], NAME_WIDTH)
-        rows.append((str(document["index"]), name, str(document["n_tokens"]), nll, perplexity, complete))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    left = (1, 5)
+        rows.append((str(document["index"]), name, str(document["n_tokens"]), nll, perplexity, bits, complete))
+    if all(document["bits_per_byte"] is None for document in documents):  # of token ids nobody knows the bytes
+        rows = [(*row[:5], *row[6:]) for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    left = (1, len(rows[0]) - 1)
     return [
         "  ".join(
             cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from cpmpi.engine.options import JobOptions, ModelOptions, spelled
+from cpmpi.errors import UserError
 from cpmpi.text import counted
 
 
@@ -35,7 +36,9 @@ def option_of(each: Field[Any], **changes: Any) -> Callable[..., Any]:
     if known.get("flag"):
         return click.option(spelled(each.name), is_flag=True, help=known["help"])
     if known.get("repeated"):
-        return click.option(known["repeated"], each.name, multiple=True, metavar="TEXT", help=known["help"])
+        return click.option(
+            known["repeated"], each.name, multiple=True, metavar=known.get("metavar", "TEXT"), help=known["help"]
+        )
     if each.type == "bool | None":
         return click.option(f"{spelled(each.name)}/--no-{spelled(each.name)[2:]}", default=None, help=known["help"])
     if known["choices"]:
@@ -50,7 +53,7 @@ def option_of(each: Field[Any], **changes: Any) -> Callable[..., Any]:
         wanted |= {"default": each.default, "show_default": True}
     if known.get("metavar"):
         wanted["metavar"] = known["metavar"]
-    return click.option(spelled(each.name), **{**wanted, "help": known["help"], **changes})
+    return click.option(spelled(each.name), each.name, **{**wanted, "help": known["help"], **changes})
 
 
 def job_option(name: str, **changes: Any) -> Callable[..., Any]:
@@ -85,10 +88,19 @@ def options_of(kind: type[ModelOptions], *left_out: str) -> Callable[..., Any]:
 
 
 def asked(kind: type[ModelOptions], options: dict[str, Any]) -> Any:
-    """The options of a kind of job from those of the command line."""
+    """The options of a kind of job from those of the command line.
+
+    Raises:
+        AgreedError: a value cannot be; all ranks were given the same.
+    """
+    from cpmpi.comm.ranks import AgreedError
+
     if "inputs" in options:
         options["inputs"] = (*options["inputs"], *options.pop("more_inputs"))
-    return kind(command=shlex.join(["cpmpi", *sys.argv[1:]]), **options)
+    try:
+        return kind(command=shlex.join(["cpmpi", *sys.argv[1:]]), **options)
+    except UserError as problem:
+        raise AgreedError(str(problem)) from None
 
 
 def run_documents(**options: Any) -> None:

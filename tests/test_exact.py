@@ -123,7 +123,7 @@ def test_every_schedule_gives_the_same_result(tmp_path):
     from cpmpi.comm.progress import Progress
     from cpmpi.comm.ranks import Ranks
     from cpmpi.comm.transport import MPITransport
-    from cpmpi.engine.run import assemble
+    from cpmpi.engine.outputs import assemble
     from cpmpi.engine.score import Engine
     from cpmpi.model.checkpoint import Checkpoint
     from cpmpi.model.probe import backends_of, probe

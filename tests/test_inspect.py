@@ -56,6 +56,7 @@ def test_json(tmp_path):
     assert facts["documents_complete"] == 1
     assert facts["documents"][1] == {
         "index": 1, "id": "d1", "source": "corpus.jsonl:1", "n_tokens": 2, "nll": None, "perplexity": None,
+        "bits_per_byte": None, "bits_per_character": None,
         "complete": False, "failed": None, "world_size": 3, "appended": [],
     }  # fmt: skip
     assert facts["kv"]["bytes"] == 59 * facts["kv"]["bytes_per_token"] == 59 * 3 * 2 * 7 * 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpmpi.model.head import token_logprobs
+from cpmpi.model.token_scores import token_logprobs
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 700])

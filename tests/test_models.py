@@ -77,7 +77,7 @@ def scores(comm, folder, stream=False, dtype="float32", make=document, keep_of=l
     from cpmpi.comm.progress import Progress
     from cpmpi.comm.ranks import Ranks
     from cpmpi.comm.transport import MPITransport
-    from cpmpi.engine.run import assemble
+    from cpmpi.engine.outputs import assemble
     from cpmpi.engine.score import Engine
     from cpmpi.kernels.select import named
     from cpmpi.model.checkpoint import Checkpoint

@@ -229,6 +229,7 @@ def test_documents_of_a_score_run(tmp_path):
         assert [document.world_size for document in run.set_aside] == [1]
 
 
+@pytest.mark.slow
 def test_a_job_adds_a_document_on_another_number_of_ranks(tmp_path):
     save_llama(tmp_path / "model", 2)
     save_documents(tmp_path / "documents", (200, 90))

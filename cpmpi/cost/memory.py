@@ -88,6 +88,7 @@ def parts_of(shape: AttentionShape, sizes: TokenSizes, *, tokens: int, resident:
         "chunks' keys, values and outputs": tokens * (shape.key_bytes + shape.partial_bytes),
         KV_WRITER: kept * (shape.key_bytes + stored) if stored else 0,
         CHECKPOINT: tokens * sizes.checkpoint_bytes,
+        "kept scores": tokens * sizes.kept_bytes,
         "one chunk": chunk * (3 * sizes.inner + 4 * sizes.hidden) * size,
         "logits": min(tokens, HEAD_TOKENS) * sizes.vocabulary * (size + 2 * PARTIAL_ITEMSIZE),
     }

@@ -58,6 +58,7 @@ class TokenSizes:
         chunk_tokens: tokens that go through the model at a time.
         stored_itemsize: bytes of a number of the keys and values that are written; 0 where they are not.
         checkpoint_bytes: of a token's hidden state that is written as a checkpoint; 0 without checkpoints.
+        kept_bytes: of a token's scores besides its log-probability.
     """
 
     hidden: int
@@ -66,3 +67,4 @@ class TokenSizes:
     chunk_tokens: int
     stored_itemsize: int
     checkpoint_bytes: int
+    kept_bytes: int = 0

@@ -14,8 +14,10 @@ import numpy.typing as npt
 from cpmpi.documents.content import is_stream
 from cpmpi.documents.formats import read_file
 from cpmpi.documents.input_files import InputFile, find_input_files
+from cpmpi.documents.places import TextPlaces
 from cpmpi.documents.records import Columns, Found, check_name, check_token_ids
-from cpmpi.documents.tokenization import load_tokenizer, tokenize
+from cpmpi.documents.spans import SpanRule
+from cpmpi.documents.tokenization import load_tokenizer, tokenize_in_place
 from cpmpi.errors import UserError
 from cpmpi.text import counted, shown
 
@@ -33,6 +35,8 @@ class InputDocument:
     """The file it came from, with ``:`` and the line number for one of a .jsonl file, or item or row."""
     token_ids: npt.NDArray[np.int32]
     """(T,), at least one, read-only."""
+    places: TextPlaces | None = None
+    """Where they stand in the text; None where token ids were given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,11 @@ class ReadOptions:
     special_tokens: bool | None = None
     """Whether the tokenizer adds its special tokens; None leaves that to the tokenizer."""
     max_positions: int | None = None
-    """Tokens that a document may have; None: any number."""
+    """Tokens that a document may have, with that before it; None: any number."""
+    prefix: int = 0
+    """Tokens that come before a document."""
+    spans: SpanRule | None = None
+    """What parts of the texts are wanted."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -124,8 +132,9 @@ def read_documents(
     done = 0
     for one in found:
         try:
-            token_ids = _token_ids(one, tokenizer, options, checkpoint, vocab_size)
-            reading.documents.append(InputDocument(id=one.id, source=one.source, token_ids=token_ids))
+            token_ids, places = _token_ids(one, tokenizer, options, checkpoint, vocab_size)
+            document = InputDocument(id=one.id, source=one.source, token_ids=token_ids, places=places)
+            reading.documents.append(document)
         except UserError as problem:
             reading.problems.append(str(problem))
         if isinstance(one.content, str):
@@ -133,25 +142,42 @@ def read_documents(
             if progress:
                 progress(done, characters)
     _refuse(reading.problems, options, len(reading.documents))
+    if options.spans is not None:
+        options.spans.check_documents([one.id for one in found])
     return reading
 
 
 def _token_ids(
     one: Found, tokenizer: Any, options: ReadOptions, checkpoint: Path, vocab_size: int
-) -> npt.NDArray[np.int32]:
+) -> tuple[npt.NDArray[np.int32], TextPlaces | None]:
+    places = None
     if isinstance(one.content, str):
-        token_ids = tokenize(tokenizer, one.content, options.special_tokens)
+        spans = options.spans.of(one.id, one.content) if options.spans is not None else None
+        token_ids, places = tokenize_in_place(tokenizer, one.content, options.special_tokens, spans)
         check_token_ids(token_ids, vocab_size, f"{shown(one.source)}: document '{shown(one.id)}'")
     else:
         token_ids = one.content
     limit, where = options.max_positions, f"{shown(one.source)}: document '{shown(one.id)}'"
-    if limit is not None and len(token_ids) > limit:
+    if options.spans is not None and (options.spans.cuts or one.id in options.spans.named):
+        _check_spans(places, tokenizer, f"--spans {shown(options.spans.name)}: {where}")
+    if limit is not None and len(token_ids) + options.prefix > limit:
+        before = " and one before them" * options.prefix
         raise UserError(
-            f"{where} has {len(token_ids)} tokens, but {shown(checkpoint)} was made for {limit} positions "
+            f"{where} has {len(token_ids)} tokens{before}, but {shown(checkpoint)} was made for {limit} positions "
             "(max_position_embeddings); --allow-longer runs it all the same"
         )
     token_ids.setflags(write=False)
-    return token_ids
+    return token_ids, places
+
+
+def _check_spans(places: TextPlaces | None, tokenizer: Any, where: str) -> None:
+    """Refuse spans of what has no text, or none in which tokens have their place."""
+    if places is None:
+        raise UserError(f"{where} is given as token ids: there is no text to have spans of")
+    if places.characters is None:
+        raise UserError(
+            f"{where}: its tokenizer ({type(tokenizer).__name__}) does not say where tokens stand in a text"
+        )
 
 
 def _find(inputs: Sequence[str | Path], options: ReadOptions, vocab_size: int) -> tuple[list[Found], Reading]:

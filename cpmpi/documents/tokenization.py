@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cpmpi.documents.places import TextPlaces, places_of
+from cpmpi.documents.spans import Spans
 from cpmpi.errors import UserError
 
 TOKENIZER_FILES = (
@@ -59,7 +61,20 @@ def tokenize(tokenizer: Any, text: str, special_tokens: bool | None = None) -> n
         special_tokens: whether the tokenizer adds its special tokens, such as one for the beginning of the text; None
             leaves that to the tokenizer.
     """
-    options = {} if special_tokens is None else {"add_special_tokens": special_tokens}
+    return _encode(tokenizer, text, special_tokens)[0]
+
+
+def tokenize_in_place(
+    tokenizer: Any, text: str, special_tokens: bool | None = None, spans: Spans | None = None
+) -> tuple[npt.NDArray[np.int32], TextPlaces]:
+    """As ``tokenize``, and where tokens, and some spans, stand in the text, as far as the tokenizer says."""
+    token_ids, offsets = _encode(tokenizer, text, special_tokens, return_offsets_mapping=bool(tokenizer.is_fast))
+    return token_ids, places_of(text, offsets, spans)
+
+
+def _encode(tokenizer: Any, text: str, special_tokens: bool | None, **more: Any) -> tuple[npt.NDArray[np.int32], Any]:
+    """The token ids, and start and stop character of each, where these are asked for."""
+    options = more if special_tokens is None else {"add_special_tokens": special_tokens, **more}
     # verbose: no warning that the text is longer than the model's usual window.
     encoded = tokenizer(text, truncation=False, padding=False, verbose=False, **options)
-    return np.array(encoded["input_ids"], dtype=np.int32)
+    return np.array(encoded["input_ids"], dtype=np.int32), encoded.get("offset_mapping")

@@ -136,14 +136,16 @@ def _texts(run: Run, lines: Sequence[Continuation]) -> list[Text]:
     """The texts of the lines.
 
     Raises:
-        UserError: a line has several answers, or follows only a part of its document.
+        UserError: a line has several answers, or follows only a part of its document, or of a document scores or spans
+            are kept.
     """
     texts = []
     for line in lines:
         if line.chosen or line.upto is not None:
             raise UserError(f'{line.source}: what is appended has neither "choices" nor "upto"')
-        document = find_document(run, line.document, line.source).index
-        texts.append(Text(document=document, id=line.id, token_ids=line.answers[0], source=line.source))
+        document = find_document(run, line.document, line.source)
+        growth.check_can_grow(document, line.source)
+        texts.append(Text(document=document.index, id=line.id, token_ids=line.answers[0], source=line.source))
     return texts
 
 

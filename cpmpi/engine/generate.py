@@ -34,7 +34,7 @@ from cpmpi.engine.watch import alive
 from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.sampling import Sampling
-from cpmpi.run.growth import Text
+from cpmpi.run.growth import Text, check_can_grow
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.reader import Document, Run
 from cpmpi.text import counted
@@ -118,6 +118,8 @@ def _generate(
 ) -> Answered:
     """Answer the prompts from a document of an open run. Collective."""
     document = ranks.together(find_document, run, ranks.together(_document_id, options, run), "--document")
+    if options.save:
+        ranks.together(check_can_grow, document, "--save")
     tokenizer = ranks.together(load_tokenizer, checkpoint.folder)
     prompts = ranks.together(_prompt_ids, options, tokenizer)
     context = context_of(document, None, "--document")

@@ -17,8 +17,10 @@ from cpmpi.choices import (
     SCHEDULES,
     STORED_DTYPES,
     TRANSPORTS,
+    check_prefix_token,
     check_segments,
     one_of,
+    split_keep,
 )  # fmt: skip
 from cpmpi.errors import UserError
 from cpmpi.text import parse_bytes
@@ -109,6 +111,19 @@ class JobOptions(ModelOptions):
     special_tokens: bool | None = option(
         None, "Whether the tokenizer adds its special tokens.  [default: as the tokenizer does]"
     )
+    keep: tuple[str, ...] = option(
+        (), "Keep also rank, entropy, greedy, moments, topk=K or ids=FILE (docs/scores.md); once or several times.",
+        repeated="--keep", metavar="WHAT",
+    )  # fmt: skip
+    prefix_token: str | None = option(
+        None, "Token before each document, so that its first one is scored too.  [default: as the tokenizer does]",
+        metavar="bos|none|ID",
+    )  # fmt: skip
+    spans: str | None = option(
+        None, "Sum scores over lines, sentences or paragraphs of the text, or over those of a file (spans.csv).",
+        metavar="lines|sentences|paragraphs|FILE.jsonl",
+    )  # fmt: skip
+    from_position: int = option(0, "Score only tokens from this position on.", least=0)
     fail_fast: bool = option(False, "End the job with the first document that fails, instead of going on.", flag=True)
     checkpoint: str = option(
         AUTO, "Minutes between checkpoints inside a document (0: as often as can be), off, or auto: by their cost.",
@@ -228,8 +243,8 @@ def hang_seconds(choice: str) -> float | None:
 
 
 def spelled(name: str) -> str:
-    """An option's name on the command line."""
-    return f"--{name.replace('_', '-')}"
+    """An option's name on the command line: ``from`` itself is no name in Python."""
+    return "--from" if name == "from_position" else f"--{name.replace('_', '-')}"
 
 
 def _as_declared(each: Field[Any], value: Any) -> Any:
@@ -242,7 +257,7 @@ def _as_declared(each: Field[Any], value: Any) -> Any:
         return Path(value)
     if each.name == "memory_limit":
         return parse_bytes(value, spelled(each.name)) if isinstance(value, str) else value
-    if each.name in ("checkpoint", "hang_timeout"):
+    if each.name in ("checkpoint", "hang_timeout", "prefix_token", "spans"):
         return str(value)
     if each.type.startswith("tuple"):
         return (str(value),) if isinstance(value, str | Path) else tuple(map(str, value))
@@ -259,6 +274,10 @@ def _check(each: Field[Any], value: Any) -> None:
         check_segments(value)
     if each.name == "checkpoint":
         minutes_between(value)
+    if each.name == "keep":
+        split_keep(value)
+    if each.name == "prefix_token" and value is not None:
+        check_prefix_token(value)
     if each.name == "hang_timeout":
         hang_seconds(value)
     if each.name == "inputs" and "" in value:

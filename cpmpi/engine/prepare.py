@@ -22,6 +22,7 @@ from cpmpi.cost.memory import choose_residence, document_memory
 from cpmpi.cost.workload import TokenSizes, Workload
 from cpmpi.documents.read import InputDocument, ReadOptions, read_documents
 from cpmpi.engine.circumstances import recorded_products, recorded_schedule
+from cpmpi.engine.keeping import Keeping, check_documents, read_keeping, special_tokens
 from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.engine.placement import check_grid, number_ranks
 from cpmpi.engine.report import introduce
@@ -35,6 +36,7 @@ from cpmpi.model.size import inner_width
 from cpmpi.model.tensor_parallel import WHOLE, Sharing, share
 from cpmpi.model.weights import weight_bytes
 from cpmpi.run import folder, spec
+from cpmpi.run.text_places import text_facts
 from cpmpi.timeline.files import check_files
 
 
@@ -77,13 +79,16 @@ def read(options: JobOptions, ranks: Ranks) -> Inputs:
     ranks.on_root(folder.check_folder, options.output, overwrite=options.overwrite)
     ranks.on_root(check_files, plot=options.plot, trace=options.trace, run_folder=options.output)
     checkpoint = ranks.together(Checkpoint, options.model)
+    keeping: Keeping = ranks.on_root(read_keeping, options, checkpoint)
     documents: list[InputDocument] = []
-    ranks.on_root(lambda: documents.extend(_read_documents(options, checkpoint, progress_of(options, ranks))))
-    longest: int = ranks.on_root(lambda: max(len(d.token_ids) for d in documents))
-    return Inputs(checkpoint=checkpoint, documents=tuple(documents), longest=longest)
+    ranks.on_root(lambda: documents.extend(_read_documents(options, checkpoint, keeping, progress_of(options, ranks))))
+    longest: int = ranks.on_root(lambda: max(len(d.token_ids) for d in documents)) + keeping.scoring.prefix
+    return Inputs(checkpoint=checkpoint, documents=tuple(documents), longest=longest, keeping=keeping)
 
 
-def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progress) -> list[InputDocument]:
+def _read_documents(
+    options: JobOptions, checkpoint: Checkpoint, keeping: Keeping, progress: Progress
+) -> list[InputDocument]:  # fmt: skip
     def tokenized(done: int, characters: int) -> None:
         progress.count("tokenized {done} of {of} characters", done, characters)
 
@@ -91,12 +96,13 @@ def _read_documents(options: JobOptions, checkpoint: Checkpoint, progress: Progr
         options.inputs, checkpoint=checkpoint.folder, vocab_size=checkpoint.vocab_size, progress=tokenized,
         options=ReadOptions(
             column=options.column, id_column=options.id_column, select=options.select, limit=options.limit,
-            skip_bad=options.skip_bad, special_tokens=options.special_tokens,
-            max_positions=None if options.allow_longer else checkpoint.max_positions,
+            skip_bad=options.skip_bad, special_tokens=special_tokens(options), prefix=keeping.scoring.prefix,
+            spans=keeping.spans, max_positions=None if options.allow_longer else checkpoint.max_positions,
         ),
     )  # fmt: skip
-    for note in reading.notes:
-        progress.say(note)
+    for note in (*reading.notes, check_documents(keeping, reading.documents)):
+        if note:
+            progress.say(note)
     for problem in reading.problems:  # said also where no progress is wanted: nothing is left out in silence
         Progress(enabled=True).say(f"left out: {problem}")
     return reading.documents
@@ -148,7 +154,7 @@ def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place, run_
     sizes = TokenSizes(
         hidden=run_spec.hidden_size, inner=inner_width(place.skeleton), vocabulary=inputs.checkpoint.vocab_size,
         chunk_tokens=options.chunk_tokens, stored_itemsize=run_spec.kv.stored.itemsize if run_spec.kv else 0,
-        checkpoint_bytes=_hidden_bytes(options, place),
+        checkpoint_bytes=_hidden_bytes(options, place), kept_bytes=inputs.keeping.token_bytes,
     )  # fmt: skip
     memory = ranks.together(
         choose_residence, document_memory(work, schedule, sizes), weight_bytes(place.reader), choice=options.weights,
@@ -181,8 +187,9 @@ def make_spec(options: JobOptions, inputs: Inputs, model: Model, place: Place, f
         world_size=world,
         topology=place.topology.to_json(),
         hidden_size=checkpoint.text_config_value("hidden_size"),
-        documents=tuple(_document_spec(d, world, options.segments, place.grid) for d in inputs.documents),
+        documents=tuple(_document_spec(d, world, options.segments, place.grid, inputs) for d in inputs.documents),
         command=options.command,
+        scoring=inputs.keeping.scoring,
     )
 
 
@@ -191,13 +198,17 @@ def _kv_spec(options: JobOptions, heads: list[Heads]) -> spec.KVSpec:
     return spec.KVSpec(shapes=shapes, dtype=options.kv_dtype)
 
 
-def _document_spec(document: InputDocument, world: int, segments: int, grid: Grid) -> spec.DocumentSpec:
-    n_tokens = len(document.token_ids)
+def _document_spec(
+    document: InputDocument, world: int, segments: int, grid: Grid, inputs: Inputs
+) -> spec.DocumentSpec:  # fmt: skip
+    n_tokens, keeping = len(document.token_ids), inputs.keeping
     return spec.DocumentSpec(
         id=document.id,
         source=document.source,
         n_tokens=n_tokens,
-        layout=Layout(n_tokens=n_tokens, world=world // grid.head_groups, segments=segments),
+        layout=Layout(n_tokens=n_tokens + keeping.scoring.prefix, world=world // grid.head_groups, segments=segments),
         grid=grid,
         token_ids_sha256=spec.token_digest(document.token_ids),
+        text=text_facts(document.places, keeping.scoring.first),
+        extras=keeping.extras(document),
     )

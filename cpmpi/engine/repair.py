@@ -30,8 +30,9 @@ from cpmpi.documents.read import InputDocument
 from cpmpi.engine.circumstances import recorded_options
 from cpmpi.engine.contexts import check_made_by
 from cpmpi.engine.options import JobOptions
+from cpmpi.engine.outputs import assemble
 from cpmpi.engine.prepare import decide, find_place, inspect, make_spec
-from cpmpi.engine.run import assemble, load_engine
+from cpmpi.engine.run import load_engine
 from cpmpi.engine.score import Engine, Scores
 from cpmpi.engine.state import Inputs, Job
 from cpmpi.engine.watch import alive
@@ -39,6 +40,7 @@ from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.fingerprint import fingerprint
 from cpmpi.run import mend
+from cpmpi.run.extras import checksum_of, recorded_checksums
 from cpmpi.run.folder import only_writer
 from cpmpi.run.hdf5 import RawArray, pwrite_all
 from cpmpi.run.index import write_datasets, write_results
@@ -139,7 +141,15 @@ def _work(run: Run, found: Verification, progress: Progress) -> Iterator[Work]:
         if len(document.places) > 1:
             progress.say(f"{document.id}: was appended to, and is not repaired: make it anew")
             continue
+        if outputs and (run.scoring.prefix or not _extras_are_sound(document)):
+            progress.say(f"{document.id}: its kept scores or places, or scores after a prefix token, are not repaired")
+            continue
         yield Work(name=name, layers=layers, outputs=outputs)
+
+
+def _extras_are_sound(document: Document) -> bool:
+    """Whether the datasets besides the outputs have their checksums, and so need not be computed again."""
+    return all(checksum_of(document.group[name]) == sum for name, sum in recorded_checksums(document.group).items())
 
 
 def _compute(folder: Path, model: Path | None, work: list[Work], ranks: Ranks, progress: Progress) -> None:
@@ -255,9 +265,10 @@ def _finish(run: Run, document: Document, work: Work, everyone: list[Outputs] | 
         arrays[DIGESTS] = digests
     if everyone is not None:
         logprobs, last_hidden = assemble(everyone, document.n_tokens)
+        logprobs[: document.first_scored] = np.nan
         arrays |= {"logprobs": logprobs, "last_hidden": last_hidden.astype("<f4")}
     if everyone is not None or not same:
-        nll = sum_nll(arrays["logprobs"])
+        nll = sum_nll(arrays["logprobs"], scored=document.scored)
         write_datasets(index, name, arrays)
         new = Results(arrays=arrays, nll=nll, perplexity=perplexity(nll, len(predicted(arrays["logprobs"]))))
         write_results(index, name, new, complete=True)

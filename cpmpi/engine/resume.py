@@ -110,7 +110,7 @@ class Seeker:
         if isinstance(found, UserError):
             return str(found), None
         try:
-            self._check(found, self.spec.documents[index].n_tokens)
+            self._check(found, self.spec.documents[index].layout.n_tokens)
             if self.redeal is not None:
                 self.redeal.check(found, index)
             hidden = SavedHidden(self.folder, found)

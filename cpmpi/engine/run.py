@@ -7,10 +7,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from cpmpi.comm import watchdog
 from cpmpi.comm.log import rank_log
@@ -20,6 +16,7 @@ from cpmpi.engine.checkpoint import Checkpoints, InWork
 from cpmpi.engine.circumstances import publish_circumstances
 from cpmpi.engine.keep import Keeper
 from cpmpi.engine.options import JobOptions, hang_seconds
+from cpmpi.engine.outputs import assemble, write_kept
 from cpmpi.engine.pace import ASSUMED_BYTES_PER_S, Pace
 from cpmpi.engine.placement import split
 from cpmpi.engine.prepare import prepare
@@ -198,7 +195,7 @@ def load_engine(
             backends=decision.backends, flight=place.ranks.flight,
             device=job.model.device, progress=job.progress, grid=place.grid, summing=summing,
             checkpoints=checkpoints, recorder=recorder, chunk_tokens=options.chunk_tokens,
-            check_finite=options.check_finite,
+            check_finite=options.check_finite, wanted=job.inputs.keeping.wanted, first=job.inputs.keeping.first,
         )  # fmt: skip
 
 
@@ -218,12 +215,17 @@ def score_document(job: Job, engine: Engine, files: Files, seeker: Seeker, i: in
         if engine.checkpoints is not None:
             spent_s = resume.spent_s if resume is not None else 0.0
             engine.checkpoints.document = InWork(
-                index=i, identity=identity, name=document.id, n_tokens=document.n_tokens,
+                index=i, identity=identity, name=document.id, n_tokens=document.layout.n_tokens,
                 began_s=time.monotonic() - spent_s,
             )  # fmt: skip
-        scores = engine.score(token_ids, document.layout, document.id, keeper.keep if keeper else None, resume)
+        scores = engine.score(
+            job.inputs.keeping.preceded(token_ids), document.layout, document.id, keeper.keep if keeper else None,
+            resume,
+        )  # fmt: skip
+        scores.positions = scores.positions - job.inputs.keeping.scoring.prefix
     digest = ranks.together(keeper.finish) if keeper is not None else 0
     everyone = ranks.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
+    write_kept(ranks, index, i, document.extras, scores, [positions for positions, *_ in everyone or ()])
 
     def store() -> str | None:
         assert everyone is not None
@@ -232,7 +234,10 @@ def score_document(job: Job, engine: Engine, files: Files, seeker: Seeker, i: in
         logprobs, last_hidden = assemble(everyone, document.n_tokens)
         digests = [digest for *_, digest in everyone] if writer is not None else ()
         try:
-            index.write_outputs(i, token_ids=token_ids, logprobs=logprobs, last_hidden=last_hidden, digests=digests)
+            index.write_outputs(
+                i, token_ids=token_ids, logprobs=logprobs, last_hidden=last_hidden, digests=digests,
+                extras=job.inputs.keeping.known(job.inputs.documents[i], logprobs),
+            )  # fmt: skip
         except NotFiniteError as problem:
             if job.options.fail_fast:
                 raise
@@ -253,15 +258,6 @@ def make_seeker(job: Job, files: Files, stop: Stop) -> Seeker:
     if files.writer is not None:
         redeal = Redeal(folder=run, spec=spec, ranks=ranks, writer=files.writer, stop=stop, progress=progress)
     return Seeker(folder=run, spec=spec, ranks=ranks, blocks=job.place.blocks, progress=progress, redeal=redeal)
-
-
-def assemble(everyone: list[Any], n_tokens: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """A document's log-probabilities (T,), the first of them NaN, and last hidden state from what all ranks found."""
-    logprobs = np.full(n_tokens, np.nan, np.float32)
-    for positions, values, *_ in everyone:
-        logprobs[positions] = values
-    (last_hidden,) = (hidden.numpy() for _, _, hidden, _ in everyone if hidden is not None)
-    return logprobs, last_hidden
 
 
 @contextmanager

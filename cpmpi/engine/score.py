@@ -31,6 +31,7 @@ from cpmpi.model.finite import finite, finite_layers
 from cpmpi.model.forward import chunked, cut, layer_major
 from cpmpi.model.head import Head, decoder_of
 from cpmpi.model.probe import Layer
+from cpmpi.model.token_scores import NOTHING, Wanted
 from cpmpi.model.weights import Weights
 from cpmpi.timeline.intervals import Recorder
 
@@ -42,12 +43,14 @@ class Scores:
     """What one rank found for its tokens.
 
     ``positions`` and ``logprobs`` (float32) belong together: the log-probability of the token at each position. The
-    rank that holds the document's last token has its ``last_hidden`` (hidden,) float32.
+    rank that holds the document's last token has its ``last_hidden`` (hidden,) float32. ``kept`` has, by name, the
+    other scores that are wanted (`cpmpi.model.token_scores.Wanted`), a row for each position.
     """
 
     positions: torch.Tensor
     logprobs: torch.Tensor
     last_hidden: torch.Tensor | None
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -94,6 +97,8 @@ class Engine:
         flight: records where this rank is, and what it waits for.
         chunk_tokens: tokens that go through the model at a time.
         check_finite: whether layers are searched for NaN and infinities.
+        wanted: scores besides log-probabilities.
+        first: position of the first token that is scored, at least 1.
     """
 
     rank: int
@@ -111,6 +116,8 @@ class Engine:
     flight: Flight = field(default_factory=Flight)
     chunk_tokens: int = 1024
     check_finite: bool = False
+    wanted: Wanted = NOTHING
+    first: int = 1
 
     @property
     def position(self) -> int:
@@ -143,12 +150,12 @@ class Engine:
             states = layer_major(decoder, chunks, layout.n_tokens, partial(self.attend, way), first)
         self.weights.close()
         decoded = time.perf_counter()
-        positions, logprobs, last_hidden = self._head(way, states)
+        scores = self._head(way, states)
         self._note_layers(len(self.layers), way.gone_on, time.perf_counter())
-        return Scores(
-            positions=positions, logprobs=logprobs, last_hidden=last_hidden,
-            seconds={"attention": way.attending, "decoder": decoded - started, "head": time.perf_counter() - decoded},
-        )  # fmt: skip
+        scores.seconds.update(
+            {"attention": way.attending, "decoder": decoded - started, "head": time.perf_counter() - decoded}
+        )
+        return scores
 
     def attend(self, way: Pass, layer: int, calls: list[Call]) -> Sequence[torch.Tensor]:
         """A layer's attention, where all chunks have met: gather this rank's keys, keep them, attend across ranks.
@@ -235,28 +242,32 @@ class Engine:
             self.recorder.layer = layer
             self.recorder.note("layers", 0, start_s, stop_s)
 
-    def _head(
-        self, way: Pass, states: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _head(self, way: Pass, states: Sequence[torch.Tensor]) -> Scores:
         """The hidden state at position i predicts token i + 1; the last token's predicts nothing yet and is kept.
 
         Ranks that share the weights have the same hidden states, and take an equal share of each chunk.
         """
         n_tokens, tp, index = way.layout.n_tokens, self.grid.tp, self.grid.tp_index(self.rank)
         head = Head(self.weights.model)
-        positions, logprobs, last_hidden = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)], None
+        positions, last_hidden = [torch.empty(0, dtype=torch.int64)], None
+        found: dict[str, list[torch.Tensor]] = {"logprobs": [torch.empty(0)]}
         for part, hidden_TC in zip(way.parts, states, strict=False):
             if self.check_finite:
                 finite(hidden_TC, f"output of the final norm, tokens {part.start} to {part.stop - 1}")
-            predicting = min(part.stop, n_tokens - 1) - part.start
-            first, stop = (predicting * i // tp for i in (index, index + 1))
-            targets = torch.arange(part.start + first + 1, part.start + stop + 1)
-            positions.append(targets)
-            targets_T = way.ids_T[part.start + first + 1 : part.start + stop + 1]
-            logprobs.append(head.logprobs(hidden_TC[first:stop], targets_T))
+            begin = max(part.start, self.first - 1)
+            predicting = max(0, min(part.stop, n_tokens - 1) - begin)
+            first, stop = (begin + predicting * i // tp for i in (index, index + 1))
+            positions.append(torch.arange(first + 1, stop + 1))
+            rows_TC = hidden_TC[first - part.start : stop - part.start]
+            for scores in head.scores(rows_TC, way.ids_T[first + 1 : stop + 1], self.wanted):
+                for name, values in scores.items():
+                    found.setdefault(name, []).append(values)
             if part.stop == n_tokens and index == 0:
                 last_hidden = hidden_TC[-1].float().cpu()
-        return torch.cat(positions), torch.cat(logprobs), last_hidden
+        kept = {name: torch.cat(values) for name, values in found.items()}
+        return Scores(
+            positions=torch.cat(positions), logprobs=kept.pop("logprobs"), last_hidden=last_hidden, kept=kept
+        )  # fmt: skip
 
 
 def rows_of(pieces: Sequence[Piece], parts: Sequence[Piece]) -> list[tuple[int, slice]]:

@@ -13,6 +13,7 @@ from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
 from cpmpi.cost.memory import Memory
 from cpmpi.documents.read import InputDocument
+from cpmpi.engine.keeping import LOGPROBS, Keeping
 from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.kernels.backend import Backend
 from cpmpi.model.blocks import Blocks
@@ -31,12 +32,14 @@ class Inputs:
 
     Attributes:
         documents: on rank 0 only: they may be large.
-        longest: tokens of the longest one.
+        longest: tokens of the longest one, with the one before it.
+        keeping: what is scored and kept of each.
     """
 
     checkpoint: Checkpoint
     documents: tuple[InputDocument, ...]
     longest: int
+    keeping: Keeping = LOGPROBS
 
 
 @dataclass(frozen=True, kw_only=True)

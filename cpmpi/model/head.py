@@ -1,4 +1,4 @@
-"""A checkpoint's own head: from hidden states to the log-probabilities of given tokens, a chunk at a time.
+"""A checkpoint's own head: from hidden states to the scores of given tokens, a chunk at a time.
 
 Legend: T tokens, V vocabulary.
 """
@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from cpmpi.kernels.softmax import LOG2_E
-
-CACHED_BYTES = 1 << 20  # of logits that are worked on at a time on a CPU, so that they stay in the cache of a core
+from cpmpi.model.token_scores import NOTHING, Wanted, token_logprobs, token_scores
 
 
 def decoder_of(causal_lm: torch.nn.Module) -> torch.nn.Module:
@@ -40,10 +38,12 @@ class Head:
         self.model = model
         self.chunk_tokens = chunk_tokens
 
-    def logprobs(self, hidden_TC: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-        """Log-probability of each target token, (T,) float32 on the CPU."""
-        parts = [token_logprobs(logits_TV, target_T) for target_T, logits_TV in self._logits(hidden_TC, targets_T)]
-        return torch.cat(parts).cpu() if parts else torch.empty(0)
+    def scores(
+        self, hidden_TC: torch.Tensor, targets_T: torch.Tensor, wanted: Wanted = NOTHING
+    ) -> Iterator[dict[str, torch.Tensor]]:  # fmt: skip
+        """What `cpmpi.model.token_scores.token_scores` says of each target token, some at a time, on the CPU."""
+        for target_T, logits_TV in self._logits(hidden_TC, targets_T):
+            yield {name: value.cpu() for name, value in token_scores(logits_TV, target_T, wanted).items()}
 
     def judge(self, hidden_TC: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability (T,) of each target token, and whether it is the most probable one (T,) bool; on the CPU."""
@@ -104,24 +104,3 @@ class _Output(tuple[torch.Tensor]):
 
     def __getattr__(self, name: str) -> None:
         return None
-
-
-def token_logprobs(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    """``log softmax(logits)[target]`` for each row, (T,) float32. Overwrites ``logits_TV``.
-
-    Plain formula: ``logit[target] - log(sum(exp(logits)))``; the largest logit is taken out of the sum so that no
-    exponential overflows. The whole softmax is never made: it would be as large as the logits.
-    """
-    logits_TV = logits_TV.float()
-    chosen_T = logits_TV.gather(1, targets_T[:, None])[:, 0]
-    if logits_TV.device.type != "cpu":
-        return chosen_T - logits_TV.logsumexp(1)
-    rows = max(1, CACHED_BYTES // (4 * logits_TV.shape[1]))
-    lse = [_logsumexp_(block) for block in torch.split(logits_TV, rows)]
-    return chosen_T - torch.cat(lse)
-
-
-def _logsumexp_(block_TV: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exp of each row, overwriting the block; in powers of 2, which are faster than those of e."""
-    largest_T1 = block_TV.amax(1, keepdim=True)
-    return block_TV.sub_(largest_T1).mul_(LOG2_E).exp2_().sum(1).log_().add_(largest_T1[:, 0])

@@ -22,8 +22,10 @@ from cpmpi.run.spec import DocumentSpec, RunSpec
 
 
 def identity_of(run: RunSpec, document: DocumentSpec) -> str:
-    """What decides a document's hidden states: model, type to compute in, tokens; as 64 hexadecimal digits."""
-    text = "\n".join((run.model_sha256, run.dtype, document.token_ids_sha256))
+    """What decides a document's hidden states: model, type to compute in, tokens and the one before them; as 64
+    hexadecimal digits."""
+    before = [str(run.scoring.prefix_token_id)] * run.scoring.prefix
+    text = "\n".join((run.model_sha256, run.dtype, document.token_ids_sha256, *before))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

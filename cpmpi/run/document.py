@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,12 +19,14 @@ from h5py import h5a
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout, Piece
 from cpmpi.errors import UserError
+from cpmpi.run.document_scores import DocumentScores
+from cpmpi.run.extras import extras_in
 from cpmpi.run.hdf5 import STORED_FLOATS, RawArray, tensor_of
 from cpmpi.run.layer_reader import Rows, Source, read_layer
 from cpmpi.run.publish import saying
-from cpmpi.run.results import DIGESTS, GREEDY, Results, outputs_digest, read_outputs, result_digest
+from cpmpi.run.results import DIGESTS, Results, outputs_digest, read_outputs, result_digest
 from cpmpi.run.sharded_kv import ShardedKV
-from cpmpi.run.spec import APPENDED, CONTINUES, DocumentSpec, KVGroup, KVShape, Origin, Part
+from cpmpi.run.spec import APPENDED, CONTINUES, TEXT, DocumentSpec, KVGroup, KVShape, Origin, Part
 
 if TYPE_CHECKING:
     from cpmpi.run.reader import Run
@@ -39,10 +42,11 @@ class Placed(NamedTuple):
     first_digest: int
 
 
-class Document:
+class Document(DocumentScores):
     """One document of a run; ``run.documents`` makes them."""
 
     def __init__(self, run: Run, index: int, name: str) -> None:
+        super().__init__()
         self.run, self.index = run, index
         self._path: Path = run.paths.index
         with saying(self._path, f"{name} cannot be read"):
@@ -95,13 +99,13 @@ class Document:
 
     @property
     def nll(self) -> float:
-        """The negative log-likelihood of tokens 1 .. T-1, in nats; NaN until the document is complete."""
+        """The negative log-likelihood of the tokens from ``first_scored`` on, in nats; NaN until it is complete."""
         self.check_result()
         return float(self.group.attrs["nll"])
 
     @property
     def perplexity(self) -> float:
-        """exp(nll / (T - 1)); NaN until the document is complete."""
+        """exp(nll / tokens scored); NaN until the document is complete."""
         self.check_result()
         return float(self.group.attrs["perplexity"])
 
@@ -122,13 +126,8 @@ class Document:
         return {name: self._attributes[name] for name in CONTINUES if name in self._attributes}
 
     @property
-    def greedy(self) -> npt.NDArray[np.bool_] | None:
-        """(T,) whether each token is the most probable one; kept of continuations alone."""
-        return self._output(GREEDY).astype(np.bool_) if GREEDY in self.group else None
-
-    @property
     def logprobs(self) -> npt.NDArray[np.float32]:
-        """(T,) log p(token i | tokens before i), in nats; the first is NaN, but in a continuation."""
+        """(T,) log p(token i | tokens before i), in nats; NaN before ``first_scored``."""
         return self._output("logprobs").astype(np.float32, copy=False)
 
     @property
@@ -142,10 +141,12 @@ class Document:
         appended = self.appended
         first = self._part({**self._attributes, "n_tokens": self.n_tokens - sum(p.layout.n_tokens for p in appended)})
         return DocumentSpec(
-            id=self.id, source=self.source, n_tokens=self.n_tokens, layout=first.layout, grid=first.grid,
+            id=self.id, source=self.source, n_tokens=self.n_tokens,
+            layout=replace(first.layout, n_tokens=first.layout.n_tokens + self.run.scoring.prefix), grid=first.grid,
             first_rank=first.first_rank, token_ids_sha256=str(self._attributes["token_ids_sha256"]),
             origin=first.origin, appended=appended, first_sha256=str(self._attributes.get("first_sha256", "")),
-            scored=self.scored, continues=tuple(self.continues.items()),
+            scored=self.scored, continues=tuple(self.continues.items()), extras=extras_in(self.group),
+            text=tuple((name, int(self._attributes[name])) for name in TEXT if name in self._attributes),
         )  # fmt: skip
 
     @cached_property
@@ -319,13 +320,16 @@ class Document:
         return outputs_digest(outputs) == int(self.group.attrs["outputs_xxh3"])
 
     def _output(self, name: str) -> RawArray:
+        self._check_outputs()
+        return np.asarray(self.group[name])
+
+    def _check_outputs(self) -> None:
         self._check_complete()
         self.check_result()
         if not self.outputs_are_sound:
             raise UserError(
                 f"{self._path}: document {self.id!r}: its outputs do not have the checksum that was recorded"
             )
-        return np.asarray(self.group[name])
 
     def _check_complete(self) -> None:
         if self.complete:

@@ -62,7 +62,8 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False, keep_fi
         else:
             spec, kept = _keep_finished(run, spec)
             index = create_index(folder, spec, {name: document.group for name, document in kept.items()})
-            RunPaths(folder).summary.unlink(missing_ok=True)
+            for table in (RunPaths(folder).summary, RunPaths(folder).spans):
+                table.unlink(missing_ok=True)
     left = [document for i, document in enumerate(index.spec.documents) if i not in {*index.finished, *index.failed}]
     checkpoint.delete_others(folder, [checkpoint.identity_of(index.spec, document) for document in left])
     delete_unused_shards(folder, index.spec)  # a kill may have left some, too
@@ -278,7 +279,7 @@ def _goes_on(run: Run, spec: RunSpec) -> bool:
     for old, new in zip(run.documents, spec.documents):
         if old.id != new.id or not _matches(old, new):
             return False
-        if not old.complete and not _dealt_alike(run, old, new, spec):
+        if not old.complete and not (_dealt_alike(run, old, new, spec) and _laid_out_alike(old.spec, new)):
             return False
     return True
 
@@ -287,6 +288,10 @@ def _dealt_alike(run: Run, old: Document, new: DocumentSpec, spec: RunSpec) -> b
     here = (old.spec.layout, old.spec.grid, old.spec.first_rank, old.world_size)
     there = (new.layout, new.grid, new.first_rank, spec.world_size)
     return here == there and old.places[0].shard_set == max(run.shard_sets, default=0)
+
+
+def _laid_out_alike(old: DocumentSpec, new: DocumentSpec) -> bool:
+    return (old.extras, old.text) == (new.extras, new.text)
 
 
 def _matches(old: Document, new: DocumentSpec) -> bool:

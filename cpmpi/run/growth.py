@@ -37,6 +37,7 @@ from cpmpi.run.spec import (
     shard_bytes,
     token_digest,
 )
+from cpmpi.run.text_places import TEXT_GROUP
 from cpmpi.run.unchanged import recorded_files
 
 TokenIds = npt.NDArray[np.int64]
@@ -84,7 +85,7 @@ def spec_of(run: Run) -> RunSpec:
         shard_set=sets[-1] if sets else ShardSet(world_size=run.world_size), earlier_sets=tuple(sets[:-1]),
         command=str(run.attributes["command"]), version=str(run.attributes["cpmpi_version"]),
         model_path=run.model_path, files=tuple(sorted(recorded_files(run).items())),
-        run_id=str(run.attributes["run_id"]),
+        run_id=str(run.attributes["run_id"]), scoring=run.scoring,
     )  # fmt: skip
 
 
@@ -102,6 +103,26 @@ def is_there(document: Document, text: Text) -> bool:
                 f"{text.source}: another text was appended to {document.id!r} as {text.id!r} already; choose another id"
             )
     return False
+
+
+def check_can_grow(document: Document, source: str) -> None:
+    """Refuse a text for a document of which more is kept than what is computed of the text, or can be dropped.
+
+    Where its tokens stand in its text, and how much text that is, is dropped: of what is appended it is not known.
+
+    Args:
+        document: that is to grow.
+        source: where the text came from.
+
+    Raises:
+        UserError: scores or spans are kept of the document.
+    """
+    kept = {extra.name.split("/")[0] for extra in document.spec.extras} - {TEXT_GROUP}
+    if kept:
+        raise UserError(
+            f"{source}: nothing can be appended to {document.id!r}: scores are kept of it (--keep), or sums over "
+            "spans, which would not be known of what is appended; make the run without --keep and --spans"
+        )
 
 
 def finish(folder: Path) -> None:
@@ -147,7 +168,7 @@ def grown(run: Run, texts: Sequence[Text], *, world_size: int, segments: int, gr
         whole = np.concatenate([run.documents[text.document].token_ids, text.token_ids])
         documents[text.document] = replace(
             old, n_tokens=len(whole), appended=(*old.appended, part), token_ids_sha256=token_digest(whole),
-            first_sha256=old.first_sha256 or old.token_ids_sha256,
+            first_sha256=old.first_sha256 or old.token_ids_sha256, text=(), extras=(),
         )  # fmt: skip
     return replace(
         before, documents=tuple(documents), earlier_sets=tuple(run.shard_sets[n] for n in sorted(run.shard_sets)),
@@ -196,4 +217,4 @@ def _longer(document: Document, spec: DocumentSpec, found: Found) -> Results:
         "last_hidden": last_hidden,
         DIGESTS: np.concatenate([document.group[DIGESTS][:], np.array(found.digests, "<u8")]),
     }
-    return checked_results(spec, outputs)
+    return checked_results(spec, outputs, document.first_scored)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cpmpi.errors import UserError
+from cpmpi.run.document_scores import bits_per
+from cpmpi.run.extras import CHECKSUMS, checksum_of
 from cpmpi.run.hdf5 import RawArray, changed_file, dataset_offset, open_file, pwrite_all, set_attribute
 from cpmpi.run.index_layout import REASON_BYTES, lay_out_index
 from cpmpi.run.paths import RunPaths, document_name
@@ -29,8 +33,10 @@ from cpmpi.run.results import (
     sum_nll,
 )
 from cpmpi.run.spec import DocumentSpec, RunSpec, token_digest
+from cpmpi.run.text_places import spans_text
 
 SUMMARY_COLUMNS = ("index", "id", "source", "n_tokens", "nll", "perplexity", "complete", "failed")
+BITS = {"bits_per_byte": "scored_bytes", "bits_per_character": "scored_characters"}  # columns after the perplexity
 
 
 class NotFiniteError(UserError):
@@ -99,6 +105,7 @@ class RunIndex:
         logprobs: npt.ArrayLike,
         last_hidden: npt.ArrayLike,
         greedy: npt.ArrayLike | None = None,
+        extras: Mapping[str, RawArray] | None = None,
         digests: Sequence[int] = (),
     ) -> None:
         """Write the outputs of a document, make them durable, then mark it complete.
@@ -106,9 +113,10 @@ class RunIndex:
         Args:
             document_index: place of the document in the run.
             token_ids: (T,) integers.
-            logprobs: (T,) natural logarithms; the first, which nothing predicts, is NaN, but in a continuation.
+            logprobs: (T,) natural logarithms; NaN before the first that is scored.
             last_hidden: (hidden,) of the last token, after the final norm.
             greedy: (T,) whether each token is the most probable one, of a continuation.
+            extras: those of the document's other datasets that are not there yet, see ``write_rows``.
             digests: of every rank's shard (``ShardWriter.finish``), in rank order; empty without KV.
 
         Raises:
@@ -126,11 +134,39 @@ class RunIndex:
             outputs[GREEDY] = np.asarray(greedy, np.uint8)
         if self.spec.kv is not None:
             outputs[DIGESTS] = np.array(digests, "<u8")
-        results = checked_results(document, outputs)
+        results = checked_results(document, outputs, document.first_scored(self.spec.scoring))
+        if document.extras:
+            self._write_datasets(document_name(document_index), dict(extras or {}))
+            outputs[CHECKSUMS] = self._checksums(document_index)
         self._write_datasets(document_name(document_index), outputs)
         self._write_results(document_index, results, complete=True)
         self._finished.add(document_index)
         self._failed.pop(document_index, None)
+
+    def write_rows(self, document_index: int, name: str, positions: npt.NDArray[np.int64], rows: RawArray) -> None:
+        """Write some tokens' rows of a dataset besides the outputs; ``write_outputs`` makes all of them durable.
+
+        Args:
+            document_index: place of the document in the run.
+            name: of the dataset.
+            positions: ascending, of the tokens.
+            rows: of the dataset's type, one for each position.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        (extra,) = (extra for extra in self.spec.documents[document_index].extras if extra.name == name)
+        assert (rows.dtype, rows.shape) == (np.dtype(extra.dtype), (len(positions), *extra.shape[1:])), (extra, rows)
+        if not len(positions):
+            return
+        assert 0 <= positions[0] <= positions[-1] < extra.shape[0], (positions[0], positions[-1], extra)
+        with open_file(self._paths.index, locking=False, check=False) as file:
+            offset = dataset_offset(file[f"{document_name(document_index)}/{name}"])
+        bounds = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
+        rows, row_bytes = np.ascontiguousarray(rows), rows.nbytes // len(rows)
+        with _written(self._paths.index) as descriptor:
+            for a, b in pairwise(bounds):
+                pwrite_all(descriptor, rows[a:b], offset + int(positions[a]) * row_bytes)
 
     def mark_failed(self, document_index: int, reason: str) -> None:
         """Record, durably, why a document has no result; it stays incomplete. ``write_outputs`` takes the mark away.
@@ -152,6 +188,8 @@ class RunIndex:
         self._check_ours()
         with open_file(self._paths.index, locking=False, check=False) as file:
             publish_text(self._paths.summary, summary_text(file))
+            if self.spec.scoring.spans:
+                publish_text(self._paths.spans, spans_text(file))
         sync_path(self._paths.index)
         with changed_file(self._paths.index) as file:
             set_attribute(file, "complete", True)
@@ -164,6 +202,13 @@ class RunIndex:
     def _write_datasets(self, group: str, arrays: dict[str, RawArray]) -> None:
         self._check_ours()
         write_datasets(self._paths.index, group, arrays)
+
+    def _checksums(self, document_index: int) -> RawArray:
+        """Those of a document's datasets besides the outputs, as they are in the file."""
+        names = [extra.name for extra in self.spec.documents[document_index].extras]
+        with open_file(self._paths.index, locking=False, check=False) as file:
+            group = file[document_name(document_index)]
+            return np.array([checksum_of(group[name]) for name in names], "<u8")
 
     def _check_ours(self) -> None:
         """Refuse to write into a file that another job has laid out since."""
@@ -196,6 +241,17 @@ def write_results(index: Path, name: str, results: Results, *, complete: bool) -
     sync_path(index)
 
 
+@contextmanager
+def _written(path: Path) -> Iterator[int]:
+    """A descriptor to write a file with; what goes wrong with it is an error that names the file."""
+    with saying(path, "cannot be written"):
+        descriptor = os.open(path, os.O_WRONLY)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
 def write_datasets(index: Path, group: str, arrays: Mapping[str, RawArray]) -> None:
     """Write whole datasets at their offsets, past HDF5, and make them durable."""
     with open_file(index, locking=False, check=False) as file:
@@ -203,35 +259,35 @@ def write_datasets(index: Path, group: str, arrays: Mapping[str, RawArray]) -> N
         for name, array in arrays.items():
             assert places[name].shape == array.shape, (name, places[name].shape, array.shape)
         offsets = {name: dataset_offset(place) for name, place in places.items()}
-    with saying(index, "cannot be written"):
-        descriptor = os.open(index, os.O_WRONLY)
-        try:
-            for name, array in arrays.items():
-                pwrite_all(descriptor, np.ascontiguousarray(array), offsets[name])
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with _written(index) as descriptor:
+        for name, array in arrays.items():
+            pwrite_all(descriptor, np.ascontiguousarray(array), offsets[name])
+        os.fsync(descriptor)
 
 
-def checked_results(document: DocumentSpec, outputs: dict[str, RawArray]) -> Results:
+def checked_results(document: DocumentSpec, outputs: dict[str, RawArray], first: int) -> Results:
     """The results of a document, whose outputs are what they must be.
+
+    Args:
+        document: which.
+        outputs: its datasets.
+        first: the first token that is scored.
 
     Raises:
         NotFiniteError: a log-probability or hidden value is not finite.
         UserError: the token ids are not those of the spec.
     """
     logprobs, who = outputs["logprobs"], f"document {document.id!r} ({document.source})"
-    first = 0 if document.continues else 1
-    bad = np.flatnonzero(~np.isfinite(logprobs[first:]) & document.scored) + first
+    bad = np.flatnonzero(~np.isfinite(logprobs[first:])) + first
     if len(bad):
         raise NotFiniteError(f"{who}: {len(bad)} log-probabilities are not finite, the first at token {bad[0]}")
-    assert first == 0 or np.isnan(logprobs[0]), "nothing predicts the first token"
+    assert np.isnan(logprobs[:first]).all(), f"tokens are scored from {first} on"
     if not np.isfinite(outputs["last_hidden"]).all():
         raise NotFiniteError(f"{who}: the last hidden state is not finite")
     digest = token_digest(outputs["token_ids"])
     if document.token_ids_sha256 not in ("", digest):
         raise UserError(f"{who}: its token ids have SHA-256 {digest}, expected {document.token_ids_sha256}")
-    nll = sum_nll(logprobs)
+    nll = sum_nll(logprobs, scored=document.scored)
     return Results(arrays=outputs, nll=nll, perplexity=perplexity(nll, len(predicted(logprobs))))
 
 
@@ -239,10 +295,12 @@ def summary_text(file: Any) -> str:
     """``summary.csv`` of an open ``run.h5``."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    table.writerow(SUMMARY_COLUMNS)
+    bits = BITS if "keep" in file.attrs else {}  # runs that were made before have no such columns
+    table.writerow((*SUMMARY_COLUMNS[:-2], *bits, *SUMMARY_COLUMNS[-2:]))
     for index in range(len(file["documents"])):
         attributes = file[document_name(index)].attrs
         *plain, _, _ = (attributes.get(column, b"") for column in SUMMARY_COLUMNS[1:])
         failed = attributes.get("failed", b"").decode(errors="replace")
-        table.writerow((index, *plain, "yes" if attributes["complete"] else "no", failed))
+        values = [bits_per(attributes["nll"], attributes.get(name, -1)) for name in bits.values()]
+        table.writerow((index, *plain, *values, "yes" if attributes["complete"] else "no", failed))
     return text.getvalue()

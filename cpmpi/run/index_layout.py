@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import h5py
 import numpy as np
 from h5py import h5t
 
+from cpmpi.run.extras import copy_extras, lay_out_extras
 from cpmpi.run.hdf5 import VirtualBlock, create_contiguous, create_virtual, created_file, set_attribute
 from cpmpi.run.paths import RunPaths, document_name, shard_name
 from cpmpi.run.publish import make_folder
@@ -40,7 +42,8 @@ def lay_out_index(folder: Path, spec: RunSpec, finished: Mapping[str, Any]) -> N
     make_folder(folder)
     groups = {document_name(i): (i, document) for i, document in enumerate(spec.documents)}
     groups |= {document_name(i, set_aside=True): (i, document) for i, document in enumerate(spec.set_aside)}
-    places = 2 + len(spec.earlier_sets) + 1 + len(groups) * (len(WRITTEN_LATER) + len(OUTPUTS) + 2)
+    places = 2 + len(spec.earlier_sets) + 1 + len(groups) * (len(WRITTEN_LATER) + len(OUTPUTS) + 3)
+    places += sum(len(document.extras) for _, document in groups.values())
     with created_file(RunPaths(folder).index, most_places=places, attributes=WRITTEN_LATER) as file:
         _lay_out_run(file, spec)
         for name, (index, document) in groups.items():
@@ -73,6 +76,8 @@ def _lay_out_run(file: Any, spec: RunSpec) -> None:
     file.attrs["topology"] = spec.topology
     file.attrs["command"] = spec.command
     file.attrs["complete"] = False
+    for name, value in asdict(spec.scoring).items():
+        file.attrs[name] = value
     if spec.kv is not None:
         shards = file.create_group("shards")
         for shard_set in spec.used_sets():
@@ -98,7 +103,7 @@ def _lay_out_document(group: Any, index: int, document: DocumentSpec, spec: RunS
         "head_groups": document.grid.head_groups, "nll": np.nan, "perplexity": np.nan,
         "outputs_xxh3": np.uint64(0), "result_xxh3": np.uint64(0), "complete": False,
     }  # fmt: skip
-    attributes |= dict(document.continues)
+    attributes |= dict(document.continues) | dict(document.text)
     if not document.scored:
         attributes["scored"] = False
     if document.appended:
@@ -114,6 +119,7 @@ def _lay_out_document(group: Any, index: int, document: DocumentSpec, spec: RunS
     create_contiguous(group, "last_hidden", (hidden,), h5t.IEEE_F32LE, fill=nan, labels=("hidden",))
     if document.continues:
         create_contiguous(group, GREEDY, (tokens,), h5t.STD_U8LE, fill=np.uint8(0), labels=("token",))
+    lay_out_extras(group, document.extras)
     if spec.kv is not None:
         _lay_out_kv(group.create_group("kv"), index, document, spec)
     for number, part in enumerate(document.appended, start=1):
@@ -181,6 +187,8 @@ def _put_results(source: Any, group: Any) -> None:
     results = source if isinstance(source, Results) else read_results(source)
     for name, array in results.arrays.items():
         group[name][...] = array
+    if not isinstance(source, Results):
+        copy_extras(source, group)
     outputs = outputs_digest(results.arrays) if isinstance(source, Results) else source.attrs["outputs_xxh3"]
     for name, value in (("nll", results.nll), ("perplexity", results.perplexity), ("outputs_xxh3", outputs)):
         set_attribute(group, name, value)

@@ -25,6 +25,7 @@ from cpmpi.run.results import Results, read_results, result_digest
 from cpmpi.run.seal import places_of
 from cpmpi.run.shard import ShardFile, create_shard
 from cpmpi.run.spec import KVSpec, RunSpec
+from cpmpi.run.text_places import spans_text
 from cpmpi.run.verify import layer_checksums
 
 COPY_BYTES = 16 << 20
@@ -102,6 +103,8 @@ def mend_states(folder: Path) -> None:
     with open_run(folder, locking=False) as run:
         if run.complete:
             publish_text(run.paths.summary, summary_text(run.file))
+            if run.scoring.spans:
+                publish_text(run.paths.spans, spans_text(run.file))
 
 
 def _failed_soundly(document: Document) -> bool:
@@ -131,7 +134,8 @@ def unfinish(run: Run, document: Document) -> None:
     index, name = run.paths.index, str(document.group.name)
     if name.startswith("/documents"):  # what is set aside is no part of what the run must have
         _set(index, "/", "complete", False)
-        run.paths.summary.unlink(missing_ok=True)
+        for table in (run.paths.summary, run.paths.spans):
+            table.unlink(missing_ok=True)
     _set(index, name, "complete", False)
     write_results(index, name, Results(arrays={}, nll=np.nan, perplexity=np.nan), complete=False)
 

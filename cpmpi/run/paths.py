@@ -12,7 +12,7 @@ from cpmpi.run.publish import TEMPORARY_SUFFIX
 IDENTITY_DIGITS = 12
 CHECKPOINT = re.compile(r"(?P<document>[0-9a-f]{12})-layer-(?P<layer>\d{5,})(\.json|-rank-(?P<rank>\d{5,})\.h5)")
 OURS = re.compile(
-    r"run\.h5(\.deleted)?|(topology|schedule)\.json|(summary|scores)\.csv|shards/(\d{6}/)?rank-\d{5,}\.h5|report/surprisal-\d{6,}\.png"
+    r"run\.h5(\.deleted)?|(topology|schedule)\.json|(summary|scores|spans)\.csv|shards/(\d{6}/)?rank-\d{5,}\.h5|report/surprisal-\d{6,}\.png"
     rf"|checkpoints/{CHECKPOINT.pattern}"
 )
 
@@ -84,6 +84,11 @@ class RunPaths:
     def scores(self) -> Path:
         """A line per continuation, of a run of continuations."""
         return self.folder / "scores.csv"
+
+    @property
+    def spans(self) -> Path:
+        """A line per span of each document's text, where spans are wanted; written when the run is complete."""
+        return self.folder / "spans.csv"
 
     @property
     def log(self) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from cpmpi.run.index_layout import FORMAT, FORMAT_VERSION, OLDER_VERSIONS
 from cpmpi.run.paths import RunPaths, document_name
 from cpmpi.run.publish import saying
 from cpmpi.run.shard import OpenShards, ShardFile
-from cpmpi.run.spec import ShardSet
+from cpmpi.run.spec import PLAIN, Scoring, ShardSet
 
 __all__ = ["Document", "Documents", "Run", "open_run"]
 SUMMARY = ("id", "source", "n_tokens", "nll", "perplexity", "complete", "failed")
@@ -91,6 +92,13 @@ class Run:
     def complete(self) -> bool:
         """Whether the run reached its end: every document is finished, or has failed."""
         return read_truth(self.file, "complete", self.paths.index)
+
+    @cached_property
+    def scoring(self) -> Scoring:
+        """What is scored and kept of every document; see docs/scores.md."""
+        known = asdict(PLAIN)
+        found: dict[str, Any] = {n: type(value)(self.attributes.get(n, value)) for n, value in known.items()}
+        return Scoring(**found)
 
     @property
     def world_size(self) -> int:

@@ -1,7 +1,8 @@
 """The results of a document in ``run.h5``, and the checksums that hold them together.
 
-``outputs_xxh3`` is of the outputs; ``result_xxh3`` is of everything else that is written when a document is done: that
-checksum, the digests of the shards, ``nll``, ``perplexity`` and ``failed``.
+``outputs_xxh3`` is of the outputs, the checksums of all other datasets among them; ``result_xxh3`` is of everything
+else that is written when a document is done: that checksum, the digests of the shards, ``nll``, ``perplexity`` and
+``failed``.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from cpmpi.run.extras import CHECKSUMS
 from cpmpi.run.hdf5 import RawArray
 
 OUTPUTS = ("token_ids", "logprobs", "last_hidden")
-GREEDY = "greedy"  # of continuations alone
+GREEDY = "greedy"  # of continuations alone; of documents it is a score that is kept
+SOME = (GREEDY, CHECKSUMS)  # outputs that not every document has
 DIGESTS = "kv/shard_digest"
 
 
@@ -34,7 +37,7 @@ class Results:
 
 def read_results(group: Any) -> Results:
     """The results in the group of a document."""
-    names = [*OUTPUTS, *(name for name in (GREEDY, DIGESTS) if name in group)]
+    names = [*OUTPUTS, *(name for name in (*SOME, DIGESTS) if name in group)]
     return Results(
         arrays={name: np.asarray(group[name]) for name in names},
         nll=float(group.attrs["nll"]),
@@ -45,12 +48,12 @@ def read_results(group: Any) -> Results:
 
 def read_outputs(group: Any) -> dict[str, RawArray]:
     """The outputs in the group of a document."""
-    return {name: np.asarray(group[name]) for name in (*OUTPUTS, GREEDY) if name in group or name in OUTPUTS}
+    return {name: np.asarray(group[name]) for name in (*OUTPUTS, *SOME) if name in group or name in OUTPUTS}
 
 
 def outputs_digest(outputs: Mapping[str, RawArray]) -> int:
     """xxh3_64 of the bytes of a document's outputs as they are stored."""
-    return xxhash.xxh3_64_intdigest(b"".join(outputs[name].tobytes() for name in (*OUTPUTS, GREEDY) if name in outputs))
+    return xxhash.xxh3_64_intdigest(b"".join(outputs[name].tobytes() for name in (*OUTPUTS, *SOME) if name in outputs))
 
 
 def result_digest(results: Results, outputs: int | None = None) -> int:
@@ -63,12 +66,22 @@ def result_digest(results: Results, outputs: int | None = None) -> int:
 
 
 def predicted(logprobs_T: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The log-probabilities of tokens that something predicts: all but the first, and that too in a continuation."""
-    return logprobs_T[1:] if np.isnan(logprobs_T[0]) else logprobs_T
+    """The log-probabilities that are known: all but those at the beginning, which hold NaN.
+
+    That is the first token, unless a continuation or a prefix token has something before it, or all before ``--from``,
+    or all that were imported without log-probabilities.
+    """
+    known_T = ~np.isnan(logprobs_T)
+    return logprobs_T[known_T.argmax() if known_T.any() else len(logprobs_T) :]
 
 
-def sum_nll(logprobs_T: npt.NDArray[Any]) -> float:
-    """The negative log-likelihood of the predicted tokens, summed in float64; 0, and not -0, where there are none."""
+def sum_nll(logprobs_T: npt.NDArray[Any], *, scored: bool = True) -> float:
+    """The negative log-likelihood of the predicted tokens, summed in float64; 0, and not -0, where there are none.
+
+    NaN where it is not known of all that could be predicted (`DocumentSpec.scored`).
+    """
+    if not scored:
+        return float("nan")
     return 0.0 - float(np.sum(predicted(logprobs_T), dtype=np.float64))
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout, Piece
 from cpmpi.errors import UserError
+from cpmpi.run.extras import Extra
 from cpmpi.run.hdf5 import ALIGNMENT_BYTES, STORED_FLOATS, StoredFloat
 from cpmpi.text import human_bytes
 from cpmpi.version import __version__
@@ -31,6 +32,8 @@ BLOCK_TOKENS = 1024
 APPENDED = "appended"
 # Attributes of a continuation of a stored document.
 CONTINUES = ("context_run_id", "context_document", "context_tokens", "question", "answer")
+# Attributes of a document that was given as text: how much of it there is, and how much of that its nll is of.
+TEXT = ("n_characters", "n_bytes", "scored_characters", "scored_bytes")
 
 
 class KVShape(NamedTuple):
@@ -129,6 +132,38 @@ class Origin(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """What is scored, given what, and what is kept of it: a run that goes on must ask for the same.
+
+    Attributes:
+        keep: the scores besides log-probabilities, in one spelling; empty: none.
+        scored_from: position of the first token that is scored, where something predicts it.
+        prefix_token: how what comes before the first token was chosen: ``tokenizer``, ``none``, ``bos`` or an id.
+        prefix_token_id: the token before the first one, which is no token of the document; -1: none.
+        spans: the parts of the text that are summed over; empty: none.
+    """
+
+    keep: str = ""
+    scored_from: int = 0
+    prefix_token: str = "tokenizer"
+    prefix_token_id: int = -1
+    spans: str = ""
+
+    @property
+    def prefix(self) -> int:
+        """How many tokens come before the first one: 0 or 1."""
+        return int(self.prefix_token_id >= 0)
+
+    @property
+    def first(self) -> int:
+        """The first token that is scored."""
+        return max(self.scored_from, 1 - self.prefix)
+
+
+PLAIN = Scoring()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """Tokens of a document that one job did: how they lie on its ranks, and in which shards."""
 
@@ -193,13 +228,17 @@ class DocumentSpec:
     tokens always are."""
     continues: tuple[tuple[str, str | int], ...] = ()
     """Of a continuation: what it follows, as the attributes of ``CONTINUES`` with their values."""
+    text: tuple[tuple[str, int], ...] = ()
+    """Of a document given as text: the attributes of ``TEXT`` with their values."""
+    extras: tuple[Extra, ...] = ()
+    """Datasets besides the outputs."""
 
     def __post_init__(self) -> None:
         if self.n_tokens < 1:
             raise UserError(f"document {self.id!r} ({self.source}) has no tokens")
         stops = [part.layout.start + part.layout.n_tokens for part in self.parts]
         assert [part.layout.start for part in self.parts] == [0, *stops[:-1]], self
-        assert stops[-1] == self.n_tokens, self
+        assert stops[-1] - self.n_tokens in ((0,) if self.appended else (0, 1)), self  # 1: a prefix token
         assert {name for name, _ in self.continues} <= {*CONTINUES}, self.continues
 
     @property
@@ -220,6 +259,12 @@ class DocumentSpec:
     def heads(self, rank: int, kv_heads: int) -> Piece:
         """Which of the KV heads world rank ``rank`` holds of the first part."""
         return self.parts[0].heads(rank, kv_heads)
+
+    def first_scored(self, scoring: Scoring) -> int:
+        """The first token that has a log-probability; see `Document.first_scored`."""
+        if not self.scored:
+            return self.layout.n_tokens
+        return 0 if self.continues else min(scoring.first, self.n_tokens)
 
     @property
     def contents(self) -> tuple[tuple[int, str], ...]:
@@ -261,6 +306,8 @@ class RunSpec:
     documents: tuple[DocumentSpec, ...]
     set_aside: tuple[DocumentSpec, ...] = ()
     """Finished documents that are no longer asked for."""
+    scoring: Scoring = PLAIN
+    """What is scored and kept of every document."""
     shard_set: ShardSet = ShardSet(world_size=0)
     """The shards of this job; made where none is given."""
     earlier_sets: tuple[ShardSet, ...] = ()
@@ -288,6 +335,8 @@ class RunSpec:
         if twice:
             raise UserError(f"document ids must differ, but these occur more than once: {', '.join(twice[:5])}")
         for document in self.documents:
+            positions = sum(part.layout.n_tokens for part in document.parts)
+            assert positions == document.n_tokens + self.scoring.prefix, (document, self.scoring)
             for part in document.parts:
                 assert 0 <= part.first_rank <= self.world_of(part) - part.n_ranks, document
 
@@ -345,6 +394,7 @@ def index_bytes(spec: RunSpec) -> int:
     total += 64 * sum(one.world_size for one in (*spec.earlier_sets, spec.shard_set))
     for document in (*spec.documents, *spec.set_aside):
         total += 9 * document.n_tokens + 4 * spec.hidden_size + DOCUMENT_METADATA_BYTES + 3 * ALIGNMENT_BYTES
+        total += sum(e.n_bytes + 2 * DATASET_METADATA_BYTES + ALIGNMENT_BYTES for e in document.extras)
         if spec.kv is not None:
             blocks = sum(part.n_ranks * part.layout.segments for part in document.parts)
             each = blocks * VIRTUAL_BLOCK_METADATA_BYTES + DATASET_METADATA_BYTES

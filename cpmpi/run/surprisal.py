@@ -85,16 +85,18 @@ def draw_surprisal(document: Document, path: Path, title: str) -> None:
     pyplot = require_matplotlib()
     from matplotlib.ticker import EngFormatter
 
-    bits_T = -document.logprobs[1:].astype(np.float64) / math.log(2)
+    first = document.first_scored
+    bits_T = -document.logprobs[first:].astype(np.float64) / math.log(2)
     if not len(bits_T):
         raise UserError(f"document '{shown(document.id)}' has one token: there is no surprisal to draw")
     at, (mean, low, high) = windows(bits_T)
+    at += first - 1
     running = np.cumsum(bits_T) / np.arange(1, len(bits_T) + 1)
     figure, axes = pyplot.subplots(figsize=(10, 4.2), layout="constrained")
     axes.fill_between(at, low, high, color="#c6d9ec", linewidth=0, label="quartiles")
     axes.plot(at, mean, color="#2b6ca3", linewidth=0.8, label="mean")
     every = np.unique(np.linspace(min(50, len(running) - 1), len(running) - 1, POINTS).astype(np.int64))
-    axes.plot(every + 1, running[every], color="#d1495b", linewidth=1.6, label="mean so far")
+    axes.plot(every + first, running[every], color="#d1495b", linewidth=1.6, label="mean so far")
     axes.set(xlim=(0, document.n_tokens), ylim=(0, max(1.0, float(np.quantile(high, 0.995)) * 1.15)))
     axes.set(xlabel="position (tokens)", ylabel="surprisal (bits per token)")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 
 from cpmpi.errors import UserError, some
 from cpmpi.run.index_layout import kv_dtype
 from cpmpi.run.reader import Run
-from cpmpi.run.spec import DocumentSpec, RunSpec
+from cpmpi.run.spec import PLAIN, DocumentSpec, RunSpec
 
 MOST_NAMED = 5
 DIGITS = 12  # of a digest, where somebody is to compare two
 
 
 def check_same_run(run: Run, spec: RunSpec, deletes: Callable[[], str]) -> None:
-    """Refuse another checkpoint, tokenizer or type; files of the checkpoint that differ are named.
+    """Refuse another checkpoint, tokenizer, type or scoring; files of the checkpoint that differ are named.
 
     Args:
         run: that is in the folder.
@@ -43,13 +44,16 @@ def check_same_run(run: Run, spec: RunSpec, deletes: Callable[[], str]) -> None:
         "dtype": spec.dtype,
         "kv_dtype": kv_dtype(spec),
         "hidden_size": spec.hidden_size,
+        **asdict(spec.scoring),
     }
+    before = asdict(PLAIN)  # of runs that were made before these were choices
     for name, value in expected.items():
-        found = run.attributes[name]
+        found = run.attributes.get(name, before.get(name))
         if found != value:
             files = changed_files(recorded_files(run), dict(spec.files)) if name.endswith("sha256") else ""
             raise UserError(
-                f"{run.paths.folder}: holds a run with {name} {found}, this one has {value}{files and f' ({files})'}; "
+                f"{run.paths.folder}: holds a run with {name} {'nothing' if found == '' else found}, this one has "
+                f"{'nothing' if value == '' else value}{files and f' ({files})'}; "
                 f"choose another --output, or --overwrite, which deletes {deletes()}"
             )
 

@@ -18,14 +18,16 @@ from h5py import h5s
 
 from cpmpi.errors import UserError, one_line
 from cpmpi.run.document import Document, Placed
+from cpmpi.run.extras import checksum_of, recorded_checksums
 from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
 from cpmpi.run.index import summary_text
 from cpmpi.run.layer_reader import PARTS
 from cpmpi.run.reader import Run, open_run
-from cpmpi.run.results import DIGESTS, perplexity, predicted, read_outputs, sum_nll
+from cpmpi.run.results import DIGESTS, perplexity, read_outputs, sum_nll
 from cpmpi.run.sealed_json import check_text, read_sealed
 from cpmpi.run.shard import ShardDocument, ShardFile
 from cpmpi.run.spec import KVGroup, token_digest
+from cpmpi.run.text_places import spans_text
 
 CHUNK_BYTES = 4 << 20
 # log-softmax in float32 may come out above 0 by its rounding.
@@ -135,6 +137,12 @@ def _state_problems(run: Run, sound: list[Document], damage: Damage) -> Iterator
     elif run.version > 1 and run.paths.summary.read_bytes() != summary_text(run.file).encode():
         damage.other = True
         yield f"{run.paths.summary}: does not say what run.h5 says"
+    if run.scoring.spans and not run.paths.spans.exists():
+        damage.other = True
+        yield f"{run.paths.spans}: no such file"
+    elif run.scoring.spans and run.paths.spans.read_bytes() != spans_text(run.file).encode():
+        damage.other = True
+        yield f"{run.paths.spans}: does not say what run.h5 says"
 
 
 def _check_circumstances(run: Run, found: Verification) -> None:
@@ -174,23 +182,23 @@ def output_problems(document: Document) -> Iterator[str]:
     expected = document.spec.token_ids_sha256
     if expected and token_digest(outputs["token_ids"]) != expected:
         yield f"{who}: its token ids are not those that it was started with"
-    if not np.isnan(logprobs[0]) and not document.continues:
-        yield f"{who}: logprobs[0] is {logprobs[0]}, not NaN"
-    found = predicted(logprobs)
-    imported = document.spec.layout.n_tokens  # what was appended to them has log-probabilities
-    if not document.scored and not np.isnan(logprobs[:imported]).all():
-        yield f"{who}: has log-probabilities, but is said to have none"
-    found = found if document.scored else found[:0]
+    first = document.first_scored
+    for early in np.flatnonzero(~np.isnan(logprobs[:first]))[:1]:
+        yield f"{who}: logprobs[{early}] is {logprobs[early]}, not NaN"
+    found = logprobs[first:]
     wrong = np.flatnonzero(~(found <= LOGPROB_ROUNDING) | np.isinf(found)) + len(logprobs) - len(found)
     if len(wrong):
         yield f"{who}: {len(wrong)} log-probabilities are not finite or above 0, the first at token {wrong[0]}"
-    nll = sum_nll(logprobs)
+    nll = sum_nll(found, scored=document.scored)
     if not np.isclose(document.nll, nll, rtol=1e-12, atol=1e-12, equal_nan=not document.scored):
         yield f"{who}: nll is {document.nll}, but its log-probabilities sum to {nll}"
     if not np.isclose(document.perplexity, perplexity(document.nll, len(found)), rtol=1e-12, equal_nan=True):
-        yield f"{who}: perplexity is {document.perplexity}, not exp(nll / (T - 1)) of nll {document.nll}"
+        yield f"{who}: perplexity is {document.perplexity}, not exp(nll / {len(found)}) of nll {document.nll}"
     if not np.isfinite(outputs["last_hidden"]).all():
         yield f"{who}: last_hidden is not finite"
+    for name, checksum in recorded_checksums(document.group).items():
+        if checksum_of(document.group[name]) != checksum:
+            yield f"{who}: {name} does not have the checksum that was recorded"
 
 
 def virtual_problems(document: Document) -> Iterator[str]:

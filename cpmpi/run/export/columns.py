@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from cpmpi.run.document import Document
+from cpmpi.run.extras import recorded_checksums
 
 BATCH_ROWS = 1 << 16
 RENAMED = {"token_ids": "token_id", "logprobs": "logprob"}  # a row is of one token
-FLAGS = ("greedy",)  # stored as 0 or 1
+FLAGS = ("greedy", "kept_greedy")  # stored as 0 or 1
 KV = "kv"
 
 Texts = Callable[[Any], Iterator[str]]
@@ -22,7 +23,7 @@ def stored_columns(document: Document) -> dict[str, Any]:
     """The datasets in ``run.h5`` with a row for each token, by name; whatever was kept is among them.
 
     Raises:
-        UserError: the document is not complete, or its outputs do not have their checksum.
+        UserError: the document is not complete, or what is stored does not have its checksum.
     """
     document.token_ids  # noqa: B018 - raises where the outputs do not have their checksum
     found: dict[str, Any] = {}
@@ -32,6 +33,8 @@ def stored_columns(document: Document) -> dict[str, Any]:
             found[name.replace("/", "_")] = item
 
     document.group.visititems(note)
+    for name in recorded_checksums(document.group):
+        document.check_extra(name)
     first = [name for name in ("token_ids", "logprobs") if name in found]
     return {name: found[name] for name in (*first, *sorted(found.keys() - set(first)))}
 
