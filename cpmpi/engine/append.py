@@ -184,10 +184,9 @@ def _append(job: ContextJob, texts: Sequence[Text], before: int, stop: Stop) -> 
     """Append the texts, group by group. Collective."""
     done: list[Appended] = []
     of = len(texts) + before
-    run, hang_timeout = RunPaths.of(job.options.run).folder, job.options.hang_timeout
     with (
-        alive(job, run, hang_timeout),
-        watched(job, run, stop, documents=of, finished=before, noun="texts") as watch,
+        alive(job, job.options.run, job.options.hang_timeout),
+        watched(job, job.options.run, stop, documents=of, finished=before, noun="texts") as watch,
     ):
         with load_engine(job) as engine:
             job.progress.job([len(text.token_ids) for text in texts])

@@ -35,7 +35,6 @@ from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.sampling import Sampling
 from cpmpi.run.growth import Text, check_can_grow
-from cpmpi.run.paths import RunPaths
 from cpmpi.run.reader import Document, Run
 from cpmpi.text import counted
 
@@ -146,8 +145,8 @@ def _generate(
         return -1 if token in ends else token
 
     times: list[float] = []
-    folder, beside = RunPaths.of(options.run).folder, not options.save  # else the run is held for this job
-    with alive(job, folder, options.hang_timeout, beside=beside), load_engine(job) as engine:
+    beside = not options.save  # else the run is held for this job
+    with alive(job, options.run, options.hang_timeout, beside=beside), load_engine(job) as engine:
         with open_context(job, engine, context) as extension:
             decoding = Decoding(
                 engine=engine, context=extension.context, n_tokens=context.n_tokens, last_hidden=None,

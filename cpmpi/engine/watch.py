@@ -116,7 +116,7 @@ def alive(job: Prepared, run: Path, hang_timeout: str, *, beside: bool = False) 
         hang_timeout: as `hang_seconds` takes it.
         beside: whether other jobs may use the run at the same time: then there are no lines in its logs.
     """
-    ranks, log = job.ranks, RunPaths(run).log
+    ranks, log = job.ranks, RunPaths.of(run).log
     with ExitStack() as stack:
         if beside:
             stack.enter_context(_unheard())
