@@ -196,7 +196,7 @@ class _Reader:
                     raise RuntimeError(f"{name}{args} is not understood")
             case "fcntl" | "dup" | "dup2" | "dup3":
                 if int(args[0]) in self.open and (name != "fcntl" or "F_DUPFD" in args[1]):
-                    raise RuntimeError(f"{name}{args} is not understood")
+                    self.open[result] = self.open[int(args[0])]  # with one position
             case _:
                 if args and args[0].isdecimal() and int(args[0]) in self.open:
                     self._data(name, self.open[int(args[0])], args[1:], result, begun, ended)

@@ -162,7 +162,10 @@ def run_cases(folder: Path, series: Damages) -> tuple[list[str], Counter[str]]:
     mine, of = map(int, series.part.split("/"))
     cases = list(runs.cases(series.lengths, series.flips, chance))
     size = -(-len(cases) // of)
-    for number, case in list(enumerate(cases))[(mine - 1) * size : mine * size]:
+    todo = list(enumerate(cases))[(mine - 1) * size : mine * size]
+    for so_far, (number, case) in enumerate(todo):
+        if so_far % 50 == 0:
+            print(f"{so_far} of {len(todo)} damages, {len(wrong)} wrong", *wrong, sep="\n", file=sys.stderr, flush=True)
         wrong += runs.look(case, number % series.jobs_each == 0)
         done[f"{case.run}/{case.file} {'cut off' if case.length >= 0 else 'flipped'}"] += 1
     return wrong, done
