@@ -35,7 +35,7 @@ LENGTHS, LAYERS = (150, 90), 3
 TIMEOUT_S = 3600.0
 # Files without which a job goes on: what they say is for people, or a later start finds it again.
 SPARED = ("log/beats/", "log/status.", "log/rank-", "log/jobs.jsonl", "checkpoints/")
-# The folder is synced after a file was deleted or a folder was made in it; that of checkpoints, when there is a new one.
+# The folder is synced after a file was deleted or a folder was made in it; that of checkpoints, with every one of them.
 SPARED_CALLS = {("fsync", "."), ("fsync", "checkpoints"), ("unlink", "summary.csv.tmp")}
 
 
