@@ -314,8 +314,9 @@ class Crash:
         return f"power lost at call {self.moment} (seed {self.seed}), not there: {'; '.join(self.lost[-6:])}"
 
 
-def disk_after(recording: Recording, moment: int, seed: int, folder: Path) -> Crash:
-    """Build in ``folder``, empty before, what may be found when the power went before call ``moment``."""
+def disk_after(recording: Recording, moment: int, seed: int, folder: Path, *, least: bool = False) -> Crash:
+    """Build in ``folder``, empty before, what may be found when the power went before call ``moment``; ``least``:
+    what was synced, and nothing else."""
     chance = random.Random(seed)
     happened = [op for op in recording.ops if op.ended < moment]
     last: dict[int, int] = defaultdict(lambda: -1)
@@ -323,6 +324,7 @@ def disk_after(recording: Recording, moment: int, seed: int, folder: Path) -> Cr
         if sync.ended < moment:
             last[sync.target] = max(last[sync.target], sync.begun)
     kept = chance.choice((0.0, 0.5, 0.5, 0.9, 1.0)), chance.choice((0.0, 0.5, 0.5, 0.9, 1.0))  # of data, of names
+    kept = (0.0, 0.0) if least else kept
     in_order, cut = chance.random() < 0.5, set()
     files: dict[int, bytearray] = defaultdict(bytearray)
     names: dict[int, dict[str, int]] = defaultdict(dict)
@@ -333,7 +335,7 @@ def disk_after(recording: Recording, moment: int, seed: int, folder: Path) -> Cr
     for op in happened:
         lasts = op.ended < last[op.target]
         if op.what in ("write", "truncate"):
-            how = "there" if lasts or chance.random() < kept[0] else chance.choice(("missing", "zeros", "torn"))
+            how = "there" if lasts or chance.random() < kept[0] else _loss(chance, least)
             _change(files[op.target], op, how, chance)
             if how != "there":
                 crash.lost.append(f"{op.what} of {len(op.data)} at {op.offset} of {titles.get(op.target)} is {how}")
@@ -346,6 +348,11 @@ def disk_after(recording: Recording, moment: int, seed: int, folder: Path) -> Cr
             cut |= {op.target} if in_order else set()
     _build(folder, 0, names, files, recording.folders)
     return crash
+
+
+def _loss(chance: random.Random, least: bool) -> str:
+    """How a write that was not synced is found, where it is not there."""
+    return "missing" if least else chance.choice(("missing", "zeros", "torn"))
 
 
 def _rename(names: dict[str, int], op: Op) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import sys
@@ -15,7 +16,7 @@ from tests.disk import STRACE, disk_after, moments, record
 from tests.forked import in_child
 from tests.test_power import Job, made
 
-SHORT, LONG = 6, 200
+SHORT, LONG = 4, 200
 DAMAGES = (test_repair.a_shard_that_is_cut_off, test_repair.a_key, test_repair.the_nll, test_repair.the_structure)
 
 
@@ -39,6 +40,7 @@ def history(job: Job, disk: Path) -> None:
         sync(run)
         (disk / f"mark-{i}").touch()
         assert repaired(run) == []
+        (disk / f"mark-done-{i}").touch()
 
 
 def sync(run: Path) -> None:
@@ -49,10 +51,13 @@ def sync(run: Path) -> None:
         os.close(descriptor)
 
 
-def look(job: Job, run: Path) -> str:
-    """Repair what was found; what is wrong then, or nothing."""
+def look(job: Job, run: Path, done: bool) -> str:
+    """Repair what was found; what is wrong then, or nothing; where it was ``done``, it must be whole before."""
     import cpmpi
+    from cpmpi.run.verify import verify_run
 
+    if done and (problems := verify_run(run).problems):
+        return f"was said to be whole: {problems}"
     if problems := repaired(run):
         return str(problems)
     with cpmpi.open_run(run) as found:
@@ -62,22 +67,20 @@ def look(job: Job, run: Path) -> str:
 
 
 def run_disks(folder: Path, number: int, seed: int) -> list[str]:
-    """Build so many disks, and say of each that is not repaired what is wrong."""
+    """Build so many disks, and one more after each repair; say of each that is not as it must be what is wrong."""
     job, disk = Job(folder), folder / "disk"
     disk.mkdir()
     recording, wrong, chance = record(lambda: history(job, disk), disk), [], random.Random(seed)
-    first, done = recording.marks["0"], 0
-    while done < number:
-        (moment,) = moments(recording, 1, chance)
-        if moment <= first:
-            continue
-        done += 1
+    after = [recording.marks[f"done-{i}"] + 1 for i in range(len(DAMAGES))]
+    some = (moment for moment in moments(recording, 100 * number, chance) if moment > recording.marks["0"])
+    for moment in (*after, *itertools.islice(some, number)):
+        done = moment in after
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            crash = disk_after(recording, moment, chance.randrange(1 << 32), Path(place))
-            ended = in_child(look, job, Path(place) / "run")
+            crash = disk_after(recording, moment, chance.randrange(1 << 32), Path(place), least=done)
+            ended = in_child(look, job, Path(place) / "run", done)
             bad = ended.signal or ended.error
             if problem := f"{bad}: {ended.text}" if bad else ended.value:
-                at = sum(mark < moment for mark in recording.marks.values()) - 1
+                at = sum(recording.marks[str(i)] < moment for i in range(len(DAMAGES))) - 1
                 wrong.append(f"{DAMAGES[at].__name__}: {problem.replace(place, '')}; {crash}")
     return wrong
 
