@@ -227,10 +227,21 @@ def test_on_another_number_of_ranks_it_is_right_within_rounding(made):
 
 
 @pytest.mark.mpi(2)
-def test_heads_that_two_ranks_held_are_repaired_by_one_that_has_all(made):
+def test_heads_that_two_ranks_held_are_repaired_by_one_that_has_all(made, monkeypatch):
+    """Whoever wrote into a shard syncs it, before rank 0 records its checksums: it may be on another node."""
     from mpi4py import MPI
 
-    comm, run = MPI.COMM_WORLD, made / "shared"
+    from cpmpi.run import mend
+
+    comm, run, synced = MPI.COMM_WORLD, made / "shared", []
+    fsync, write_tables = os.fsync, mend.write_tables
+
+    def record(shard, number, layers):
+        assert os.path.realpath(shard.path) in synced
+        return write_tables(shard, number, layers)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(mend, "write_tables", record)
     prefill(made, "shared", tp=2)
     comm.Barrier()
     if comm.rank == 0:
@@ -240,6 +251,7 @@ def test_heads_that_two_ranks_held_are_repaired_by_one_that_has_all(made):
             at = place_of(run, rank=rank).layers[1]
             flip(RunPaths(run).shard(rank), at.key_offset + 7)
             flip(RunPaths(run).shard(rank), at.value_offset + 7)
+        synced.clear()
         assert repaired(run, MPI.COMM_SELF)[0] == []
         with open_run(run) as after:
             for layer, pair in enumerate(layers):
