@@ -158,7 +158,8 @@ class Damages(NamedTuple):
 
 def run_cases(folder: Path, series: Damages) -> tuple[list[str], Counter[str]]:
     """What is wrong, and how often each file was damaged."""
-    runs, chance, wrong, done = Runs(folder), random.Random(series.seed), [], Counter[str]()
+    runs, chance, done = Runs(folder), random.Random(series.seed), Counter[str]()
+    wrong: list[str] = []
     mine, of = map(int, series.part.split("/"))
     cases = list(runs.cases(series.lengths, series.flips, chance))
     size = -(-len(cases) // of)
