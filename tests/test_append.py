@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import numpy as np
@@ -395,6 +396,63 @@ def test_an_answer_is_saved_and_the_document_goes_on_from_it(tmp_path):
         whole = tokenizer.decode(document.token_ids, clean_up_tokenization_spaces=False)
         assert whole == text + prompt + answer + more + next_answer
         compare(document, *truth(CHECKPOINT, document.token_ids))
+
+
+@pytest.mark.mpi(2)
+def test_what_comes_after_stored_documents_is_watched_and_a_failing_disk_told_of_on_all_ranks(tmp_path, monkeypatch):
+    """Each job has a watchdog that sees its passes through the layers; `generate` leaves the run's own logs alone."""
+    from mpi4py import MPI
+
+    import cpmpi
+    from cpmpi.comm.watchdog import Watchdog
+    from cpmpi.run.verify import verify_run
+    from cpmpi.run.writer import ShardWriter
+
+    from .test_continuations import CHECKPOINT
+
+    comm, folder, dogs = MPI.COMM_WORLD, shared_folder(tmp_path), []
+    if comm.rank == 0:
+        np.save(folder / "context.npy", ids_of(60, 5) % 90)
+        write_lines(folder / "a.jsonl", {"document": "context.npy", "id": "a", "token_ids": list(range(3, 23))})
+    comm.Barrier()
+    begin = Watchdog.__enter__
+    monkeypatch.setattr(Watchdog, "__enter__", lambda dog: (dogs.append(dog), begin(dog))[1])
+    given = {"run": folder / "run", "hang_timeout": 30, "attention": "ring"}
+    asked = given | {"inputs": folder / "a.jsonl"}
+    cpmpi.prefill(model=CHECKPOINT, inputs=folder / "context.npy", output=folder / "run").close()
+    log = folder / "run" / "log" / f"rank-{comm.rank:05d}.log"
+    cpmpi.extend(**asked, output=folder / "scores").close()
+    before = log.read_bytes()
+    cpmpi.generate(**given, prompts="a", max_new_tokens=3)
+    comm.Barrier()
+    assert log.read_bytes() == before
+    write = ShardWriter._write
+
+    def fail(self, item):
+        if comm.rank == 1 and item.layer == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        write(self, item)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "_write", fail)
+        with pytest.raises(
+            cpmpi.UserError, match=r"^rank 1/2: \S+/rank-00001.h5: cannot be written \(Input/output error"
+        ):
+            cpmpi.extend(**asked, append=True)
+    cpmpi.extend(**asked, append=True).close()
+    logs = [dog._beats.folder.relative_to(folder) for dog in dogs]
+    assert [path.parts[0] for path in logs] == ["run", "scores", "run", "run", "run"]
+    assert [path.name for path in logs[:2] + logs[3:]] == ["beats"] * 4
+    assert logs[2].name.startswith("beats-2"), "several of these jobs may read a run at a time"
+    assert not any((folder / path).exists() for path in logs)
+    assert [dog._limit.choice_s for dog in dogs] == [None, 30, 30, 30, 30]
+    assert [dog._flight.passes for dog in dogs] == [1, 1, 3, 1, 1]
+    for dog in dogs:
+        layers = [event.layer for event in dog._flight.events() if event.kind == "layer"]
+        assert layers == list(range(max(layers) + 1)) * dog._flight.passes
+        assert dog._flight.name == "context.npy"
+        assert any(event.kind == "attend" and event.layer == 0 for event in dog._flight.events())
+    assert verify_run(folder / "run").problems == []
 
 
 @pytest.mark.mpi(2)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from cpmpi.comm.ranks import AgreedError, Ranks, start
 from cpmpi.comm.stop import Stop, listening
@@ -32,10 +31,11 @@ from cpmpi.engine.contexts import (
 )
 from cpmpi.engine.continuations import merging, say_merging
 from cpmpi.engine.corpus import check_nobody_works
+from cpmpi.engine.keep import Keeper
 from cpmpi.engine.options import ContextOptions, ExtendOptions
 from cpmpi.engine.run import load_engine
 from cpmpi.engine.score import Engine
-from cpmpi.engine.watch import watched
+from cpmpi.engine.watch import alive, watched
 from cpmpi.errors import UserError
 from cpmpi.run import growth
 from cpmpi.run.growth import Found, Text
@@ -194,7 +194,10 @@ def _append(job: ContextJob, texts: Sequence[Text], before: int, stop: Stop) -> 
     """Append the texts, group by group. Collective."""
     done: list[Appended] = []
     of = len(texts) + before
-    with watched(job, job.options.run, stop, documents=of, finished=before, noun="texts") as watch:
+    with (
+        alive(job, job.options.run, job.options.hang_timeout),
+        watched(job, job.options.run, stop, documents=of, finished=before, noun="texts") as watch,
+    ):
         with load_engine(job) as engine:
             job.progress.job([len(text.token_ids) for text in texts])
             for group in groups(texts):
@@ -239,12 +242,9 @@ def _lay_out(job: ContextJob, texts: Sequence[Text]) -> RunSpec:
 def _grow(job: ContextJob, engine: Engine, writer: ShardWriter, text: Text) -> Found:
     """Take a text through the model, and its keys and values into this rank's shard. Collective."""
     n_tokens = job.run.documents[text.document].n_tokens
-
-    def keep(layer: int, k_TGD: torch.Tensor, v_TGE: torch.Tensor) -> None:
-        writer.put(text.document, layer, k_TGD.cpu(), v_TGE.cpu())
-
+    keeper = Keeper(document=text.document, writer=writer, flight=job.ranks.flight)
     with open_context(job, engine, Context(document=text.document, n_tokens=n_tokens, upto=n_tokens)) as extension:
-        grown, _ = trunk_of(job, extension, text.token_ids).grow(keep=keep, name=text.id)
-        digests = job.ranks.gather(job.ranks.together(writer.finish, text.document))
+        grown, _ = trunk_of(job, extension, text.token_ids).grow(keep=keeper.keep, name=text.id)
+        digests = job.ranks.gather(job.ranks.together(keeper.finish))
     job.progress.done(len(text.token_ids))
     return Found(text=text, logprobs=grown.logprobs, last_hidden=grown.last_hidden, digests=digests or ())

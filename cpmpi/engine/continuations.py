@@ -42,7 +42,7 @@ from cpmpi.engine.options import ExtendOptions
 from cpmpi.engine.run import load_engine
 from cpmpi.engine.scores import Results, check_output, opened
 from cpmpi.engine.trunk import LEAST_TOKENS, Joint, judge, plan
-from cpmpi.engine.watch import watched
+from cpmpi.engine.watch import alive, watched
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.rotary import length_matters
 from cpmpi.run.reader import Run
@@ -114,7 +114,11 @@ def _score(job: ContextJob, asked: Sequence[Asked], results: Results, stop: Stop
     assert job.options.output is not None
     began, holders = time.perf_counter(), job.ranks.size // job.place.grid.tp
     total, done = results.count, len(results.done)
-    with watched(job, job.options.output, stop, documents=total, finished=done, noun="continuations") as watch:
+    output, hang_timeout = job.options.output, job.options.hang_timeout
+    with (
+        alive(job, output, hang_timeout),
+        watched(job, output, stop, documents=total, finished=done, noun="continuations") as watch,
+    ):
         if not left:
             return
         tasks = [_task(each.context, lines, holders) for each, lines in left]

@@ -276,6 +276,8 @@ class Extension:
         chunks = [pack.chunk(device) for pack in packs]
         if not chunks:  # walks along, and nobody takes its result
             chunks = [Chunk(torch.zeros(1, dtype=torch.int64, device=device), self.n_tokens)]
+        document = self.contexts[0].document
+        self.engine.flight.begin(document.index, document.id, len(self.engine.layers))
         decoder = decoder_of(weights.model)
 
         def attend(layer: int, calls: list[Call]) -> Sequence[torch.Tensor]:
@@ -300,14 +302,15 @@ class Extension:
 
         ``calls`` has what each branch hands over; of a rank without any, what the token does that walks along.
         """
-        engine = self.engine
+        engine, program = self.engine, self.engine.schedule.program(self.engine.position)
+        engine.flight.enter(layer, len(program))
         engine.weights.leave(layer)
         rule = rule_of(calls[0], longest)
         across = replace(rule, mask=apart(rule.mask, [each.base for each in self.contexts]))
         execution = Execution(
-            rank=engine.position, program=engine.schedule.program(engine.position), transport=engine.transport,
-            backend=engine.backends[layer], heads=engine.layers[layer].heads, rule=across, query_layout=placed,
-            key_layouts=self._key_layouts, device=engine.device, recorder=engine.recorder,
+            rank=engine.position, program=program, transport=engine.transport, backend=engine.backends[layer],
+            heads=engine.layers[layer].heads, rule=across, query_layout=placed, key_layouts=self._key_layouts,
+            device=engine.device, recorder=engine.recorder, flight=engine.flight,
         )  # fmt: skip
         if branches:
             execution.partials[engine.position] = self._own(branches, layer, calls, rule)

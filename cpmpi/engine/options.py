@@ -174,6 +174,10 @@ class ContextOptions(ModelOptions):
         AUTO, "Keep stored keys and values in memory, or read a layer ahead; auto: as memory allows.",
         choices=(AUTO, *KV_RESIDENCES),
     )  # fmt: skip
+    hang_timeout: str = option(
+        AUTO, "Seconds that a rank may wait for one that does not go on, off, or auto: by earlier waits.",
+        metavar="auto|SECONDS|off",
+    )  # fmt: skip
 
     @property
     def goes_on(self) -> Path | None:

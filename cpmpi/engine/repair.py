@@ -36,6 +36,7 @@ from cpmpi.engine.prepare import decide, find_place, inspect, make_spec
 from cpmpi.engine.run import load_engine
 from cpmpi.engine.score import Engine, Scores
 from cpmpi.engine.state import Inputs, Job
+from cpmpi.engine.watch import alive
 from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.fingerprint import fingerprint
@@ -171,7 +172,7 @@ def _extras_are_sound(document: Document) -> bool:
 def _compute(folder: Path, model: Path | None, work: list[Work], ranks: Ranks, progress: Progress) -> None:
     with ranks.together(mend.open_alone, folder) as run:
         job = _prepare(run, model, work, ranks, progress)
-        with load_engine(job) as engine:
+        with alive(job, run.paths.folder, job.options.hang_timeout, beside=True), load_engine(job) as engine:
             for one in work:
                 _repair_document(job, engine, run, one)
 
@@ -230,6 +231,7 @@ def _repair_document(job: Job, engine: Engine, run: Run, work: Work) -> None:
     here = replace(document.spec, layout=layout, grid=grid, first_rank=0, origin=None)
     mender = Mender(run=run, document=document, here=here, work=work, rank=ranks.rank, world=ranks.size)
     keep = mender.keep if run.kv_dtype is not None else None
+    ranks.flight.begin(document.index, document.id, len(job.place.layers))
     scores = None
     try:
         scores = engine.score(document.group["token_ids"][:], layout, document.id, keep)

@@ -224,7 +224,7 @@ def score_document(job: Job, engine: Engine, files: Files, seeker: Seeker, i: in
     keeper = None
     if writer is not None:
         assert engine.checkpoints is not None
-        keeper = Keeper(document=i, writer=writer, checkpoints=engine.checkpoints, flight=ranks.flight)
+        keeper = Keeper(document=i, writer=writer, flight=ranks.flight, broke=engine.checkpoints.broke)
     identity = checkpoint.identity_of(files.spec, document)
     ranks.flight.begin(i, document.id, len(job.place.layers))
     with seeker.find(i) as resume:

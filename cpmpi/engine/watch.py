@@ -11,15 +11,17 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpmpi.comm import watchdog
+from cpmpi.comm.log import rank_log
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import node_name
 from cpmpi.comm.stop import Stop
-from cpmpi.engine.options import JobOptions
+from cpmpi.engine.options import JobOptions, hang_seconds
 from cpmpi.engine.state import Prepared
 from cpmpi.errors import Stopped, one_line, why
 from cpmpi.run.paths import RunPaths
@@ -107,6 +109,38 @@ def watched(
             status.remove()
         _note(folder, **common, ended=int(time.time()), how=how, why=why, finished=watch.finished,
                     finished_here=watch.finished_here, saved=saved)  # fmt: skip
+
+
+@contextmanager
+def alive(job: Prepared, run: Path, hang_timeout: str, *, beside: bool = False) -> Iterator[None]:
+    """Within it this rank has its log, and a watchdog that ends a job in which no rank goes on. Collective.
+
+    Args:
+        job: that is watched.
+        run: whose logs are written.
+        hang_timeout: as `hang_seconds` takes it.
+        beside: whether other jobs may use the run at the same time: then there are no lines in its logs.
+    """
+    ranks, log = job.ranks, RunPaths.of(run).log
+    with ExitStack() as stack:
+        if beside:
+            stack.enter_context(_unheard())
+        else:
+            ranks.together(stack.enter_context, rank_log(log, ranks))
+        seconds = hang_seconds(hang_timeout)
+        stack.enter_context(watchdog.watched(ranks, log, seconds, job.progress.say, beside=beside))
+        yield
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Within it what would be logged is not printed instead."""
+    handler = logging.NullHandler()
+    logging.getLogger("cpmpi").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("cpmpi").removeHandler(handler)
 
 
 def _note(folder: Path, **entry: Any) -> None:
