@@ -110,7 +110,9 @@ def test_every_token_is_scored_once_after_as_many_tokens_as_promised():
                         assert 1 <= window.size <= context
                         assert window.start % stride == 0
                         for token in range(window.first, min(window.stop + 1, n_tokens)):
-                            assert token - window.start == min(token, context) or token - window.start > context - stride
+                            assert (
+                                token - window.start == min(token, context) or token - window.start > context - stride
+                            )
                             scored.append(token)
                     assert scored == [*range(first, n_tokens)]
                     assert windows[-1].stop == n_tokens

@@ -167,8 +167,8 @@ class Scoring:
         """In words, what windows documents are scored in; empty: they are scored as wholes."""
         if not self.context:
             return ""
-        least = self.context - self.stride + 1
-        return f"windows of {counted(self.context, 'token')}, stride {self.stride:,}: {least:,} to {self.context:,} before each"
+        seen = f"{self.context - self.stride + 1:,} to {self.context:,} before each"
+        return f"windows of {counted(self.context, 'token')}, stride {self.stride:,}: {seen}"
 
 
 PLAIN = Scoring()
