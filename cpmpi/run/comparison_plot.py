@@ -36,9 +36,10 @@ def draw_comparison(found: Comparison, path: Path, names: tuple[str, str]) -> No
     titles = [f"{which}: {shown(name, NAME_WIDTH)}" for which, name in zip("AB", names, strict=True)]
     both = [drawable(escaped(title)) for title in titles]
     _levels(axes[0], found.positions, [text for text, _ in both], [family for _, family in both])
-    starts = [_position(one) for one in found.positions]
-    _bars(axes[1], found.positions, starts)
-    axes[1].set(xscale="log", xlabel="position (tokens before)", ylabel="difference B - A (nats a token)")
+    _bars(axes[1], found.positions, [_position(one) for one in found.positions])
+    for one in axes[:2]:
+        one.set_xscale("log", base=2)
+    axes[1].set(xlabel="position (tokens before)", ylabel="difference B - A (nats a token)")
     if panels == 3:
         ordered = sorted(found.documents, key=lambda one: one.change.difference)
         _bars(axes[2], ordered, list(range(len(ordered))))
@@ -64,7 +65,7 @@ def _levels(axes: Any, bins: Sequence[Named], titles: Sequence[str], families: S
     at = [_position(one) for one in bins]
     axes.plot(at, [one.change.nll_a for one in bins], marker="o", markersize=3, color="#8a8a8a", label="A")
     axes.plot(at, [one.change.nll_b for one in bins], marker="o", markersize=3, color="#2b6ca3", label="B")
-    axes.set(xscale="log", xlabel="position (tokens before)", ylabel="mean nll (nats a token)")
+    axes.set(xlabel="position (tokens before)", ylabel="mean nll (nats a token)")
     axes.legend(frameon=False, fontsize=9)
     for line, (title, family) in enumerate(zip(titles, families, strict=True)):
         axes.text(
@@ -86,7 +87,7 @@ def _bars(axes: Any, found: Sequence[Named], at: Sequence[float]) -> None:
             [x for x, _ in chosen], y, yerr=ends, fmt="o", markersize=3.5, color=colour, elinewidth=1.2,
             label=MEANINGS[sign],
         )  # fmt: skip
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="best")
 
 
 def _position(one: Named) -> float:
