@@ -53,7 +53,8 @@ def divergence(a: Best, b: Best) -> Divergence:
     Args:
         a, b: the ids (T, K) and log-probabilities (T, K) of each one's most probable tokens; K may differ.
     """
-    parts = [_rows(*(array[i : i + ROWS] for array in (*a, *b))) for i in range(0, len(a[0]), ROWS)]
+    rows = [slice(i, i + ROWS) for i in range(0, len(a[0]), ROWS)]
+    parts = [_rows(a[0][at], a[1][at], b[0][at], b[1][at]) for at in rows]
     return Divergence(*(np.concatenate([part[i] for part in parts]) for i in range(len(Divergence._fields))))
 
 
@@ -63,15 +64,15 @@ def _rows(
 ) -> Divergence:  # fmt: skip
     same_TKJ = ids_a_TK[:, :, None] == ids_b_TJ[:, None, :]
     both_TK = same_TKJ.any(2)
-    logq_TK = np.take_along_axis(logq_TJ.astype(np.float64), same_TKJ.argmax(2), 1)
-    logp_TK, logq_TK = (np.where(both_TK, x, -np.inf) for x in (logp_TK.astype(np.float64), logq_TK))
-    known_a, known_b = np.exp(logp_TK).sum(1), np.exp(logq_TK).sum(1)
+    found_TK = np.take_along_axis(logq_TJ, same_TKJ.argmax(2), 1)
+    logp, logq = (np.where(both_TK, x.astype(np.float64), -np.inf) for x in (logp_TK, found_TK))
+    known_a, known_b = np.exp(logp).sum(1), np.exp(logq).sum(1)
     rest_a, rest_b = (np.maximum(ROUNDING, 1 - known) for known in (known_a, known_b))
     log_a, log_b = np.log(rest_a), np.log(rest_b)
-    inside = _js(logp_TK, logq_TK).sum(1)
+    inside = _js(logp, logq).sum(1)
     return Divergence(
-        kl_ab=np.maximum(0.0, _kl(logp_TK, logq_TK).sum(1) + _kl(log_a, log_b)),
-        kl_ba=np.maximum(0.0, _kl(logq_TK, logp_TK).sum(1) + _kl(log_b, log_a)),
+        kl_ab=np.maximum(0.0, _kl(logp, logq).sum(1) + _kl(log_a, log_b)),
+        kl_ba=np.maximum(0.0, _kl(logq, logp).sum(1) + _kl(log_b, log_a)),
         js_low=np.maximum(0.0, inside + _js(log_a, log_b)), js_high=inside + math.log(2) * (rest_a + rest_b) / 2,
         known_a=known_a, known_b=known_b,
     )  # fmt: skip

@@ -91,7 +91,7 @@ def block_length(values_T: Floats) -> int:
     G, spectrum = 2 * float((weighted * k).sum()), R[0] + 2 * float(weighted.sum())
     if not spectrum > 0:
         return max(1, least)
-    best = (1.5 * (G / spectrum) ** 2 * n) ** (1 / 3)
+    best = float((1.5 * (G / spectrum) ** 2 * n) ** (1 / 3))
     most = math.ceil(min(3 * math.sqrt(n), n / 3))
     return max(1, least, min(most, math.ceil(best)))
 
