@@ -117,6 +117,7 @@ def test_every_number_is_its_definition(tmp_path):
         assert one.change.nll_b == pytest.approx(b.documents[one.document].nll / len(mine), rel=1e-9)
         low, high = one.change.interval
         assert math.isnan(low) if len(mine) == 1 else low < one.change.difference < high
+        np.testing.assert_allclose((low, high), over_blocks(mine, 0), rtol=1e-9)
     assert found.corpus.change.n_tokens == len(everything)
     assert found.corpus.change.difference == pytest.approx(everything.mean(), rel=1e-9)
     assert (found.block, found.corpus.divergence) == (0, None)
@@ -233,6 +234,9 @@ def test_intervals_hold_what_they_promise():
     assert holds[1] < 0.75
     interval = over_blocks(series[0], 0)
     assert interval == over_blocks(series[0], 0) != over_blocks(series[0], 1)
+    starts = np.random.default_rng(4).integers(0, 600, (2000, 7))[..., None]  # of blocks that go on at the beginning
+    means = series[1][(starts + np.arange(97)) % 600].mean((1, 2))
+    np.testing.assert_allclose(over_blocks(series[1], 4, 97), np.quantile(means, (0.025, 0.975)), rtol=1e-9)
     assert all(map(math.isnan, over_blocks(np.array([1.0]), 0)))
     assert over_blocks(np.full(9, 2.0), 0) == (2.0, 2.0)
 
