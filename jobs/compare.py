@@ -186,7 +186,7 @@ def lines_of(found: Comparison, facts: dict[str, Any], most: int) -> Iterator[st
     for what, entries in (("tokens", facts["tokens"]), ("passages", facts["passages"])):
         if entries:
             yield from ("", f"most different {what}:", *_listed(entries, len(found.documents) > 1))
-    if found.spans:
+    if found.spans and most:
         yield from ("", f"most different of {counted(len(found.spans), 'span')}:", *_spans(found.spans[:most]))
 
 
