@@ -11,13 +11,17 @@ from cpmpi.version import __version__
 if TYPE_CHECKING:
     from cpmpi.engine.api import extend, generate, import_kv, prefill, score
     from cpmpi.jobs.submit import submit
+    from cpmpi.run.comparison import compare
     from cpmpi.run.reader import open_run
 
-__all__ = ["UserError", "__version__", "extend", "generate", "import_kv", "open_run", "prefill", "score", "submit"]
+__all__ = [
+    "UserError", "__version__", "compare", "extend", "generate", "import_kv", "open_run", "prefill", "score", "submit",
+]  # fmt: skip
 
 # public name -> where it is; imported when it is first used, so that ``import cpmpi`` alone is cheap
 PUBLIC = {
     "open_run": "cpmpi.run.reader",
+    "compare": "cpmpi.run.comparison",
     "extend": "cpmpi.engine.api",
     "generate": "cpmpi.engine.api",
     "import_kv": "cpmpi.engine.api",

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("cpmpi.jobs.generate", "Answer prompts from a stored document."),
     "demo": ("cpmpi.jobs.demo", "Run the main job on a small checkpoint and a long text."),
     "inspect": ("cpmpi.jobs.inspect", "What is in a run folder."),
+    "compare": ("cpmpi.jobs.compare", "Two runs of the same documents: where one is less surprised."),
     "tokens": ("cpmpi.jobs.tokens", "A passage of a document with the scores of its tokens."),
     "verify": ("cpmpi.jobs.verify", "Check the files of a run folder against their checksums."),
     "import": ("cpmpi.jobs.import_kv", "A run of keys and values that were computed elsewhere."),

@@ -127,6 +127,14 @@ class JobOptions(ModelOptions):
         metavar="lines|sentences|paragraphs|FILE.jsonl",
     )  # fmt: skip
     from_position: int = option(0, "Score only tokens from this position on.", least=0)
+    context: int | None = option(
+        None, "Score each token after at most so many, in windows: a baseline for whole documents.", least=1,
+        metavar="TOKENS",
+    )  # fmt: skip
+    stride: int | None = option(
+        None, "Tokens from one window's beginning to the next's.  [default: half of --context]", least=1,
+        metavar="TOKENS",
+    )  # fmt: skip
     fail_fast: bool = option(False, "End the job with the first document that fails, instead of going on.", flag=True)
     checkpoint: str = option(
         AUTO, "Minutes between checkpoints inside a document (0: as often as can be), off, or auto: by their cost.",
@@ -160,6 +168,11 @@ class JobOptions(ModelOptions):
         for name, given in (("most_tokens", self.most_tokens is not None), ("stay", self.stay)):
             if given and not self.share:
                 raise UserError(f"{spelled(name)} is for jobs that share the documents of a run (--share)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.context is not None and self.checkpoint == AUTO:  # a window is soon computed again
+            object.__setattr__(self, "checkpoint", OFF)
 
 
 @dataclass(frozen=True, kw_only=True)

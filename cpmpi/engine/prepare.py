@@ -117,7 +117,8 @@ def _read_documents(
         options=ReadOptions(
             column=options.column, id_column=options.id_column, select=options.select, limit=options.limit,
             skip_bad=options.skip_bad, special_tokens=special_tokens(options), prefix=keeping.scoring.prefix,
-            spans=keeping.spans, max_positions=None if options.allow_longer else checkpoint.max_positions,
+            spans=keeping.spans,
+            max_positions=None if options.allow_longer or options.context else checkpoint.max_positions,
         ),
     )  # fmt: skip
     for note in (*reading.notes, check_documents(keeping, reading.documents)):
@@ -133,7 +134,7 @@ def inspect(options: ModelOptions, ranks: Ranks, inputs: Inputs) -> Model:
     device = ranks.together(choose_device, ranks, options.device)
     dtype = inputs.checkpoint.compute_dtype(options.dtype, device)
     skeleton = ranks.together(inputs.checkpoint.skeleton, dtype)
-    layers = ranks.together(probe, skeleton, inputs.longest)
+    layers = ranks.together(probe, skeleton, inputs.together)
     return Model(device=device, dtype=dtype, skeleton=skeleton, layers=layers)
 
 
@@ -148,7 +149,7 @@ def find_place(options: ModelOptions, ranks: Ranks, inputs: Inputs, model: Model
         check_grid(topology, options.tp)
         sharing = share(model.skeleton, model.layers, options.tp, ranks.rank % options.tp)
         narrow = inputs.checkpoint.skeleton(model.dtype, sharing=sharing)
-        return sharing, narrow, sharing.layers(narrow, model.layers, inputs.longest)
+        return sharing, narrow, sharing.layers(narrow, model.layers, inputs.together)
 
     if options.tp > 1:
         sharing, skeleton, layers = ranks.together(take_share)
@@ -164,12 +165,13 @@ def find_place(options: ModelOptions, ranks: Ranks, inputs: Inputs, model: Model
 def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place, run_spec: spec.RunSpec) -> Decision:
     """Kernels, schedule, and where the weights stay. Collective."""
     ranks = place.ranks
-    work = workload(options, model, place, tokens=inputs.longest)
+    work = workload(options, model, place, tokens=inputs.together)
     schedule, reason = schedule_for(options, None if options.overwrite else options.output, place, work)
     sizes = TokenSizes(
         hidden=run_spec.hidden_size, inner=inner_width(place.skeleton), vocabulary=inputs.checkpoint.vocab_size,
         chunk_tokens=options.chunk_tokens, stored_itemsize=run_spec.kv.stored.itemsize if run_spec.kv else 0,
-        checkpoint_bytes=_hidden_bytes(options, place), kept_bytes=inputs.keeping.token_bytes,
+        checkpoint_bytes=_hidden_bytes(options, place),
+        kept_bytes=inputs.keeping.token_bytes * -(-inputs.longest // inputs.together),
     )  # fmt: skip
     memory = ranks.together(
         choose_residence, document_memory(work, schedule, sizes), weight_bytes(place.reader), choice=options.weights,

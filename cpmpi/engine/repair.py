@@ -158,8 +158,9 @@ def _work(run: Run, found: Verification, progress: Progress) -> Iterator[Work]:
         if len(document.places) > 1:
             progress.say(f"{document.id}: was appended to, and is not repaired: make it anew")
             continue
-        if outputs and (run.scoring.prefix or not _extras_are_sound(document)):
-            progress.say(f"{document.id}: its kept scores or places, or scores after a prefix token, are not repaired")
+        if outputs and (run.scoring.prefix or run.scoring.context or not _extras_are_sound(document)):
+            what = "its kept scores or places, or scores after a prefix token or in windows"
+            progress.say(f"{document.id}: {what}, are not repaired")
             continue
         yield Work(name=name, layers=layers, outputs=outputs)
 

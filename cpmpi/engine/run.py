@@ -27,6 +27,7 @@ from cpmpi.engine.resume import Seeker
 from cpmpi.engine.score import Engine
 from cpmpi.engine.state import Job, Prepared
 from cpmpi.engine.watch import watched
+from cpmpi.engine.windows import score_in_windows, windows_of
 from cpmpi.model.forward import sum_outputs
 from cpmpi.model.linear import use_products
 from cpmpi.model.size import pair_weight
@@ -81,14 +82,17 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
             engine = stack.enter_context(load_engine(job, recorder, checkpoints))
             job.ranks.on_root(publish_circumstances, job, job.options.output)
             weight = pair_weight(job.model.skeleton, job.inputs.checkpoint, job.model.layers)
-            job.progress.job([files.spec.documents[i].n_tokens for i in todo], weight)
+            scoring = job.inputs.keeping.scoring
+            ways = {i: [*windows_of(files.spec.documents[i].layout.n_tokens, scoring)] for i in todo}
+            noun = "window" if scoring.context else "document"
+            job.progress.job([window.size for way in ways.values() for window in way], weight, noun)
             for i in todo:
                 watch.go_on()
                 if reason := score_document(job, engine, files, seeker, i):
                     failed[i] = reason
                     job.progress.say(f"failed: {reason}; the others go on")
                 seconds[i] = checkpoints.spent_s
-                job.progress.done(files.spec.documents[i].n_tokens)
+                job.progress.done(ways[i][-1].size)
                 watch.document_done()
             job.progress.close()
         job.ranks.on_root(lambda: files.index.finish() if files.index is not None else None)
@@ -234,11 +238,12 @@ def score_document(job: Job, engine: Engine, files: Files, seeker: Seeker, i: in
                 index=i, identity=identity, name=document.id, n_tokens=document.layout.n_tokens,
                 began_s=time.monotonic() - spent_s,
             )  # fmt: skip
-        scores = engine.score(
-            job.inputs.keeping.preceded(token_ids), document.layout, document.id, keeper.keep if keeper else None,
-            resume,
-        )  # fmt: skip
-        scores.positions = scores.positions - job.inputs.keeping.scoring.prefix
+        scoring, ids = job.inputs.keeping.scoring, job.inputs.keeping.preceded(token_ids)
+        if scoring.context:
+            scores = score_in_windows(engine, ids, document.layout, document.id, scoring)
+        else:
+            scores = engine.score(ids, document.layout, document.id, keeper.keep if keeper else None, resume)
+        scores.positions = scores.positions - scoring.prefix
     digest = ranks.together(keeper.finish) if keeper is not None else 0
     everyone = ranks.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
     write_kept(ranks, index, i, document.extras, scores, [positions for positions, *_ in everyone or ()])

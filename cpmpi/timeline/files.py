@@ -11,15 +11,17 @@ from cpmpi.timeline.intervals import Interval, save_trace
 
 
 def check_files(
-    *, plot: Path | None = None, trace: Path | None = None, json: Path | None = None, run_folder: Path | None = None
-) -> None:
+    *, plot: Path | None = None, trace: Path | None = None, json: Path | None = None, csv: Path | None = None,
+    run_folder: Path | None = None,
+) -> None:  # fmt: skip
     """Refuse what could not be written after hours of work. Each file goes by the name of its option.
 
     Raises:
         UserError: a folder is missing or cannot be written to, a file is a folder or would be in the run's folder, two
             options name one file, or pictures cannot be drawn here.
     """
-    named = {f"--{name}": path for name, path in (("plot", plot), ("trace", trace), ("json", json)) if path is not None}
+    given = {"plot": plot, "trace": trace, "json": json, "csv": csv}
+    named = {f"--{name}": path for name, path in given.items() if path is not None}
     seen: dict[Path, str] = {}
     for option, path in named.items():
         place, folder = path.absolute(), path.absolute().parent
