@@ -87,7 +87,7 @@ class Browser:
         line, _, self._buffer = self._buffer.partition(b"\0")
         return dict(json.loads(line))
 
-    def open(self, page: Path, ready: str = "document.documentElement.dataset.ready === 'yes'", hash: str = "") -> None:
+    def open(self, page: Path, ready: str = "document.documentElement?.dataset.ready === 'yes'", hash: str = "") -> None:
         """Open a file, and wait until it says that it is ready."""
         self.call("Page.navigate", url=page.resolve().as_uri() + hash)
         self.wait(ready)

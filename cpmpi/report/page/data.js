@@ -36,7 +36,8 @@ function floatsOf(halves) {
 }
 
 // The sections of an inflated block by name. Numbers in float16 are given as float32; their bits as NAME_halves.
-function sectionsOf(bytes) {
+// Pauses between sections: those of a million tokens take some 30 ms each.
+async function sectionsOf(bytes) {
   const size = new DataView(bytes.buffer, bytes.byteOffset).getUint32(0, true), utf8 = new TextDecoder();
   const found = {};
   for (const [name, kind, shape, at, length] of JSON.parse(utf8.decode(bytes.subarray(4, 4 + size)))) {
@@ -51,12 +52,14 @@ function sectionsOf(bytes) {
       } else found[name] = new ARRAYS[kind](whole.buffer);
       found[name].shape = shape;
     }
+    if (length > 1e5) await pause();
   }
   return found;
 }
 
 async function block(name) {
   const bytes = bytesOf(document.getElementById("block-" + name).textContent);
+  await pause();
   return sectionsOf(await inflated(bytes));
 }
 
@@ -70,7 +73,8 @@ function element(tag, name, text) {
   return made;
 }
 
-const count = (n) => n.toLocaleString("en-US");
+const grouped = new Intl.NumberFormat("en-US");
+const count = (n) => grouped.format(n);
 const plural = (n, one, many = one + "s") => `${count(n)} ${n === 1 ? one : many}`;
 function digits(value, n = 4) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";

@@ -156,12 +156,15 @@ function nextPassage(step) {
 const COLOURINGS = {
   surprisal: { name: "surprisal", of: (t) => t.bits, words: ["0", "15+ bits"], },
   entropy: { name: "entropy", of: (t) => t.entropy, words: ["0", "15+ bits"] },
-  rank: { name: "rank", of: (t) => t.rank && Float32Array.from(t.rank, (r) => (r > 0 ? Math.log2(r) : NaN)), words: ["1", "32,768+"] },
+  rank: { name: "rank", of: (t) => t.rank, scale: Math.log2, words: ["1", "32,768+"] },
 };
 
 function scoresOf(t, name) {
-  const values = COLOURINGS[name].of(t), out = new Uint8Array(t.n);
-  for (let i = 0; i < t.n; i++) out[i] = values[i] >= 1 ? Math.min(15, values[i]) : 0;
+  const { of, scale } = COLOURINGS[name], values = of(t), out = new Uint8Array(t.n);
+  for (let i = 0; i < t.n; i++) {
+    const value = scale ? scale(values[i]) : values[i];
+    out[i] = value >= 1 ? Math.min(15, value) : 0; // NaN and -Infinity are 0, too
+  }
   return out;
 }
 
@@ -235,8 +238,8 @@ function tellToken(i) {
   if (t.characters) rows.push(["character", count(t.characters[i])]);
   rows.push(["id", count(t.ids[i])]);
   const best = [];
-  if (t.best && scored) for (let k = 0, width = t.best.shape[1]; k < width; k++) best.push([inOneLine(t.bestTexts[t.best[i * width + k]]), probability(t.bestBits[i * width + k])]);
-  return { title: word || "(no character of its own)", rows, best };
+  if (t.best && scored) for (let k = 0, width = t.best.shape[1]; k < width; k++) best.push([`‘${inOneLine(t.bestTexts[t.best[i * width + k]])}’`, probability(t.bestBits[i * width + k])]);
+  return { title: word ? `‘${word}’` : "(no character of its own)", rows, best };
 }
 const probability = (bits) => { const p = 2 ** -bits; return p >= 0.001 ? `${(100 * p).toFixed(p > 0.1 ? 1 : 2)}%` : digits(p, 3); };
 

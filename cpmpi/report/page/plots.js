@@ -184,6 +184,7 @@ function showTip(told, x = 0, y = 0) {
   if (told.title) tip.append(element("b", "", told.title));
   for (const [name, rows] of [["", told.rows], ["best", told.best || []]]) {
     if (!rows.length) continue;
+    if (name) tip.append(element("p", "soft", "most probable"));
     const list = element("dl", name);
     for (const [term, value] of rows) list.append(element("dt", "", term), element("dd", "", value));
     tip.append(list);

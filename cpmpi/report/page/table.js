@@ -26,7 +26,8 @@ class Table {
     place.addEventListener("keydown", (e) => this.key(e));
     this.body.addEventListener("click", (e) => { const row = e.target.closest("tr.row"); if (row) this.choose(Number(row.dataset.place)); });
     this.most = 1e-9; // of the small curves' heights
-    for (const v of sparks) if (v > this.most) this.most = v;
+    const heights = sparks.filter((v) => v >= 0).sort();
+    if (heights.length) this.most = heights[Math.floor((heights.length - 1) * 0.995)] || this.most; // not of an outlier
     this.arrange();
   }
 
@@ -96,6 +97,7 @@ class Table {
       if (failed && !["number", "id", "tokens"].includes(field)) continue;
       const cell = element("td", field === "id" ? "name" : "", field === "id" ? inOneLine(d.id[place]) : words === String ? "" : d[field][place] === null ? "–" : words(d[field][place]));
       if (field === "id") cell.title = inOneLine(d.id[place]);
+      if (field === "bits" && d.bits[place] !== null) cell.replaceChildren(element("span", `chip s${colourOf(d.bits[place])}`, digits(d.bits[place])));
       row.append(cell);
     }
     const last = failed ? element("td", "why", inOneLine(failed)) : element("td");

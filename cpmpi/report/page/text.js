@@ -6,11 +6,11 @@ const EXTRA = 12; // lines made above and below those in view
 
 class TextView {
   constructor(place, map, { moved, tell }) {
-    Object.assign(this, { place, map, moved, tell, tokens: null, lines: null, cursor: -1, marked: [-1, -1], scores: null });
+    Object.assign(this, { place, map, moved, tell, tokens: null, lines: null, cursor: -1, marked: [-1, -1], scores: null, scrolled: 0 });
     this.whole = element("div", "whole");
     this.inner = element("div", "lines");
     place.append(this.whole, this.inner);
-    place.addEventListener("scroll", () => this.draw());
+    place.addEventListener("scroll", () => { this.scrolled = place.scrollTop; this.draw(); });
     place.addEventListener("pointermove", (e) => this.hover(e));
     place.addEventListener("pointerleave", () => showTip(null));
     place.addEventListener("click", (e) => { const i = e.target.dataset?.i; if (i !== undefined) { this.cursor = Number(i); this.refresh(); this.moved(this.cursor); } });
@@ -18,12 +18,16 @@ class TextView {
     map.addEventListener("pointermove", (e) => this.dragging && this.toMap(e));
     map.addEventListener("pointerup", () => (this.dragging = false));
     new ResizeObserver(() => this.resized()).observe(place);
+    this.measure();
   }
+
+  // Sizes are asked for when they change: while lines are made, asking makes the browser lay out all of them.
+  measure() { Object.assign(this, { height: this.place.clientHeight, width: this.place.clientWidth, mapHeight: this.map.clientHeight }); }
 
   // `scores` (one a token, in steps of colour) say how tokens are coloured.
   async show(tokens, scores) {
     Object.assign(this, { tokens, scores, cursor: -1, marked: [-1, -1], lines: null });
-    this.place.scrollTop = 0;
+    this.place.scrollTop = this.scrolled = 0;
     this.inner.replaceChildren();
     await this.lay();
   }
@@ -37,10 +41,11 @@ class TextView {
       this.letter = probe.getBoundingClientRect().width / 100;
       probe.remove();
     }
-    return Math.max(20, Math.min(160, Math.floor((this.place.clientWidth - 92 - 26) / (this.letter || 8))));
+    return Math.max(20, Math.min(160, Math.floor((this.width - 92 - 26) / (this.letter || 8))));
   }
 
   async lay() {
+    this.measure();
     const tokens = this.tokens, columns = this.columns, ticket = (this.ticket = {});
     const lines = await linesOf(tokens.text, columns, () => this.ticket === ticket);
     if (!lines || this.ticket !== ticket) return;
@@ -54,6 +59,7 @@ class TextView {
   }
 
   resized() {
+    this.measure();
     if (!this.tokens || !this.lines) return;
     if (this.columns !== this.laidFor) this.lay(); else this.refresh();
   }
@@ -61,25 +67,28 @@ class TextView {
   get rows() { return this.lines.length - 1; }
   // Pixels of the text to one of the scroll bar.
   get ratio() {
-    const room = this.tall - this.place.clientHeight;
-    return room > 0 ? (this.rows * LINE - this.place.clientHeight) / room : 1;
+    const room = this.tall - this.height;
+    return room > 0 ? (this.rows * LINE - this.height) / room : 1;
   }
-  get firstLine() { return this.lines ? clamp(Math.floor((this.place.scrollTop * this.ratio) / LINE), 0, this.rows - 1) : 0; }
+  get firstLine() { return this.lines ? clamp(Math.floor((this.scrolled * this.ratio) / LINE), 0, this.rows - 1) : 0; }
   get visible() { // tokens from .. to
     if (!this.lines) return [0, 0];
-    const last = Math.min(this.rows, this.firstLine + Math.ceil(this.place.clientHeight / LINE));
+    const last = Math.min(this.rows, this.firstLine + Math.ceil(this.height / LINE));
     return [this.tokens.at(this.lines[this.firstLine]), this.tokens.at(this.lines[last]) + 1];
   }
   lineOf(token) { return clamp(lastAtMost(this.lines, this.tokens.starts[token], this.rows), 0, this.rows - 1); }
-  toLine(line) { this.place.scrollTop = (line * LINE) / this.ratio; }
+  toLine(line) {
+    this.place.scrollTop = (line * LINE) / this.ratio;
+    this.scrolled = this.place.scrollTop;
+  }
 
   refresh() { this.drawn = ""; this.draw(); this.drawMap(); }
 
   draw() {
     if (!this.lines) return;
     const first = Math.max(0, this.firstLine - EXTRA);
-    const stop = Math.min(this.rows, this.firstLine + Math.ceil(this.place.clientHeight / LINE) + EXTRA);
-    const offset = this.place.scrollTop * (1 - this.ratio); // where the scroll bar lags behind the lines
+    const stop = Math.min(this.rows, this.firstLine + Math.ceil(this.height / LINE) + EXTRA);
+    const offset = this.scrolled * (1 - this.ratio); // where the scroll bar lags behind the lines
     const state = `${first} ${stop}`;
     this.inner.style.transform = `translateY(${offset + first * LINE}px)`;
     if (state !== this.drawn) {
@@ -117,7 +126,7 @@ class TextView {
     if (!this.lines) return;
     this.cursor = clamp(token, 0, this.tokens.n - 1);
     if (marked) this.marked = marked;
-    const line = this.lineOf(this.cursor), rows = Math.floor(this.place.clientHeight / LINE);
+    const line = this.lineOf(this.cursor), rows = Math.floor(this.height / LINE);
     if (line < this.firstLine + 1 || line > this.firstLine + rows - 3) this.toLine(Math.max(0, line - Math.floor(rows / 3)));
     this.refresh();
     this.moved(this.cursor);
@@ -138,13 +147,13 @@ class TextView {
   toMap(e) {
     if (!this.lines) return;
     const box = this.map.getBoundingClientRect(), part = clamp((e.clientY - box.top) / this.used, 0, 1);
-    this.toLine(part * this.rows - this.place.clientHeight / LINE / 2);
+    this.toLine(part * this.rows - this.height / LINE / 2);
   }
 
   // The whole text as a strip, each row of pixels in the colour of its mean, and where the view is.
   drawMap() {
     if (!this.lines || !this.scores) return;
-    const { map, tokens } = this, height = map.clientHeight, scale = window.devicePixelRatio || 1, pen = map.getContext("2d");
+    const { map, tokens } = this, height = this.mapHeight, scale = window.devicePixelRatio || 1, pen = map.getContext("2d");
     if (!height) return;
     const key = `${height} ${this.laidFor}`;
     if (this.mapKey !== key || this.mapScores !== this.scores || this.mapTheme !== document.documentElement.dataset.theme) {
@@ -157,7 +166,7 @@ class TextView {
     pen.drawImage(this.strip, 0, 0, map.width, used);
     this.used = used / scale;
     pen.strokeStyle = colour("accent"); pen.lineWidth = 2 * scale;
-    const per = used / this.rows, seen = Math.max(8 * scale, (this.place.clientHeight / LINE) * per);
+    const per = used / this.rows, seen = Math.max(8 * scale, (this.height / LINE) * per);
     pen.strokeRect(scale, clamp(this.firstLine * per, 0, Math.max(0, used - seen)) + scale, map.width - 2 * scale, seen - 2 * scale);
   }
 
