@@ -14,7 +14,18 @@ if TYPE_CHECKING:
     from cpmpi.report.report import write_report
     from cpmpi.run.reader import open_run
 
-__all__ = ["UserError", "__version__", "extend", "generate", "import_kv", "open_run", "prefill", "score", "submit", "write_report"]
+__all__ = [
+    "UserError",
+    "__version__",
+    "extend",
+    "generate",
+    "import_kv",
+    "open_run",
+    "prefill",
+    "score",
+    "submit",
+    "write_report",
+]
 
 # public name -> where it is; imported when it is first used, so that ``import cpmpi`` alone is cheap
 PUBLIC = {

@@ -1,4 +1,4 @@
-"""A real browser for tests: headless Chromium, driven over a pipe by its DevTools protocol. No package is needed for it."""
+"""A real browser for tests: headless Chromium, driven over a pipe by its DevTools protocol; no package is needed."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ class Browser:
         line, _, self._buffer = self._buffer.partition(b"\0")
         return dict(json.loads(line))
 
-    def open(self, page: Path, ready: str = "document.documentElement?.dataset.ready === 'yes'", hash: str = "") -> None:
+    def open(
+        self, page: Path, ready: str = "document.documentElement?.dataset.ready === 'yes'", hash: str = ""
+    ) -> None:
         """Open a file, and wait until it says that it is ready."""
         self.call("Page.navigate", url=page.resolve().as_uri() + hash)
         self.wait(ready)
@@ -130,7 +132,9 @@ class Browser:
         """Where an element is in the window, which is moved there."""
         box = f"document.querySelector({json.dumps(selector)})"
         self.ask(f"{box}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
-        x, y = self.ask(f"(() => {{ const r = {box}.getBoundingClientRect(); return [r.x + r.width/2, r.y + r.height/2] }})()")
+        x, y = self.ask(
+            f"(() => {{ const r = {box}.getBoundingClientRect(); return [r.x + r.width/2, r.y + r.height/2] }})()"
+        )
         return x, y
 
     def complaints(self) -> list[str]:

@@ -27,7 +27,10 @@ VOCABULARY = 4000
 def made_up(ids_T: np.ndarray, seed: int) -> dict[str, Any]:
     """Log-probabilities that fall with the position, and what is kept besides; the same every time."""
     random, n = np.random.default_rng(seed), len(ids_T)
-    bits = random.exponential(2.0 + 3.0 / np.log2(np.arange(n) + 4), n) * np.repeat(random.uniform(0.5, 1.6, n // 50 + 1), 50)[:n]
+    bits = (
+        random.exponential(2.0 + 3.0 / np.log2(np.arange(n) + 4), n)
+        * np.repeat(random.uniform(0.5, 1.6, n // 50 + 1), 50)[:n]
+    )
     logprobs = (-bits * np.log(2)).astype(np.float32)
     logprobs[0] = np.nan
     best = np.stack([random.integers(0, VOCABULARY, n), ids_T], 1).astype(np.int32)
@@ -40,7 +43,7 @@ def made_up(ids_T: np.ndarray, seed: int) -> dict[str, Any]:
 
 
 def make_text_run(folder: Path, texts: Mapping[str, str], *, finished: int | None = None, **changes: Any) -> None:
-    """A run of these documents (id to text), of which the first ``finished`` are done. ``changes`` are of the `RunSpec`."""
+    """A run of these documents (id to text), the first ``finished`` of them done. ``changes`` are of the `RunSpec`."""
     tokenizer = load_tokenizer(CHECKPOINT)
     tokenized = [tokenize_in_place(tokenizer, text) for text in texts.values()]
     documents = tuple(

@@ -88,7 +88,8 @@ class ByPosition:
         known = ~np.isnan(bits_T)
         ends = np.minimum(self.edges, len(bits_T))
         sums, counts = (
-            np.diff(np.concatenate([[0.0], np.cumsum(values)])[ends]) for values in (np.where(known, bits_T, 0.0), known)
+            np.diff(np.concatenate([[0.0], np.cumsum(values)])[ends])
+            for values in (np.where(known, bits_T, 0.0), known)
         )
         self.sums += sums
         self.counts += counts

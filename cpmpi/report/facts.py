@@ -108,7 +108,7 @@ def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 def _numbers(document: Document, scored: int) -> dict[str, Any]:
     return {
         "scored": scored, "first": document.first_scored, "nll": plain(document.nll),
-        "perplexity": plain(document.perplexity), "bits": plain(document.nll / math.log(2) / scored) if scored else None,
+        "perplexity": plain(document.perplexity), "bits": plain(document.nll / math.log(2) / scored),
         "bits_per_byte": plain(document.bits_per_byte), "text_bytes": dict(document.spec.text).get("scored_bytes"),
     }  # fmt: skip
 

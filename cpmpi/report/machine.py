@@ -35,10 +35,10 @@ def _picture(topology: Topology) -> str:
     if importlib.util.find_spec("matplotlib") is None:
         return ""
     with tempfile.TemporaryDirectory() as folder:
-        for suffix, kind in ((".svg", "image/svg+xml"), (".png", "image/png")):
-            path = Path(folder) / f"machine{suffix}"
+        path, kind = Path(folder) / "machine.svg", "image/svg+xml"
+        draw_machine(topology, path)
+        if path.stat().st_size > MOST_SVG_BYTES:
+            path, kind = path.with_suffix(".png"), "image/png"
             draw_machine(topology, path)
-            data = path.read_bytes()
-            if len(data) <= MOST_SVG_BYTES:
-                break
+        data = path.read_bytes()
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

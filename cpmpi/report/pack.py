@@ -1,6 +1,6 @@
 """Arrays and texts in few characters: how a page carries its numbers, and no word of a document as HTML.
 
-A block is base64 of a zlib stream of: the length of a header (uint32), the header (JSON), and the bytes of each section.
+A block is base64 of a zlib stream of: the length of a header (uint32), the header (JSON), the bytes of each section.
 The header lists for each section its name, type, shape, first byte and number of bytes. Numbers of several bytes lie in
 planes, all lowest bytes first: so they deflate to about two thirds. `page/data.js` reads it.
 """

@@ -13,7 +13,9 @@ from html import escape
 from importlib.resources import files
 
 SCRIPTS = ("data.js", "document.js", "plots.js", "table.js", "text.js", "time.js", "page.js")
-FORBIDDEN = "default-src 'none'; script-src '{script}'; style-src '{style}'; img-src data:; base-uri 'none'; form-action 'none'"
+FORBIDDEN = (
+    "default-src 'none'; script-src '{script}'; style-src '{style}'; img-src data:; base-uri 'none'; form-action 'none'"
+)
 
 
 def asset(name: str) -> str:

@@ -106,10 +106,12 @@ def _write(
     make_folder(output.parent)
     title = f"{shown(run.paths.folder.resolve().name, 80)}: cpmpi report"
     blocks = _blocks(run, documents, texts, options.tokens, trace)
-    with saying(output, "cannot be written"), published(output) as temporary:
-        with temporary.open("w", encoding="utf-8") as file:
-            for part in page_parts(title, blocks):
-                file.write(part)
+    with (
+        saying(output, "cannot be written"),
+        published(output) as temporary,
+        open(temporary, "w", encoding="utf-8") as f,
+    ):
+        f.writelines(page_parts(title, blocks))
 
 
 def _blocks(

@@ -1,4 +1,4 @@
-"""Where a run's time went: what the ranks wrote into their logs, document by document, and a trace where there is one."""
+"""Where a run's time went: what the ranks wrote into their logs for each document, and a trace where there is one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_INTERVALS = 500_000
 
 
 def spent(run: Run, documents: Sequence[Document]) -> dict[str, Any]:
-    """Seconds of each rank by what they went into, as far as its log says: of each document, the last time it was done."""
+    """Seconds of each rank by what they went into, as its log says: of each document, the last time it was done."""
     wanted = {repr(document.id) for document in documents}
     found: dict[tuple[int, str], dict[str, float]] = {}
     for file in sorted(run.paths.log.glob("rank-*.log")):
