@@ -33,7 +33,8 @@ setup(
         "data": ["pyarrow>=15", "zstandard>=0.22"],
         "plot": ["matplotlib>=3.8"],
         "nvidia": ["nvidia-ml-py>=12"],
-        "test": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6"],
+        # Under pytest 9.2 pytest-xdist 3.8 no longer groups tests (pytest-xdist issue 1386).
+        "test": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8,<9.2", "pytest-xdist>=3.6", "ruff>=0.6"],
     },
     entry_points={"console_scripts": ["cpmpi = cpmpi.jobs.cli:main"]},
 )

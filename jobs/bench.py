@@ -12,6 +12,7 @@ import click
 from cpmpi.choices import AUTO, DTYPES, SCHEDULES
 from cpmpi.errors import told, told_to_the_user
 from cpmpi.jobs.options import job_option
+from cpmpi.jobs.selftest import command as selftest
 
 if TYPE_CHECKING:
     from cpmpi.cost.attention_bench import AttentionBench, Measured
@@ -31,7 +32,7 @@ repeat_option = click.option("--repeat", type=LEAST, default=3, show_default=Tru
 
 @click.group("bench")
 def command() -> None:
-    """Measure attention across ranks, or messages between them, on the ranks of this launch."""
+    """Try what a job needs on the ranks of this launch, or measure attention across them, or messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,3 +206,6 @@ def transport(device: str, transport: str, repeat: int, topology_file: Path | No
         many = counted(topology.world, "rank")
         click.echo(f"{many}, each to the next along the rings, all at once; medians of {repeat}; {carrier}")
         click.echo(table(("bytes", "move", "compute", "both", "hidden", "GB/s a rank"), rows))
+
+
+command.add_command(selftest)

@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("cpmpi.jobs.import_kv", "A run of keys and values that were computed elsewhere."),
     "export": ("cpmpi.jobs.export", "Documents of a run folder for other tools."),
     "report": ("cpmpi.jobs.report", "A run as one HTML page, and its plots as pictures."),
-    "bench": ("cpmpi.jobs.bench", "Measure attention across ranks, or messages between them."),
+    "bench": ("cpmpi.jobs.bench", "Try a new machine; measure attention across ranks, or messages."),
     "plan": ("cpmpi.jobs.plan", "Time, memory and disk that a job will take on a machine."),
     "submit": ("cpmpi.jobs.submit", "Submit a command to Slurm: script, forecast, requeue."),
     "status": ("cpmpi.jobs.status", "Where a submitted run stands: jobs, documents, failures."),

@@ -83,6 +83,13 @@ def name_of(item: pytest.Item) -> str:
     return item.nodeid.removesuffix(f"@{group.args[0]}" if group else "")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse to go on where pytest-xdist takes no notice of groups: every worker would start all ranks of its own."""
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if getattr(session.config.option, "loadgroup", False) and grouped and "@" not in grouped[0].nodeid:
+        raise pytest.UsageError("pytest-xdist does not group tests under this pytest: install those of constraints.txt")
+
+
 class Launches:
     """All tests of a session that want the same number of ranks share a launch: starting the ranks is most of it.
 
