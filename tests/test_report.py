@@ -95,7 +95,7 @@ def test_the_page_holds_what_the_run_does(run, page):
     documents = everything["documents"]
     assert documents["id"] == list(TEXTS)
     assert documents["has"] == [True, True, True, False]
-    assert documents["state"] == ["", "", "", "not finished"]
+    assert documents["state"] == ["", "", "", "is not finished"]
     assert set(found) == {"0", "1", "2", "all"}
     with open_run(run) as opened:
         done = list(opened.documents)[:3]
@@ -273,9 +273,9 @@ def test_the_page_s_functions(tmp_path):
     (async () => {
       const s = await sectionsOf(await inflated(bytesOf(BLOCK))), t = new Tokens(s, 1);
       const lines = await linesOf(t.text, 5), c = t.curve(0, 1000, 3);
-      console.log(JSON.stringify({ids: [...s.ids].slice(-2), bits: [...t.bits], lines: [...lines].slice(0, 6), word: t.word(4),  # noqa: E501
-        at: [0, 2, 3, 7, 8].map((i) => t.at(i)), mean: [...c.mean], low: [...c.low], high: [...c.high], bounds: [...c.bounds],  # noqa: E501
-        odd: visible("a\\u202eb\\u001b"), n: t.text.length}));
+      console.log(JSON.stringify({ids: [...s.ids].slice(-2), bits: [...t.bits], lines: [...lines].slice(0, 6), 
+        word: t.word(4), at: [0, 2, 3, 7, 8].map((i) => t.at(i)), mean: [...c.mean], low: [...c.low], high: [...c.high], 
+        bounds: [...c.bounds], odd: visible("a\\u202eb\\u001b"), n: t.text.length}));
     })()"""
     (tmp_path / "code.js").write_text(f"const BLOCK={block!r};{asset('data.js')}{asset('document.js')}{code}")
     done = subprocess.run(["node", str(tmp_path / "code.js")], capture_output=True, text=True, check=False)
@@ -313,7 +313,10 @@ def test_in_a_browser(run, page):
         bits = blocks(page)["0"]["bits"]
         assert all(colour == (min(15, int(bits[i])) if bits[i] >= 1 else 0) for i, colour in colours)
         browser.click("th[data-field=tokens] button")
-        assert browser.ask("document.querySelector('tr.row td.name').textContent") == "third"
+        documents = blocks(page)["all"]["documents"]
+        longest = documents["id"][int(np.argmax(documents["tokens"]))]
+        assert browser.ask("document.querySelector('tr.row td.name').textContent") == longest
+        browser.ask("Object.assign(state.table, {pattern: 'HIR'}).arrange()")
         browser.click("tr.row")
         browser.wait("document.getElementById('reader-title').textContent === 'third' && state.text.lines")
         browser.ask("document.getElementById('text').focus()")

@@ -118,8 +118,8 @@ def state_of(document: Document) -> str:
     if document.failed:
         return f"failed: {document.failed}"
     if not document.complete:
-        return "not finished"
-    return "" if document.scored else "imported without log-probabilities"
+        return "is not finished"
+    return "" if document.scored else "was imported without log-probabilities"
 
 
 def is_scored(document: Document) -> bool:
