@@ -319,7 +319,7 @@ def test_in_a_browser(run, page):
         assert browser.ask("document.querySelector('tr.row td.name').textContent") == longest
         browser.ask("Object.assign(state.table, {pattern: 'HIR'}).arrange()")
         browser.click("tr.row")
-        browser.wait("document.getElementById('reader-title').textContent === 'third' && state.text.lines")
+        browser.wait("state.chosen === 2 && state.tokens && state.text.tokens === state.tokens && state.text.lines")
         browser.ask("document.getElementById('text').focus()")
         browser.key("n")
         start = browser.ask("state.text.cursor")
