@@ -67,7 +67,7 @@ def passages(bits_T: Bits, first: int, most: int = PASSAGES, width: int = PASSAG
         return []
     sums = np.concatenate([[0.0], np.cumsum(bits_T[first:])])
     mean = (sums[width:] - sums[:-width]) / width
-    found = []
+    found: list[Passage] = []
     while len(found) < most and np.isfinite(mean[best := int(mean.argmax())]):
         found.append(Passage(first + best, first + best + width, float(mean[best])))
         mean[max(0, best - width + 1) : best + width] = -np.inf
@@ -98,12 +98,12 @@ class ByPosition:
     @property
     def documents(self) -> npt.NDArray[np.int64]:
         """(B,) how many documents have scored tokens in a bin."""
-        return np.sum([np.isfinite(means) for means in self.means], axis=0, dtype=np.int64)
+        return np.asarray(np.sum([np.isfinite(means) for means in self.means], axis=0), np.int64)
 
     @property
     def pooled(self) -> npt.NDArray[np.float64]:
         """(B,) mean over all tokens in a bin; NaN where there is none."""
-        return np.divide(self.sums, self.counts, out=np.full(len(self.sums), np.nan), where=self.counts > 0)
+        return np.asarray(np.divide(self.sums, self.counts, out=np.full(len(self.sums), np.nan), where=self.counts > 0))
 
     @property
     def quantiles(self) -> npt.NDArray[np.float64]:

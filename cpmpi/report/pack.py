@@ -60,7 +60,7 @@ def smallest(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def halves(array: npt.NDArray[np.floating]) -> npt.NDArray[np.float16]:
     """Numbers in float16: three digits, which is what a page shows."""
-    return np.clip(array, -65504, 65504).astype(np.float16)
+    return np.asarray(np.clip(array, -65504, 65504), np.float16)
 
 
 def plain(value: float, digits: int = 9) -> float | None:

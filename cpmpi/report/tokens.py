@@ -45,7 +45,8 @@ def token_block(document: Document, texts: Texts, alternatives: int) -> str:
     if "entropy" in kept:
         sections["entropy"] = halves(document.kept("entropy") / np.log(2))
     if "topk" in kept and alternatives:
-        sections |= _alternatives(*document.kept("topk"), texts, alternatives)
+        ids_TK, logprobs_TK = document.kept("topk")
+        sections |= _alternatives(ids_TK, logprobs_TK, texts, alternatives)
     return packed(sections)
 
 
