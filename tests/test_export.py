@@ -286,7 +286,7 @@ def test_the_documented_lines_go_on_in_transformers(tmp_path):
     from tests.conftest import ROOT
 
     lines, saving = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "export.md").read_text(), re.M | re.S)
-    assert lines.count("\n") == 3
+    assert lines.count("\n") == 4
     (tmp_path / "book.txt").write_text(TEXT)
     cpmpi.prefill(model=CHECKPOINT, inputs=tmp_path / "book.txt", output=tmp_path / "run", kv_dtype="float32").close()
     words = "--to", "transformers", "--document", "book.txt", "--output", tmp_path / "book.safetensors"

@@ -56,7 +56,7 @@ def test_after():
 
 
 def test_one_launch_for_many_tests_and_another_after_one_that_fails(request):
-    file = ROOT / "tests" / f"test_of_harness_{os.getpid()}.py"
+    file = ROOT / "tests" / f"of_harness_{os.getpid()}.py"
     request.addfinalizer(file.unlink)
     file.write_text(SOME)
     outer = {name: value for name, value in os.environ.items() if name != INNER}
