@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("cpmpi.jobs.verify", "Check the files of a run folder against their checksums."),
     "import": ("cpmpi.jobs.import_kv", "A run of keys and values that were computed elsewhere."),
     "export": ("cpmpi.jobs.export", "Documents of a run folder for other tools."),
-    "report": ("cpmpi.jobs.report", "Pictures of the documents of a run folder."),
+    "report": ("cpmpi.jobs.report", "A run as one HTML page, and its plots as pictures."),
     "bench": ("cpmpi.jobs.bench", "Try a new machine; measure attention across ranks, or messages."),
     "plan": ("cpmpi.jobs.plan", "Time, memory and disk that a job will take on a machine."),
     "submit": ("cpmpi.jobs.submit", "Submit a command to Slurm: script, forecast, requeue."),

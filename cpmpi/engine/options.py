@@ -168,9 +168,6 @@ class JobOptions(ModelOptions):
         for name, given in (("most_tokens", self.most_tokens is not None), ("stay", self.stay)):
             if given and not self.share:
                 raise UserError(f"{spelled(name)} is for jobs that share the documents of a run (--share)")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
         if self.context is not None and self.checkpoint == AUTO:  # a window is soon computed again
             object.__setattr__(self, "checkpoint", OFF)
 

@@ -12,7 +12,8 @@ from cpmpi.run.publish import TEMPORARY_SUFFIX
 IDENTITY_DIGITS = 12
 CHECKPOINT = re.compile(r"(?P<document>[0-9a-f]{12})-layer-(?P<layer>\d{5,})(\.json|-rank-(?P<rank>\d{5,})\.h5)")
 OURS = re.compile(
-    r"run\.h5(\.deleted)?|(topology|schedule)\.json|(summary|scores|spans)\.csv|shards/(\d{6}/)?rank-\d{5,}\.h5|report/surprisal-\d{6,}\.png"
+    r"run\.h5(\.deleted)?|(topology|schedule)\.json|(summary|scores|spans)\.csv|shards/(\d{6}/)?rank-\d{5,}\.h5"
+    r"|report/(report\.html|(surprisal-\d{6,}|perplexity|timeline|machine)\.(png|svg))"
     rf"|checkpoints/{CHECKPOINT.pattern}"
 )
 PARTS = "parts"
@@ -123,7 +124,7 @@ class RunPaths:
 
     @property
     def report(self) -> Path:
-        """The folder of the pictures."""
+        """The folder of the page and the pictures of `cpmpi report`."""
         return self.folder / "report"
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpmpi.errors import UserError, told_to_the_user
-from cpmpi.timeline.intervals import Interval, save_trace
+from cpmpi.timeline.intervals import Interval, from_chrome_trace, save_trace
 
 
 def check_files(
@@ -55,3 +55,16 @@ def save_files(intervals: Sequence[Interval], *, plot: Path | None, trace: Path 
             from cpmpi.timeline.plot import draw_timeline
 
             draw_timeline(intervals, plot, title=title)
+
+
+def load_trace(path: Path) -> list[Interval]:
+    """What a job's ``--trace`` wrote.
+
+    Raises:
+        UserError: it cannot be read, or is no such file, or has nothing in it.
+    """
+    with told_to_the_user(f"--trace {path}: "):
+        intervals = from_chrome_trace(path.read_text(encoding="utf-8"))
+    if not intervals:
+        raise UserError(f"--trace {path}: has no intervals")
+    return intervals
