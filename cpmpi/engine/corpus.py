@@ -120,7 +120,7 @@ class Corpus:
             elif options.retry_failed and not at_work(self.claims):  # else who came first has them tried again
                 parts.fold(self.folder, self.spec, retry_failed=True)
             if not RunPaths(self.folder).schedule.exists():  # others take from the first what changes the order of sums
-                publish_circumstances(self.job)
+                publish_circumstances(self.job, self.folder)
         self.results.refresh()
         return len(self.results.ends)
 

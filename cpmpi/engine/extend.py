@@ -276,7 +276,7 @@ class Extension:
         chunks = [pack.chunk(device) for pack in packs]
         if not chunks:  # walks along, and nobody takes its result
             chunks = [Chunk(torch.zeros(1, dtype=torch.int64, device=device), self.n_tokens)]
-        document = self.contexts[0].document
+        document = self.context.document
         self.engine.flight.begin(document.index, document.id, len(self.engine.layers))
         decoder = decoder_of(weights.model)
 
