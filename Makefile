@@ -36,7 +36,7 @@ test-slow: $(STAMP)
 cluster-test: $(STAMP)
 	$(RUN)/python -m pytest -m "cluster and not slow" tests/cluster
 
-# lm-evaluation-harness pulls 200 MB of packages: not among those of `make test`.
+# lm-evaluation-harness pulls 475 MB of packages: not among those of `make test`.
 eval-test: $(STAMP)
 	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]' accelerate
 	$(RUN)/python -m pytest -m "" tests/test_lm_eval.py
@@ -72,7 +72,13 @@ bench: $(STAMP)
 	$(RUN)/python benchmarks/memory.py
 	$(RUN)/python -m benchmarks.weights
 	$(RUN)/python -m benchmarks.checkpoints
+	$(RUN)/python -m benchmarks.corpus
 	$(RUN)/python -m benchmarks.keep
+	$(RUN)/python -m benchmarks.stored_kv
+	$(RUN)/python -m benchmarks.kv_read
+	$(RUN)/python -m benchmarks.long_continuation
+	$(RUN)/python -m benchmarks.short_continuations
+	$(RUN)/python -m benchmarks.decode_step
 
 docs: $(STAMP)
 	$(RUN)/python docs/make_cli.py

@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["cpmpi", "cpmpi.*"]),
-    package_data={"cpmpi": ["py.typed"]},
+    package_data={"cpmpi": ["py.typed"], "cpmpi.report": ["page/*"]},
     install_requires=[
         "click>=8.1",
         "greenlet>=3.0",

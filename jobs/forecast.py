@@ -20,7 +20,9 @@ from cpmpi.cost.hardware import Hardware, hardware
 from cpmpi.cost.plan import Plan, Request, make_plan, mends
 from cpmpi.documents.input_files import find_input_files
 from cpmpi.documents.read import ReadOptions, read_documents
-from cpmpi.errors import told_to_the_user
+from cpmpi.engine.keeping import window_scoring
+from cpmpi.engine.windows import windows_of
+from cpmpi.errors import UserError, told_to_the_user
 from cpmpi.model.checkpoint import Blueprint
 from cpmpi.model.size import ModelSize, model_size
 from cpmpi.slurm.request import BatchRequest, slurm_time
@@ -102,6 +104,18 @@ def work_of(params: dict[str, Any]) -> Work:
     return Work(tuple(max(1, int(length)) for length in lengths), estimated=True)
 
 
+def within(work: Work, most_tokens: int | None) -> Work:
+    """The documents that a job takes which leaves longer ones to others.
+
+    Raises:
+        UserError: that is none.
+    """
+    lengths = tuple(length for length in work.lengths if most_tokens is None or length <= most_tokens)
+    if not lengths:
+        raise UserError(f"--most-tokens {most_tokens}: all documents are longer ({work})")
+    return replace(work, lengths=lengths)
+
+
 def forecast(params: dict[str, Any], request: BatchRequest, chip: Hardware, work: Work) -> Forecast:
     """Plan a job's documents on the allocation that is asked for.
 
@@ -117,14 +131,16 @@ def forecast(params: dict[str, Any], request: BatchRequest, chip: Hardware, work
     blueprint = Blueprint(params["model"])
     dtype = str(blueprint.compute_dtype(params.get("dtype", AUTO), torch.device(chip.device))).removeprefix("torch.")
     given = {k: params[k] for k in ("kv_dtype", "segments", "chunk_tokens", "tp", "attention") if k in params}
-    asked = Request(tokens=max(work.lengths), dtype=dtype, **{"kv_dtype": None, **given})
+    scoring = window_scoring(params.get("context"), params.get("stride"))
+    lengths = [window.size for n_tokens in work.lengths for window in windows_of(n_tokens, scoring)]
+    asked = Request(tokens=max(lengths), dtype=dtype, **{"kv_dtype": None, **given})
     kind = "ranks" if chip.device == "cpu" else "gpus"
     chip = chip.computing_in(dtype)
     with told_to_the_user():
         machine = synthetic(f"machine={chip.machine},nodes={request.nodes},{kind}={request.tasks_per_node}")
     size = model_size(blueprint, dtype, asked.tokens)
     longest = make_plan(size, asked, machine, chip)
-    plans = [(replace(asked, tokens=tokens), count) for tokens, count in _grouped(work.lengths)]
+    plans = [(replace(asked, tokens=tokens), count) for tokens, count in _grouped(lengths)]
     seconds = sum(make_plan(size, one, machine, chip).total_s * count for one, count in plans) + longest.weights_s
     streamed = longest.needed_bytes - _all_but_two_layers(longest, size)
     return Forecast(

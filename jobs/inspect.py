@@ -16,7 +16,7 @@ from cpmpi.jobs.hang import hang_facts, hang_text, last_hang
 from cpmpi.run.hdf5 import STORED_FLOATS
 from cpmpi.run.reader import Document, Run, open_run
 from cpmpi.run.scores import SCORES, Row, read_scores
-from cpmpi.run.spec import PLAIN
+from cpmpi.run.spec import PLAIN, Scoring
 from cpmpi.text import counted, escaped, human_bytes, shown, table
 
 HEADINGS = ("", "id", "tokens", "nll", "perplexity", "bits/byte", "complete")
@@ -61,7 +61,10 @@ def facts_of(run: Run) -> dict[str, Any]:
         "kv": _kv_facts(run),
         "scoring": asdict(run.scoring),
         "shards": [
-            _shard_facts(run, number, rank) for number, one in run.shard_sets.items() for rank in range(one.world_size)
+            _shard_facts(run, number, rank)
+            for number, one in run.shard_sets.items()
+            if set(one.sizes) != {-1} or run.shard_path(0, number).exists()  # jobs that share have sets of their own
+            for rank in range(one.world_size)
         ],
         "unfinished": _unfinished_facts(run),
         "documents": documents,
@@ -249,6 +252,8 @@ def _scoring_lines(scoring: dict[str, Any]) -> list[str]:
         said.append(f"prefix token {scoring['prefix_token_id']} ({scoring['prefix_token']})")
     elif scoring["prefix_token"] != PLAIN.prefix_token:
         said.append(f"prefix token: {scoring['prefix_token']}")
+    if scoring["context"]:
+        said.append(Scoring(**scoring).windows)
     if scoring["spans"]:
         said.append(f"spans: {scoring['spans']}")
     return [f"scores    {'; '.join(said)}"] if said else []

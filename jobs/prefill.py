@@ -11,7 +11,7 @@ from cpmpi.jobs.options import options_of, run_documents
 
 
 @click.command(name="prefill")
-@options_of(JobOptions)
+@options_of(JobOptions, "context", "stride")
 def command(**options: Any) -> None:
     """Log-probabilities and the KV cache of whole documents.
 

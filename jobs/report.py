@@ -1,4 +1,4 @@
-"""``cpmpi report``: a picture of every document of a run."""
+"""``cpmpi report``: a run as one HTML page, and its plots as pictures."""
 
 from __future__ import annotations
 
@@ -10,48 +10,51 @@ from typing import TYPE_CHECKING
 import click
 
 from cpmpi.errors import UserError, some
-from cpmpi.text import counted, shown
+from cpmpi.jobs.options import FOLDER
+from cpmpi.text import counted, human_bytes, shown
 
 if TYPE_CHECKING:
     from cpmpi.run.reader import Document
 
-TITLE_WIDTH = 70  # of a document's name
-
 
 @click.command(name="report")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--to", "folder", type=click.Path(path_type=Path), help="Folder for the pictures.  [default: RUN/report]")
+@click.argument("run", type=FOLDER)
+@click.option("--output", type=FOLDER, metavar="FILE.html", help="The page.  [default: RUN/report/report.html]")
+@click.option("--images", type=FOLDER, metavar="FOLDER", help="Draw each plot as PNG and SVG, too (needs matplotlib).")
 @click.option(
     "--documents", "wanted", multiple=True, metavar="WHICH",
-    help="Draw only these: an id, a number as `cpmpi inspect` shows it, or a range such as 0-9. May be given again.",
+    help="Only these: an id, a number as `cpmpi inspect` shows it, or a range such as 0-9. May be given again.",
 )  # fmt: skip
-def command(run: Path, folder: Path | None, wanted: tuple[str, ...]) -> None:
-    """Draw the surprisal along each finished document of RUN, one PNG each, and print their paths."""
-    from cpmpi.run.paths import RunPaths
+@click.option("--trace", type=FOLDER, metavar="FILE", help="What the job's --trace wrote: a timeline in the page.")
+@click.option(
+    "--tokens", type=click.IntRange(min=0), default=5_000_000, show_default=True, metavar="COUNT",
+    help="Of so many tokens, text and numbers are in the page (some 5 bytes each); of documents beyond, results and "
+    "curves.",
+)  # fmt: skip
+@click.option(
+    "--model", type=FOLDER,
+    help="Checkpoint folder whose tokenizer gives the tokens' text.  [default: where the run says it was]",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+def command(
+    run: Path, output: Path | None, images: Path | None, wanted: tuple[str, ...], trace: Path | None, tokens: int,
+    model: Path | None, overwrite: bool,
+) -> None:  # fmt: skip
+    """Write RUN as one HTML page that needs no network: its documents, curves, texts coloured by surprisal, the time
+    and the machine. Prints its path."""
+    from cpmpi.report.report import ReportOptions, report
     from cpmpi.run.reader import open_run
-    from cpmpi.run.surprisal import draw_surprisal, require_matplotlib
 
-    require_matplotlib()  # before there is a folder for its pictures
-    folder = folder or RunPaths(run).report
     with open_run(run) as opened:
-        for i in chosen(opened.documents, wanted):
-            document = opened.documents[i]
-            if not document.complete:
-                why = f"failed: {document.failed}" if document.failed else "is not finished"
-                click.echo(f"document '{shown(document.id)}' {why}", err=True)
-                continue
-            if not document.scored:
-                click.echo(f"document '{shown(document.id)}' was imported without log-probabilities", err=True)
-                continue
-            if document.n_tokens < 2:
-                click.echo(f"document '{shown(document.id)}' has one token: there is no surprisal to draw", err=True)
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"surprisal-{i:06d}.png"
-            name = shown(document.id, TITLE_WIDTH)
-            title = f"{name}: {document.n_tokens:,} tokens, perplexity {document.perplexity:.3f}"
-            draw_surprisal(document, path, title)
-            click.echo(shown(path))
+        places = chosen(opened.documents, wanted)
+    options = ReportOptions(
+        run=run, output=output, images=images, documents=places, trace=trace, tokens=tokens, model=model,
+        overwrite=overwrite,
+    )  # fmt: skip
+    page, pictures = report(options, lambda line: click.echo(line, err=True))
+    click.echo(f"{shown(page)}: {counted(len(places), 'document')}, {human_bytes(page.stat().st_size)}")
+    if images is not None:
+        click.echo(f"{shown(images)}: {counted(len(pictures), 'picture')}")
 
 
 def chosen(documents: Sequence[Document], wanted: Sequence[str]) -> list[int]:

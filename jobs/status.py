@@ -21,7 +21,9 @@ from cpmpi.text import duration
 
 MOST_JOBS = 8  # shown one by one
 LAST_LINES = 4  # of the log of a failure
+RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "SIGNALING")
 LOST_S = 60  # after so long without a word a job that Slurm does not speak of is taken for dead
+SAVED = "stopped with its state saved; submit it again, it goes on"
 TOLD = {"at", "finished", "of", "document", "layer", "layers", "tokens", "tokens_per_s"}  # by a job that runs
 OUR_ERROR = "error: "  # begins our own line, which names the rank where one failed; Slurm's begin with a program
 
@@ -68,11 +70,14 @@ def look(folder: Path) -> tuple[list[str], bool]:
         raise UserError(f"{folder}: no run here, and no record of jobs ({record.JOBS} in its log folder)")
     numbers = list(dict.fromkeys(str(e["job"]) for e in entries if e.get("job")))
     jobs, missing = _queue(numbers)
-    status = _status(log)
-    alive = any(job.alive for job in jobs) or (not jobs and _seems_alive(entries, status))
+    status, at_work = _status(log), _at_work(log, jobs)
+    alive = any(job.alive for job in jobs) or (not jobs and (bool(at_work) or _seems_alive(entries, status)))
     lines = [f"run        {folder}"]
     lines += [f"jobs       {line}" for line in job_lines(jobs, entries, missing)]
-    lines += [f"documents  {line}" for line in document_lines(documents, status, entries, alive)]
+    if at_work:
+        lines += [f"documents  {line}" for line in shared_lines(documents, at_work)]
+    else:
+        lines += [f"documents  {line}" for line in document_lines(documents, status, entries, alive)]
     lines += [f"log        {line}" for line in failure_lines(log, jobs, entries)]
     return lines, alive
 
@@ -97,6 +102,14 @@ def _seems_alive(entries: Sequence[record.Entry], status: dict[str, Any] | None)
     """Without Slurm's word: whether the last start has no end, and its status was written lately."""
     last = next((e for e in reversed(entries) if "started" in e or "ended" in e), {})
     return "started" in last and status is not None and time.time() - status["at"] < LOST_S
+
+
+def _at_work(log: Path, jobs: Sequence[QueuedJob]) -> list[dict[str, Any]]:
+    """What the jobs say that share the documents and are at work: they run in Slurm, or spoke lately."""
+    running = {job.name for job in jobs if job.state in RUNNING}
+    asleep = {job.name for job in jobs} - running
+    found = [status for status in record.shared_statuses(log) if status.keys() >= {"job", *TOLD}]
+    return [s for s in found if s["job"] in running or (s["job"] not in asleep and time.time() - s["at"] < LOST_S)]
 
 
 def documents_of(folder: Path) -> Documents | None:
@@ -128,7 +141,9 @@ def job_lines(jobs: Sequence[QueuedJob], entries: Sequence[record.Entry], missin
     """A line for each job, or for each state where there are many."""
     started = {str(e["job"]) for e in entries if "started" in e}
     comes_back = {str(e["job"]): bool(e.get("requeue", True)) for e in entries if "submitted" in e}
+    saved = _saved(entries)
     words = [(j, j.words(started=j.name in started, requeue=comes_back.get(j.family, True))) for j in jobs]
+    words = [(j, SAVED if j.state == "FAILED" and j.name in saved else text) for j, text in words]
     if len(words) > MOST_JOBS:
         states = [job.state for job, _ in words]
         yield f"{len(words)}: " + ", ".join(f"{states.count(s)} {s.lower()}" for s in dict.fromkeys(states))
@@ -136,6 +151,12 @@ def job_lines(jobs: Sequence[QueuedJob], entries: Sequence[record.Entry], missin
     yield from (f"{job.name}: {text}" for job, text in words)
     if not jobs:
         yield from _from_record(entries, missing)
+
+
+def _saved(entries: Sequence[record.Entry]) -> set[str]:
+    """The jobs that ended by themselves with their state saved, which Slurm calls failed."""
+    last = {str(e["job"]): e for e in entries if "ended" in e}
+    return {n for n, e in last.items() if e.get("how") == "stopped" and (e.get("saved") or e.get("finished_here"))}
 
 
 def _from_record(entries: Sequence[record.Entry], missing: str | None) -> Iterator[str]:
@@ -171,16 +192,36 @@ def document_lines(
     others = ((running, "running"), (left_over - running, "waiting"), (documents.failed, "failed"))
     yield counts + "".join(f", {count} {word}" for count, word in others if count)
     if running and status is not None:
-        left = f", {duration(status['left_s'])} left for all" if status.get("left_s") is not None else ""
-        yield (
-            f"{status['document']}: layer {status['layer']} of {status['layers']}, {status['tokens']:,} tokens, "
-            f"{status['tokens_per_s']:,.0f} tokens/s{left} (told {_ago(status['at'])})"
-        )
+        yield _progress(status, of="all")
+
+
+def shared_lines(documents: Documents | None, at_work: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The counts, and a line for each job that shares the documents."""
+    if documents is None:
+        yield "none yet: the run has not begun"
+        return
+    waiting = max(0, documents.of - documents.finished - documents.failed - len(at_work))
+    others = ((len(at_work), "running"), (waiting, "waiting"), (documents.failed, "failed"))
+    counts = f"{documents.finished} of {documents.of} finished"
+    yield counts + "".join(f", {count} {word}" for count, word in others if count)
+    for status in at_work[:MOST_JOBS]:
+        yield f"{status['job']}: {_progress(status, of='it')}"
+    if len(at_work) > MOST_JOBS:
+        yield f"... and {len(at_work) - MOST_JOBS} more jobs"
+
+
+def _progress(status: dict[str, Any], *, of: str) -> str:
+    left = f", {duration(status['left_s'])} left for {of}" if status.get("left_s") is not None else ""
+    return (
+        f"{status['document']}: layer {status['layer']} of {status['layers']}, {status['tokens']:,} tokens, "
+        f"{status['tokens_per_s']:,.0f} tokens/s{left} (told {_ago(status['at'])})"
+    )
 
 
 def failure_lines(log: Path, jobs: Sequence[QueuedJob], entries: Sequence[record.Entry]) -> Iterator[str]:
     """The last lines of the log of a job that failed, that of the rank that failed first."""
     failed = [job.name for job in jobs if not job.alive and job.state in ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL")]
+    failed = [name for name in failed if name not in _saved(entries)]
     last = entries[-1] if entries else {}
     if not jobs and last.get("how") == "failed" and last.get("job"):
         failed = [str(last["job"])]

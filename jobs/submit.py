@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ class Made:
     notes: list[str]
     output: str
     overwrite: bool
+    checked: bool
+    """Whether the output folder is one that the job would write a run to, and is looked at first."""
 
 
 def request_options(command: Any) -> Any:
@@ -155,11 +157,12 @@ def make(
         if "nodes" in given:
             given["nodes"] = _count("nodes", given["nodes"])
         request = BatchRequest(**values) | given
-    output = str(params["output"])
-    if request.array is not None and TASK not in output:
+    output = str(params.get("output") or params["run"])
+    if request.array is not None and TASK not in output and not params.get("share"):
+        share = " (or all tasks share one run and its documents, with --share)" if "share" in params else ""
         raise UserError(
             f"--array {request.array}: every task writes a run of its own, so --output must have {TASK}, which becomes "
-            f"the task's index: --output {output}-{TASK}"
+            f"the task's index: --output {output}-{TASK}{share}"
         )
     request, notes = planned(params, request, hardware, automatic, force=force)
     words = [*words, *grace(words, params, request)]
@@ -170,8 +173,9 @@ def make(
     with told_to_the_user():
         made, more = scripts(request, words, output=output, folder=Path.cwd(), head=head, array_size=size)
     return Made(
-        request=request, scripts=made, notes=[*notes, *more], output=output, overwrite=bool(params.get("overwrite"))
-    )
+        request=request, scripts=made, notes=[*notes, *more], output=output, overwrite=bool(params.get("overwrite")),
+        checked="output" in params and TASK not in output,
+    )  # fmt: skip
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
@@ -186,7 +190,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         raise click.UsageError("give the command to submit after --: cpmpi submit [options] -- prefill ...")
     name, *rest = words
     found = cli.get_command(click.Context(cli), name) if name in COMMANDS else None
-    if found is None or not {"output", "model"} <= {option.name for option in found.params}:
+    if found is None or not {"quiet", "model"} <= {option.name for option in found.params}:
         runs = [n for n in COMMANDS if n in ("prefill", "score", "extend", "generate")]
         raise UserError(f"{name}: no command that runs as a batch job; choose one of {', '.join(runs)}")
     return found.make_context(f"cpmpi {name}", list(rest)).params
@@ -214,8 +218,10 @@ def planned(
     Raises:
         UserError: the job would not fit, and is not forced.
     """
-    if "inputs" not in params or "run" in params:  # stored documents are not planned
-        return request, []
+    if "inputs" not in params or "run" in params:
+        if automatic:
+            raise UserError(f"--{automatic[0]} auto: the planner knows no job that goes on from stored documents")
+        return request, ["no forecast: the planner knows no job that goes on from stored documents"]
     from cpmpi.jobs import forecast as plans
 
     if request.array is not None:  # the first task stands for all
@@ -224,9 +230,14 @@ def planned(
     here = _partition(request)
     memory = here.memory_mb * plans.MB if here is not None and here.memory_mb > 1 else None
     chip = plans.chip_of(hardware, request, memory)
-    work = plans.work_of(params)
+    work = plans.within(plans.work_of(params), params.get("most_tokens"))
     found = plans.forecast(params, request, chip, work)
     notes = []
+    if params.get("share") and request.array is not None:
+        tasks = Array.parse(request.array)
+        at_once = min(len(tasks.indices), tasks.limit or len(tasks.indices))
+        found = replace(found, seconds=found.seconds / at_once)
+        notes.append(f"{at_once} tasks at a time share the documents: times are those of a task")
     if "nodes" in automatic:
         most = here.nodes if here is not None else MOST_NODES
         while request.nodes < most and (
@@ -253,7 +264,7 @@ def hand_in(made: Made) -> Submission:
     """
     from cpmpi.run.folder import check_folder
 
-    if made.request.array is None:
+    if made.checked:
         check_folder(Path(made.output), overwrite=made.overwrite)
     with told_to_the_user():
         jobs = hand_over(made.scripts, made.request)

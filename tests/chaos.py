@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import random
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -188,7 +189,10 @@ def compare(output: Path, undisturbed: Path, figures: Figures) -> None:
             figures.rounded += not alike
 
 
-def chaos(folder: Path, kills: int, seed: int = 0, ranks: int | None = None) -> Figures:
+def chaos(
+    folder: Path, kills: int, seed: int = 0, ranks: int | None = None,
+    so_far: Callable[[Figures], None] = lambda _: None,
+) -> Figures:  # fmt: skip
     """Kill jobs until there were so many kills; each series of them ends with a finished run.
 
     Args:
@@ -196,6 +200,7 @@ def chaos(folder: Path, kills: int, seed: int = 0, ranks: int | None = None) -> 
         kills: how many.
         seed: of the moments, and of the numbers of ranks.
         ranks: always so many; None: drawn for each start.
+        so_far: is given the figures after each series.
     """
     figures, chance = Figures(), random.Random(seed)
     make(folder)
@@ -212,6 +217,7 @@ def chaos(folder: Path, kills: int, seed: int = 0, ranks: int | None = None) -> 
         compare(output, folder / "whole", figures)
         shutil.rmtree(output)
         series += 1
+        so_far(figures)
     return figures
 
 
@@ -279,15 +285,19 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--ranks", type=int, help="of every start  [default: drawn from 1 to 4]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--figures", type=Path, help="JSON file to add the figures to, and those before to these")
+    parser.add_argument("--figures", type=Path, help="JSON file to add the figures to, after each series of kills")
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))
+    before = json.loads(asked.figures.read_text()) if asked.figures and asked.figures.exists() else {}
+
+    def so_far(figures: Figures) -> None:
+        if asked.figures:
+            all_of_them = Figures(**copy.deepcopy(before))
+            all_of_them.add(figures)
+            asked.figures.write_text(json.dumps(vars(all_of_them)))
+
     with tempfile.TemporaryDirectory() as folder:
-        figures = chaos(Path(folder), asked.kills, asked.seed, asked.ranks)
-    if asked.figures:
-        if asked.figures.exists():
-            figures.add(Figures(**json.loads(asked.figures.read_text())))
-        asked.figures.write_text(json.dumps(vars(figures)))
+        figures = chaos(Path(folder), asked.kills, asked.seed, asked.ranks, so_far)
     print(figures)
     for problem in figures.problems:
         print(problem)

@@ -6,7 +6,7 @@ folder as it may be found when the power went between two of these calls. The ru
 - bytes written to a file, and its length, last once the file was synced (fsync) after they were written;
 - names made, exchanged or taken away in a folder last once the folder was synced after that: a file that was synced may
   be without its name, and a name may lead to a file whose bytes are not there;
-- a rename is there or not, never in between;
+- a rename within a folder is there or not, never in between;
 - of all that was not synced, any part may be there: a write may be there, missing, there in some sectors of 512 bytes
   only, or have made the file longer without its bytes (zeros); writes may overtake one another.
 
@@ -171,7 +171,9 @@ class _Reader:
     def _call(self, name: str, args: list[str], result: int, begun: int, ended: int) -> None:
         """A call that went well."""
         if name.endswith("at") and args[0].isdecimal() and int(args[0]) in self.open:
-            raise RuntimeError(f"{name}{args} is not understood")
+            if name == "renameat":
+                raise RuntimeError(f"{name}{args} is not understood")
+            args = [self._below(self.open[int(args[0])].inode, args[1]), *args[2:]]
         match name:
             case "open" | "openat" | "creat":
                 self._open(args, result, ended)
@@ -187,12 +189,14 @@ class _Reader:
                 self._rename(old, new, ended)
             case "unlink" | "unlinkat" | "rmdir":
                 self._unname(_path(args), ended)
-            case "link" | "linkat" | "symlink" | "symlinkat" | "truncate":
+            case "truncate" if self._within(_path(args)):
+                self._truncate(self.paths[_path(args)], int(args[1]), ended)
+            case "link" | "linkat" | "symlink" | "symlinkat":
                 if any(self._within(_text(arg)) for arg in args if arg.startswith('"')):
                     raise RuntimeError(f"{name}{args} is not understood")
             case "fcntl" | "dup" | "dup2" | "dup3":
                 if int(args[0]) in self.open and (name != "fcntl" or "F_DUPFD" in args[1]):
-                    raise RuntimeError(f"{name}{args} is not understood")
+                    self.open[result] = self.open[int(args[0])]  # with one position
             case _:
                 if args and args[0].isdecimal() and int(args[0]) in self.open:
                     self._data(name, self.open[int(args[0])], args[1:], result, begun, ended)
@@ -216,6 +220,11 @@ class _Reader:
                 self._truncate(file.inode, int(args[0]), ended)
             case _:
                 raise RuntimeError(f"{name} is not understood")
+
+    def _below(self, folder: int, name: str) -> str:
+        """An argument with the whole path of what is called so in an open folder."""
+        path = next(path for path, inode in self.paths.items() if inode == folder)
+        return '"' + f"{path}/{_text(name)}".encode().hex() + '"'
 
     def _write(self, inode: int, offset: int, data: bytes, ended: int) -> None:
         self.found.ops.append(Op(what="write", target=inode, ended=ended, offset=offset, data=data))
@@ -252,11 +261,13 @@ class _Reader:
         if not (self._within(old) or self._within(new)):
             return
         (parent, _, name), (other_parent, _, other) = old.rpartition("/"), new.rpartition("/")
-        if parent != other_parent:
-            raise RuntimeError(f"{old} was moved to another folder, {new}")
         inode = self.paths.pop(old)
         assert inode not in self.found.folders, "folders keep their names"
         self.paths[new] = inode
+        if parent != other_parent:  # two folders: it may be in both, or in neither
+            there = Op(what="name", target=self.paths[other_parent], ended=ended, name=other, inode=inode)
+            self.found.ops += [there, Op(what="unname", target=self.paths[parent], ended=ended, name=name)]
+            return
         self.found.ops.append(
             Op(what="rename", target=self.paths[parent], ended=ended, name=name, other=other, inode=inode)
         )
@@ -303,8 +314,9 @@ class Crash:
         return f"power lost at call {self.moment} (seed {self.seed}), not there: {'; '.join(self.lost[-6:])}"
 
 
-def disk_after(recording: Recording, moment: int, seed: int, folder: Path) -> Crash:
-    """Build in ``folder``, empty before, what may be found when the power went before call ``moment``."""
+def disk_after(recording: Recording, moment: int, seed: int, folder: Path, *, least: bool = False) -> Crash:
+    """Build in ``folder``, empty before, what may be found when the power went before call ``moment``; ``least``:
+    what was synced, and nothing else."""
     chance = random.Random(seed)
     happened = [op for op in recording.ops if op.ended < moment]
     last: dict[int, int] = defaultdict(lambda: -1)
@@ -312,6 +324,7 @@ def disk_after(recording: Recording, moment: int, seed: int, folder: Path) -> Cr
         if sync.ended < moment:
             last[sync.target] = max(last[sync.target], sync.begun)
     kept = chance.choice((0.0, 0.5, 0.5, 0.9, 1.0)), chance.choice((0.0, 0.5, 0.5, 0.9, 1.0))  # of data, of names
+    kept = (0.0, 0.0) if least else kept
     in_order, cut = chance.random() < 0.5, set()
     files: dict[int, bytearray] = defaultdict(bytearray)
     names: dict[int, dict[str, int]] = defaultdict(dict)
@@ -322,7 +335,7 @@ def disk_after(recording: Recording, moment: int, seed: int, folder: Path) -> Cr
     for op in happened:
         lasts = op.ended < last[op.target]
         if op.what in ("write", "truncate"):
-            how = "there" if lasts or chance.random() < kept[0] else chance.choice(("missing", "zeros", "torn"))
+            how = "there" if lasts or chance.random() < kept[0] else _loss(chance, least)
             _change(files[op.target], op, how, chance)
             if how != "there":
                 crash.lost.append(f"{op.what} of {len(op.data)} at {op.offset} of {titles.get(op.target)} is {how}")
@@ -335,6 +348,11 @@ def disk_after(recording: Recording, moment: int, seed: int, folder: Path) -> Cr
             cut |= {op.target} if in_order else set()
     _build(folder, 0, names, files, recording.folders)
     return crash
+
+
+def _loss(chance: random.Random, least: bool) -> str:
+    """How a write that was not synced is found, where it is not there."""
+    return "missing" if least else chance.choice(("missing", "zeros", "torn"))
 
 
 def _rename(names: dict[str, int], op: Op) -> None:

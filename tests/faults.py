@@ -35,8 +35,8 @@ LENGTHS, LAYERS = (150, 90), 3
 TIMEOUT_S = 3600.0
 # Files without which a job goes on: what they say is for people, or a later start finds it again.
 SPARED = ("log/beats/", "log/status.", "log/rank-", "log/jobs.jsonl", "checkpoints/")
-# The folder is synced after a file was deleted or a folder was made in it.
-SPARED_CALLS = {("fsync", "."), ("unlink", "summary.csv.tmp")}
+# The folder is synced after a file was deleted or a folder was made in it; that of checkpoints, with every one of them.
+SPARED_CALLS = {("fsync", "."), ("fsync", "checkpoints"), ("unlink", "summary.csv.tmp")}
 
 
 class Place(NamedTuple):
@@ -218,7 +218,8 @@ def rank_main(folder: Path, library: Path, most: int, part: str, seed: int) -> N
     for done, (i, place) in enumerate(todo, start=1):
         sweep.fault(place, ERRORS[i % len(ERRORS)], sticky=bool(i % 2))
         if sweep.comm.rank == 0 and done % 10 == 0:
-            print(f"{done} of {len(todo)} of {len(places)}: {sweep.figures}", file=sys.stderr, flush=True)
+            so_far = f"{done} of {len(todo)} of {len(places)}: {sweep.figures}"
+            print(so_far, *sweep.figures.problems, sep="\n", file=sys.stderr, flush=True)
     if sweep.comm.rank == 0:
         figures = sweep.figures
         (folder / "figures.json").write_text(json.dumps(vars(figures)))

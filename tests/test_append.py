@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import numpy as np
@@ -165,6 +166,44 @@ def test_texts_are_appended_twice_by_other_ranks_each_time(tmp_path, capsys):
         logprobs, _ = scratch(model.eval(), whole, ids_of(0, 0), ids_of(6, 9))
         assert np.abs(run.documents[0].logprobs - logprobs).max() <= 1e-4
         assert run.documents[0].continues["context_tokens"] == len(whole)
+    check_exports(folder, model, whole, logprobs)
+
+
+def check_exports(folder, model, whole, logprobs):
+    """An appended document in the hands of other tools: transformers goes on from its end, and no token is missing."""
+    import pyarrow.parquet
+    import torch
+    from safetensors.torch import load_file
+    from transformers import DynamicCache
+
+    import cpmpi
+
+    from .test_export import export
+
+    for kind in ("transformers", "safetensors", "parquet"):
+        name = f"{kind}.{'parquet' if kind == 'parquet' else 'safetensors'}"
+        status, said = export(folder / "run", "--to", kind, "--output", folder / name)
+        assert status == 0, said
+    t = load_file(folder / "transformers.safetensors")
+    after = torch.from_numpy(ids_of(6, 9))
+    cache = DynamicCache([(t[f"layers.{i}.key"], t[f"layers.{i}.value"]) for i in range(2)])
+    with torch.inference_mode():
+        logits_TV = model(input_ids=after[None], past_key_values=cache).logits[0]
+    found = torch.log_softmax(logits_TV, -1)[:-1].gather(1, after[1:, None])[:, 0]
+    assert np.abs(found.numpy() - logprobs[1:]).max() <= 1e-4
+    plain, table = load_file(folder / "safetensors.safetensors"), pyarrow.parquet.read_table(folder / "parquet.parquet")
+    assert table["position"].to_pylist() == [*range(len(whole))]
+    with cpmpi.open_run(folder / "run") as run:
+        document = run.documents[0]
+        for ids in (t["token_ids"].numpy(), plain["token_ids"].numpy(), table["token_id"].to_numpy()):
+            np.testing.assert_array_equal(ids, whole)
+        for values in (t["logprobs"].numpy(), plain["logprobs"].numpy(), table["logprob"].to_numpy()):
+            np.testing.assert_array_equal(values, document.logprobs)
+        np.testing.assert_array_equal(t["last_hidden"].numpy(), document.last_hidden)
+        for layer in range(2):
+            for name, rows_TGD in zip(("key", "value"), document.kv(layer, raw=True), strict=True):
+                np.testing.assert_array_equal(plain[f"layers.{layer}.{name}"].numpy(), rows_TGD)
+                np.testing.assert_array_equal(t[f"layers.{layer}.{name}"][0].transpose(0, 1).numpy(), rows_TGD)
 
 
 class monkeypatched_world:
@@ -224,6 +263,22 @@ def test_a_job_that_is_killed_while_it_appends_leaves_the_run_as_it_was(tmp_path
         compare(run.documents[0], *truth(folder / "model", whole))
 
 
+def test_the_first_tokens_of_a_document_have_the_keys_of_all_of_it():
+    from types import SimpleNamespace
+
+    from cpmpi.engine.contexts import Context
+    from cpmpi.engine.continuations import Asked, texts_of
+
+    def line(stem, *answers):
+        return SimpleNamespace(stem=[0] * stem, answers=[[0] * n for n in answers])
+
+    run = SimpleNamespace(documents=[SimpleNamespace(n_tokens=75)])
+    early, whole, none = (Context(document=0, n_tokens=max(0, n - 1), upto=n) for n in (29, 75, 0))
+    asked = [Asked(context=one, lines=places) for one, places in ((early, (0, 1)), (whole, (1,)), (none, (0,)))]
+    found = texts_of(run, asked, [line(2, 3), line(0, 40, 9)])
+    assert found == ((75, 29 + 5, 29 + 40), (75, 75 + 9, 75 + 40), (0, 5, 5))
+
+
 @pytest.mark.mpi(2)
 def test_scores_are_kept_as_they_come_and_the_same_command_goes_on(tmp_path, capsys, monkeypatch):
     """A signal to one rank stops all after the line in work, with status 75; what is scored is not scored again."""
@@ -233,7 +288,7 @@ def test_scores_are_kept_as_they_come_and_the_same_command_goes_on(tmp_path, cap
     from mpi4py import MPI
 
     import cpmpi
-    from cpmpi.engine import continuations
+    from cpmpi.engine import continuations, prepare
     from cpmpi.engine.extend import Extension
     from cpmpi.run.verify import verify_run
 
@@ -253,23 +308,25 @@ def test_scores_are_kept_as_they_come_and_the_same_command_goes_on(tmp_path, cap
     comm.Barrier()
     batches, score = continuations.batches, Extension.score
     monkeypatch.setattr(continuations, "batches", lambda lines, holders: batches(lines, holders, 1))
-    scored = []
+    choose = prepare.choose_schedule
+    monkeypatch.setattr(prepare, "choose_schedule", lambda *a: choose(*a[:2], a[2].replace("auto", "tree"), a[3]))
+    scored, kinds = [], set()
 
     def count(extension, questions):
         scored.append(sum(bool(len(a)) for q in questions for a in q.answers))
+        kinds.add(extension.engine.schedule.kind)
         if interrupted and comm.rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
         return score(extension, questions)
 
     monkeypatch.setattr(Extension, "score", count)
-    words = ["extend", "--quiet", "--attention", "tree"]  # auto measures anew at every start, and may choose another
-    words += ["--run", f"{folder}/run", "--input", f"{folder}/lines.jsonl", "--output"]
+    words = ["extend", "--quiet", "--run", f"{folder}/run", "--input", f"{folder}/lines.jsonl", "--output"]
     interrupted = False
-    assert call([*words, f"{folder}/undisturbed"], capsys)[0] == 0
+    assert call([*words, f"{folder}/undisturbed", "--attention", "ring"], capsys)[0] == 0
     assert scored == [3, 1, 1]
     scored.clear()
     interrupted = True
-    status, told = call([*words, f"{folder}/scores"], capsys)
+    status, told = call([*words, f"{folder}/scores", "--attention", "ring"], capsys)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which a job on its way out leaves ignored
     assert status == (75 if comm.rank == 0 else 0)
     assert scored == [3]
@@ -286,6 +343,7 @@ def test_scores_are_kept_as_they_come_and_the_same_command_goes_on(tmp_path, cap
     scored.clear()
     assert call([*again, f"{folder}/scores"], capsys)[0] == 0
     assert scored == [1], "the same tokens after another context are another continuation"
+    assert kinds == {"ring"}, "auto goes on with the schedule that the scores were begun with"
     other = ["score", "--quiet", "--model", f"{folder}/model", "--input", f"{folder}/context.npy", "--output"]
     status, told = call([*other, f"{folder}/scores"], capsys)
     assert status == 1
@@ -297,7 +355,12 @@ def test_scores_are_kept_as_they_come_and_the_same_command_goes_on(tmp_path, cap
                 np.testing.assert_array_equal(a.logprobs, b.logprobs)
             assert run.documents[4].continues["context_tokens"] == 18
             assert [d.id for d in run.set_aside] == ["early"]
+        assert verify_run(folder / "undisturbed").problems == []
+        assert json.loads((folder / "undisturbed" / "schedule.json").read_text())["kind"] == "ring"
         assert (folder / "undisturbed" / "scores.csv").read_text().count("\n") == 6
+    comm.Barrier()
+    assert call([*words, f"{folder}/undisturbed", "--overwrite"], capsys)[0] == 0
+    assert kinds == {"ring", "tree"}, "what begins anew chooses anew"
 
 
 @pytest.mark.mpi(2)
@@ -333,6 +396,63 @@ def test_an_answer_is_saved_and_the_document_goes_on_from_it(tmp_path):
         whole = tokenizer.decode(document.token_ids, clean_up_tokenization_spaces=False)
         assert whole == text + prompt + answer + more + next_answer
         compare(document, *truth(CHECKPOINT, document.token_ids))
+
+
+@pytest.mark.mpi(2)
+def test_what_comes_after_stored_documents_is_watched_and_a_failing_disk_told_of_on_all_ranks(tmp_path, monkeypatch):
+    """Each job has a watchdog that sees its passes through the layers; `generate` leaves the run's own logs alone."""
+    from mpi4py import MPI
+
+    import cpmpi
+    from cpmpi.comm.watchdog import Watchdog
+    from cpmpi.run.verify import verify_run
+    from cpmpi.run.writer import ShardWriter
+
+    from .test_continuations import CHECKPOINT
+
+    comm, folder, dogs = MPI.COMM_WORLD, shared_folder(tmp_path), []
+    if comm.rank == 0:
+        np.save(folder / "context.npy", ids_of(60, 5) % 90)
+        write_lines(folder / "a.jsonl", {"document": "context.npy", "id": "a", "token_ids": list(range(3, 23))})
+    comm.Barrier()
+    begin = Watchdog.__enter__
+    monkeypatch.setattr(Watchdog, "__enter__", lambda dog: (dogs.append(dog), begin(dog))[1])
+    given = {"run": folder / "run", "hang_timeout": 30, "attention": "ring"}
+    asked = given | {"inputs": folder / "a.jsonl"}
+    cpmpi.prefill(model=CHECKPOINT, inputs=folder / "context.npy", output=folder / "run").close()
+    log = folder / "run" / "log" / f"rank-{comm.rank:05d}.log"
+    cpmpi.extend(**asked, output=folder / "scores").close()
+    before = log.read_bytes()
+    cpmpi.generate(**given, prompts="a", max_new_tokens=3)
+    comm.Barrier()
+    assert log.read_bytes() == before
+    write = ShardWriter._write
+
+    def fail(self, item):
+        if comm.rank == 1 and item.layer == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        write(self, item)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "_write", fail)
+        with pytest.raises(
+            cpmpi.UserError, match=r"^rank 1/2: \S+/rank-00001.h5: cannot be written \(Input/output error"
+        ):
+            cpmpi.extend(**asked, append=True)
+    cpmpi.extend(**asked, append=True).close()
+    logs = [dog._beats.folder.relative_to(folder) for dog in dogs]
+    assert [path.parts[0] for path in logs] == ["run", "scores", "run", "run", "run"]
+    assert [path.name for path in logs[:2] + logs[3:]] == ["beats"] * 4
+    assert logs[2].name.startswith("beats-2"), "several of these jobs may read a run at a time"
+    assert not any((folder / path).exists() for path in logs)
+    assert [dog._limit.choice_s for dog in dogs] == [None, 30, 30, 30, 30]
+    assert [dog._flight.passes for dog in dogs] == [1, 1, 3, 1, 1]
+    for dog in dogs:
+        layers = [event.layer for event in dog._flight.events() if event.kind == "layer"]
+        assert layers == list(range(max(layers) + 1)) * dog._flight.passes
+        assert dog._flight.name == "context.npy"
+        assert any(event.kind == "attend" and event.layer == 0 for event in dog._flight.events())
+    assert verify_run(folder / "run").problems == []
 
 
 @pytest.mark.mpi(2)
@@ -462,5 +582,9 @@ def test_rotary_embeddings_are_compared_for_every_document(tmp_path):
 
     model = SimpleNamespace(skeleton=Checkpoint(tmp_path).skeleton(torch.float32))
     check_rotary(model, New(stored=100, longest=20, at_once=1, spans=((100, 110), (30, 50))).lengths)
+    check_rotary(model, [(75, 69, 75 + 40), (0, 3, 32)])  # the first tokens of a document of 75, and a text by itself
+    for text, reason in (((75, 34, 69), "keys of 75 .* of 34"), ((0, 32, 65), "keys of 32 tokens are not those of 65")):
+        with pytest.raises(UserError, match=reason):
+            check_rotary(model, [text])
     with pytest.raises(UserError, match="keys of 50 tokens are not those of 70"):
         check_rotary(model, New(stored=100, longest=20, at_once=1, spans=((100, 110), (50, 70))).lengths)

@@ -138,12 +138,37 @@ def _problems(ended: Ended) -> list[str]:
     return []
 
 
-def run_cases(folder: Path, lengths: int, flips: int, jobs_each: int, seed: int) -> tuple[list[str], Counter[str]]:
-    """What is wrong, and how often each file was damaged; the jobs run with every ``jobs_each``-th case."""
-    runs, chance, wrong, done = Runs(folder), random.Random(seed), [], Counter[str]()
-    for number, case in enumerate(runs.cases(lengths, flips, chance)):
-        wrong += runs.look(case, number % jobs_each == 0)
-        done[f"{case.run}/{case.file}"] += 1
+class Damages(NamedTuple):
+    """A series of damages.
+
+    Attributes:
+        lengths: that each file is cut off at.
+        flips: of a bit, in each file.
+        jobs_each: the jobs run with every ``jobs_each``-th case.
+        seed: of the places.
+        part: such as 2/5, of all cases.
+    """
+
+    lengths: int
+    flips: int
+    jobs_each: int
+    seed: int
+    part: str = "1/1"
+
+
+def run_cases(folder: Path, series: Damages) -> tuple[list[str], Counter[str]]:
+    """What is wrong, and how often each file was damaged."""
+    runs, chance, done = Runs(folder), random.Random(series.seed), Counter[str]()
+    wrong: list[str] = []
+    mine, of = map(int, series.part.split("/"))
+    cases = list(runs.cases(series.lengths, series.flips, chance))
+    size = -(-len(cases) // of)
+    todo = list(enumerate(cases))[(mine - 1) * size : mine * size]
+    for so_far, (number, case) in enumerate(todo):
+        if so_far % 50 == 0:
+            print(f"{so_far} of {len(todo)} damages, {len(wrong)} wrong", *wrong, sep="\n", file=sys.stderr, flush=True)
+        wrong += runs.look(case, number % series.jobs_each == 0)
+        done[f"{case.run}/{case.file} {'cut off' if case.length >= 0 else 'flipped'}"] += 1
     return wrong, done
 
 
@@ -154,16 +179,17 @@ def run_cases(folder: Path, lengths: int, flips: int, jobs_each: int, seed: int)
 def test_no_damage_is_silent_and_no_command_breaks(tmp_path, lengths, flips, jobs_each):
     """Other places each time."""
     seed = random.randrange(1 << 32)
-    wrong, _ = run_cases(tmp_path, lengths, flips, jobs_each, seed)
+    wrong, _ = run_cases(tmp_path, Damages(lengths, flips, jobs_each, seed))
     assert not wrong, f"seed {seed}: {len(wrong)}:\n" + "\n".join(wrong[:10])
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # LENGTHS FLIPS JOBS_EACH [SEED [PART]]
     lengths_, flips_, each = (int(number) for number in sys.argv[1:4])
     chosen = int(sys.argv[4]) if len(sys.argv) > 4 else random.randrange(1 << 32)
+    asked = Damages(lengths_, flips_, each, chosen, *sys.argv[5:6])
     with tempfile.TemporaryDirectory(prefix="cpmpi-bytes-") as made_here:
-        faults, often = run_cases(Path(made_here), lengths_, flips_, each, chosen)
+        faults, often = run_cases(Path(made_here), asked)
     print("\n".join(faults))
     print("\n".join(f"{count:5} {file}" for file, count in often.items()))
-    print(f"seed {chosen}: {sum(often.values())} damages, {len(faults)} wrong")
+    print(f"{asked}: {sum(often.values())} damages, {len(faults)} wrong")
     sys.exit(bool(faults))

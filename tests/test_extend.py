@@ -131,7 +131,7 @@ def test_answers_equal_the_whole_text_from_scratch(ranks, tmp_path):
 
 
 def test_answers_are_dealt_evenly_and_stems_counted_once_a_holder():
-    from cpmpi.engine.extend import Question, branches_of, deal
+    from cpmpi.engine.extend import Before, Question, branches_of, deal
 
     questions = [Question(ids_of(100, 0), tuple(ids_of(10, i) for i in range(4)))]
     dealt = deal(questions, 2)
@@ -139,11 +139,59 @@ def test_answers_are_dealt_evenly_and_stems_counted_once_a_holder():
     assert [len(each) for each in dealt] == [2, 2]
     other = Question(ids_of(0, 0), (ids_of(120, 0),))
     assert [len(each) for each in deal([*questions, other], 2)] == [1, 4]  # a second stem costs more than it saves
-    branches, lines = branches_of(questions, [(0, 1), (0, 3)], 50, chunk_tokens=60)
+    branches, lines = branches_of(questions, [(0, 1), (0, 3)], [Before(50)], chunk_tokens=60)
     assert [(b.start, len(b.ids), b.parent) for b in branches] == [
         (50, 50, None), (100, 50, 0), (150, 10, 1), (150, 10, 1),
     ]  # fmt: skip
     assert lines == [[0, 1, 2], [0, 1, 3]]
+
+
+@pytest.mark.parametrize("limits", [{}, {"window": 40}, {"window": 3}, {"documents": (64, 103)}])
+def test_runs_that_share_a_kernel_call_see_what_they_see_alone(limits):
+    """Every visible pair of query and key once, and no other; two contexts beside one another, blind to each other."""
+    import torch
+
+    from cpmpi.attention.execute import SHORT, joined
+    from cpmpi.attention.layout import Piece
+    from cpmpi.engine.extend import APART, apart
+    from cpmpi.kernels.mask import Mask
+
+    mask = apart(Mask(**limits), [0, APART])
+    starts = [(100, 3), (100, 7), (100, SHORT), (100, 1), (103, 2), (APART + 90, 4), (APART + 90, 1)]
+    groups = joined([(start, torch.zeros(n, 1, 1)) for start, n in starts], mask)
+    assert [len(q) for group in groups for _, q in group.runs] == [n for _, n in starts]
+    for piece in (Piece(0, 50), Piece(50, 100), Piece(99, 100), Piece(APART, APART + 90), Piece(40, 102)):
+        seen = torch.zeros(sum(n for _, n in starts), piece.size, dtype=torch.int64)
+        calls = 0
+        for group in groups:
+            for row, start, q_THD, part, each in group.over(piece, mask):
+                columns = slice(part.start - piece.start, part.stop - piece.start)
+                seen[row : row + len(q_THD), columns] += each.dense(range(start, start + len(q_THD)), part)
+                calls += each.sight(range(start, start + len(q_THD)), part) != "none"
+        expected = torch.cat([mask.dense(range(start, start + n), piece) for start, n in starts])
+        assert torch.equal(seen, expected.long()), piece
+        if not limits:
+            assert calls == {0: 3, 50: 3, 99: 3, APART: 1, 40: 5}[piece.start], (
+                "runs that see all of a piece go together"
+            )
+
+
+def test_small_contexts_go_together():
+    from cpmpi.engine.contexts import Context
+    from cpmpi.engine.continuations import Task, together
+
+    def task(n, *joints):
+        return Task(Context(document=0, n_tokens=n, upto=n), [], list(joints), [])
+
+    def sizes(tasks, most):
+        return [[one.context.upto for one in group] for group in together(tasks, most)]
+
+    tasks = [task(n) for n in (10, 20, 30, 5, 40, 0)]
+    assert sizes(tasks, 60) == [[10, 20, 30], [5, 40, 0]]
+    assert sizes(tasks, 1) == [[10, 20], [30, 5], [40, 0]], "as many tokens as the longest has"
+    assert sizes(tasks, 0) == [[n] for n in (10, 20, 30, 5, 40, 0)]
+    assert sizes([task(1), task(2, "joint"), task(3), task(4)], 60) == [[1], [2], [3, 4]]
+    assert sizes([task(1)] * 20, 60) == [[1] * 16, [1] * 4]
 
 
 def collect(decoding, prompts, sampling, most):
@@ -218,7 +266,8 @@ def save_context(folder):
 
 @pytest.mark.mpi(2)
 def test_the_job_scores_lines_into_a_run_of_its_own(tmp_path):
-    """Whole and partial contexts, answers, tensor parallelism, mapped keys: against one transformers process."""
+    """Whole and partial contexts of two documents in one pass, answers, tensor parallelism, mapped keys: against one
+    transformers process."""
     import torch
     from mpi4py import MPI
     from transformers import AutoModelForCausalLM
@@ -228,11 +277,15 @@ def test_the_job_scores_lines_into_a_run_of_its_own(tmp_path):
 
     comm = MPI.COMM_WORLD
     folder = shared_folder(tmp_path)
+    documents = {"context.npy": ids_of(CONTEXT, 5), "other.npy": ids_of(77, 6)}
     if comm.rank == 0:
         save_context(folder)
+        np.save(folder / "other.npy", documents["other.npy"])
+        with open(folder / "lines.jsonl", "a") as file:
+            file.write(json.dumps({"document": "other.npy", "id": "other", "token_ids": ids_of(6, 8).tolist()}) + "\n")
     comm.Barrier()
-    model = folder / "model"
-    cpmpi.prefill(model=model, inputs=folder / "context.npy", output=folder / "run", kv_dtype="float32").close()
+    model, inputs = folder / "model", [folder / name for name in documents]
+    cpmpi.prefill(model=model, inputs=inputs, output=folder / "run", kv_dtype="float32").close()
     given = {"model": model, "run": folder / "run", "inputs": folder / "lines.jsonl", "quiet": True}
     ways = {"auto": {}, "mapped": {"kv": "mapped", "attention": "tree"}, "tp": {"tp": 2, "weights": "stream"}}
     for name, options in ways.items():
@@ -245,9 +298,10 @@ def test_the_job_scores_lines_into_a_run_of_its_own(tmp_path):
     for name in ways:
         assert verify_run(folder / name).problems == []
         with cpmpi.open_run(folder / name) as run:
-            assert [d.id for d in run.documents] == ["whole/0", "whole/1", "whole/2", "alone", "early", "first"]
+            names = ["whole/0", "whole/1", "whole/2", "alone", "early", "first", "other"]
+            assert [d.id for d in run.documents] == names
             for line in lines:
-                context = ids_of(CONTEXT, 5)[: line.get("upto")]
+                context = documents[line["document"]][: line.get("upto")]
                 for i, answer in enumerate(line.get("choices") or [line["token_ids"]]):
                     d = run.documents[f"{line['id']}/{i}" if "choices" in line else line["id"]]
                     logprobs, greedy = scratch(truth, context, ids_of(0, 0), np.array(answer))

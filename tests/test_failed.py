@@ -16,9 +16,10 @@ from click.testing import CliRunner
 from cpmpi import open_run
 from cpmpi.errors import UserError
 from cpmpi.jobs import inspect, report
-from cpmpi.run.folder import check_folder, only_writer, start_index
+from cpmpi.run.folder import check_folder, start_index
 from cpmpi.run.index import NotFiniteError
 from cpmpi.run.index_layout import REASON_BYTES
+from cpmpi.run.lock import only_writer
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.publish import make_folder, publish_text
 from cpmpi.run.results import sum_nll
@@ -92,15 +93,14 @@ def test_what_is_not_finite_is_an_error_of_its_own(tmp_path):
     assert not isinstance(other.value, NotFiniteError)
 
 
-def test_report_draws_the_finished_documents_of_an_unfinished_run(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_report_shows_the_finished_documents_of_an_unfinished_run(tmp_path):
     index = start_index(tmp_path, make_spec((50, 2, 7), kv=None))
     index.write_outputs(0, **outputs_of(0, 50))
     index.mark_failed(1, REASON)
     result = CliRunner().invoke(report.command, [str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines() == [str(RunPaths(tmp_path).report / "surprisal-000000.png")]
-    assert result.stderr.splitlines() == [f"document 'd1' failed: {REASON}", "document 'd2' is not finished"]
+    (line,) = result.stdout.splitlines()
+    assert line.startswith(f"{RunPaths(tmp_path).report / 'report.html'}: 3 documents, ")
 
 
 def test_reprs_and_the_table(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 
 import cpmpi
 from cpmpi.comm.ranks import AgreedError, Ranks
+from cpmpi.errors import UserError
 from cpmpi.run import writer as writer_module
 from cpmpi.run.folder import start_index
 from cpmpi.run.verify import verify_run
@@ -91,6 +93,34 @@ def test_a_slow_disk_is_told_of_once_while_it_lasts(tmp_path, monkeypatch):
         writer.finish(0)
     size = 5 * 2 * 7 * 4
     assert told == [f"slow disk: computing waits until keys and values of 1 layer ({size} bytes) are written to {path}"]
+
+
+def test_a_sync_that_failed_for_a_checkpoint_is_not_forgotten(tmp_path, monkeypatch):
+    """The kernel tells of it once: another fsync of the file goes well, though bytes are lost."""
+    spec = make_spec((5,), world=1)
+    index = start_index(tmp_path, spec)
+    (path,) = [writer._path for writer in open_writers(tmp_path, index) if not writer.close()]
+    ready, write, fsync = threading.Event(), ShardWriter._write, os.fsync
+
+    def fail_once(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(ShardWriter, "_write", lambda self, item: (item.layer and ready.wait(60), write(self, item)))
+    said = r"rank-00000\.h5: cannot be written \(Input/output error\)"
+    with ShardWriter(path, index.spec, 0) as writer:
+        for layer in range(2):
+            writer.put(0, layer, *(x[held(spec.documents[0], 0)] for x in kv_of(0, layer, 5)))
+        monkeypatch.setattr(os, "fsync", fail_once)
+        with pytest.raises(UserError, match=said):
+            writer.sync(1)
+        ready.set()  # a layer that is written well says nothing of that
+        while writer._waiting:
+            time.sleep(0.001)
+        with pytest.raises(UserError, match=said):
+            writer.finish(0)
+        with pytest.raises(UserError, match=said):
+            writer.close()
 
 
 @pytest.mark.slow

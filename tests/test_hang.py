@@ -21,6 +21,7 @@ from cpmpi.jobs.hang import last_hang
 from cpmpi.run.verify import verify_run
 
 from .launched import Launched
+from .test_continuations import CHECKPOINT
 from .tiny_models import VOCABULARY, save_tiny, tiny_config
 
 pytestmark = pytest.mark.slow
@@ -92,6 +93,40 @@ def test_a_job_ends_on_all_ranks_and_goes_on(end, folder, whole):
         np.testing.assert_array_equal(opened.documents[0].logprobs, whole)
     assert verify_run(run).problems == []
     assert not (run / "log" / "beats").exists()
+
+
+@pytest.mark.parametrize("command", ["extend", "append", "generate"])
+def test_a_job_after_a_stored_document_ends_where_a_rank_is_stopped(command, tmp_path):
+    """The run with the document stays as it was."""
+    run, output, lines = tmp_path / "run", tmp_path / "scores", tmp_path / "lines.jsonl"
+    np.save(tmp_path / "d.npy", np.random.default_rng(0).integers(3, 90, 900))
+    text = np.random.default_rng(1).integers(3, 90, 4000).tolist()
+    lines.write_text(json.dumps({"document": "d.npy", "id": "a", "token_ids": text}) + "\n")
+    first = ["prefill", "--model", str(CHECKPOINT), "--input", str(tmp_path / "d.npy"), "--output", str(run)]
+    with Launched(first, tmp_path / "first.out", 1) as job:
+        assert job.end() == (0, []), job.said()
+    given = ["--run", str(run), "--attention", "ring", "--chunk-tokens", "20", "--quiet", "--hang-timeout", "4"]
+    line = {
+        "extend": ["extend", *given, "--input", str(lines), "--output", str(output)],
+        "append": ["extend", "--append", *given, "--input", str(lines)],
+        "generate": ["generate", *given, "--prompt", "a", "--max-new-tokens", "20000"],
+    }[command]
+    watched = output if command == "extend" else run
+
+    def under_way() -> bool:
+        told = [path.read_text() for path in (watched / "log").glob("beats*/rank-00001")]
+        return bool(told) and told[0].endswith(" ") and json.loads(told[0])["layer"] >= 1
+
+    with Launched(line, tmp_path / "out") as job:
+        job.wait_until(under_way)
+        os.kill(job.rank(1), signal.SIGSTOP)
+        status, left = job.end()
+        said = job.said()
+    assert (status != 0, left) == (True, []), said
+    (error,) = re.findall("^error: .*$", said, re.MULTILINE)
+    assert re.search(r"rank 1/2 on \S+ gives no sign of life, the last from document 'd.npy', layer \d of 3", error)
+    assert last_hang(watched).line == error
+    assert verify_run(run).problems == []
 
 
 def test_a_rank_that_is_ten_times_slower_finishes(folder):

@@ -190,7 +190,7 @@ def test_what_cannot_be_imported_is_refused(tmp_path, capsys):
     )
     assert call([*good, f"{tmp_path}/out", "--overwrite"], capsys)[0] == 0
     status, told = call(["report", f"{tmp_path}/out"], capsys)
-    assert (status, told) == (0, "document 'd.npy' was imported without log-probabilities\n")
+    assert (status, told) == (1, f"error: {tmp_path}/out: document 'd.npy' was imported without log-probabilities\n")
 
 
 @pytest.mark.slow

@@ -19,8 +19,9 @@ from cpmpi import open_run
 from cpmpi.attention.layout import Layout
 from cpmpi.errors import UserError
 from cpmpi.run import checkpoint
-from cpmpi.run.folder import check_room, delete_run, only_writer, start_index
+from cpmpi.run.folder import check_room, delete_run, start_index
 from cpmpi.run.index import create_index
+from cpmpi.run.lock import only_writer
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.spec import DocumentSpec, KVSpec, checkpoint_bytes, index_bytes, shard_bytes
 from cpmpi.run.spec import check_room as check_free
@@ -296,11 +297,11 @@ def test_a_shard_that_changed_its_size_stops_a_resume(tmp_path):
 
 
 def test_one_writer_at_a_time(tmp_path):
-    code = "import sys, pathlib, cpmpi.run.folder as f; f.only_writer(pathlib.Path(sys.argv[1])).__enter__()"
+    code = "import sys, pathlib, cpmpi.run.lock as f; f.only_writer(pathlib.Path(sys.argv[1])).__enter__()"
     other = [sys.executable, "-c", code, str(tmp_path)]
     with only_writer(tmp_path):
         done = subprocess.run(other, capture_output=True, text=True, check=False)
-        assert "UserError: " in done.stderr
+        assert "HeldError: " in done.stderr
         assert "another process is writing this run" in done.stderr
     subprocess.run(other, check=True)
 

@@ -40,6 +40,9 @@ def test_wheel_holds_every_module_once_under_cpmpi(wheel):
     assert not {f"cpmpi/{folder}/__init__.py" for folder in FOLDERS} & modules
     assert {name.split("/")[0] for name in names} == {"cpmpi", next(n for n in names if "dist-info" in n).split("/")[0]}
     assert "cpmpi/py.typed" in names
+    page = {f"cpmpi/report/page/{file.name}" for file in (ROOT / "cpmpi" / "report" / "page").iterdir()}
+    assert page <= set(names)
+    assert len(page) == 9
 
 
 def run_away_from_the_checkout(code: str, tmp_path: Path, path: str = "") -> str:

@@ -224,10 +224,39 @@ def test_on_another_number_of_ranks_it_is_right_within_rounding(made):
                     np.testing.assert_allclose(now, then, rtol=2**-7, atol=1e-2)
         assert repaired(run, MPI.COMM_SELF) == ([], []), "nothing is left to do"
     comm.Barrier()
+
+
+@pytest.mark.mpi(2)
+def test_heads_that_two_ranks_held_are_repaired_by_one_that_has_all(made, monkeypatch):
+    """Whoever wrote into a shard syncs it, before rank 0 records its checksums: it may be on another node."""
+    from mpi4py import MPI
+
+    from cpmpi.run import mend
+
+    comm, run, synced = MPI.COMM_WORLD, made / "shared", []
+    fsync, write_tables = os.fsync, mend.write_tables
+
+    def record(shard, number, layers):
+        assert os.path.realpath(shard.path) in synced
+        return write_tables(shard, number, layers)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(mend, "write_tables", record)
     prefill(made, "shared", tp=2)
+    comm.Barrier()
     if comm.rank == 0:
-        a_key(made / "shared")
-        assert repaired(made / "shared", MPI.COMM_SELF)[0] == [], "heads that two ranks held, from one that has all"
+        with open_run(run) as before:
+            layers = [before.documents[0].kv(layer) for layer in range(LAYERS)]
+        for rank in range(2):
+            at = place_of(run, rank=rank).layers[1]
+            flip(RunPaths(run).shard(rank), at.key_offset + 7)
+            flip(RunPaths(run).shard(rank), at.value_offset + 7)
+        synced.clear()
+        assert repaired(run, MPI.COMM_SELF)[0] == []
+        with open_run(run) as after:
+            for layer, pair in enumerate(layers):
+                for then, now in zip(pair, after.documents[0].kv(layer)):
+                    np.testing.assert_allclose(now, then, rtol=2**-7, atol=1e-2)
     comm.Barrier()
 
 
@@ -291,5 +320,6 @@ def test_what_cannot_be_repaired_is_said(made, capsys):
     assert (said.exit_code, said.stdout) == (0, f"{run}: ok (2 documents, 1 shard, {said.stdout.split(', ')[-1]}")
     assert "a.npy: layers 1 of rank 0 computed again; " in said.stderr
     assert "written as they were, bit for bit" in said.stderr
+    assert "come out with other bytes" not in said.stderr
     with pytest.raises(UserError, match="--model is for --repair"):
         verify.command.main([str(run), "--model", "x"], standalone_mode=False)

@@ -18,8 +18,9 @@ MAY_IMPORT = {
     "model": "words comm documents attention kernels",
     "run": "words timeline attention documents",
     "cost": "words timeline comm attention model run kernels topology",
+    "report": "words timeline documents model run topology",
     "engine": "words timeline comm documents attention model run cost kernels topology slurm",
-    "jobs": "words timeline comm documents attention model run cost engine kernels topology slurm",
+    "jobs": "words timeline comm documents attention model run cost report engine kernels topology slurm",
 }
 GROUND = ("kernels", "topology", "slurm")
 LINKED = (*GROUND, "jobs")

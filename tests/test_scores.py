@@ -9,6 +9,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -141,3 +142,47 @@ def test_answers_are_scored_after_a_few_words_too(tmp_path, capsys):
     (tmp_path / "out" / "scores.csv").write_text(table.replace(repr(rows[1].logprob), "-1.5"))
     status, told = call(["inspect", f"{tmp_path}/out"], capsys)
     assert (status, told) == (1, f"error: {tmp_path}/out/scores.csv: the score of 'q/1' is not what run.h5 says\n")
+
+
+@pytest.mark.mpi(1)
+def test_scores_after_other_words_are_made_again(tmp_path, capsys, monkeypatch):
+    """Another question, answer or prefix, or an older run that does not say which: one line, and never old scores."""
+    import cpmpi
+    from cpmpi.engine import scores
+
+    (tmp_path / "c.txt").write_text("class Decimal:\n    pass\n")
+    given = ["--quiet", "--model", str(CHECKPOINT)]
+    assert call(["prefill", *given, "--input", f"{tmp_path}/c.txt", "--output", f"{tmp_path}/run"], capsys)[0] == 0
+    lines, spec = tmp_path / "lines.jsonl", scores._document_spec
+
+    def extend(question, choices, prefix, output="out"):
+        lines.write_text(json.dumps({"document": "c.txt", "id": "q", "text": question, "choices": choices}))
+        words = ["--run", f"{tmp_path}/run", "--input", str(lines), "--unconditional", prefix, "--attention", "ring"]
+        status, told = call(["extend", *words, "--output", f"{tmp_path}/{output}"], capsys)
+        assert status == 0, told
+        again = re.findall(
+            r"^(\d) continuations? scored again: .*: ('q.*); the earlier scores are set aside$", told, re.M
+        )
+        already = re.findall(r"^(\d) of \d continuations are scored already$", told, re.M)
+        return *again, *map(int, already)
+
+    def older(run, c, i):
+        new = spec(run, c, i)
+        return replace(new, continues=tuple(pair for pair in new.continues if pair[0] != "question_sha256"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scores, "_document_spec", older)
+        assert extend("1 +", [" 2", " self"], "Answer:") == ()
+    alone, both = f"'q{ALONE}/0', 'q{ALONE}/1'", f"'q/0', 'q/1', 'q{ALONE}/0', 'q{ALONE}/1'"
+    assert extend("1 +", [" 2", " self"], "Answer:") == (("4", both),), "which question it was is not recorded"
+    assert extend("1 +", [" 2", " self"], "A: ") == (("2", alone), 2)
+    assert extend("2 +", [" 2", " self"], "A: ") == (("2", "'q/0', 'q/1'"), 2)
+    assert extend("2 +", [" 2", " 4"], "A: ") == (("2", f"'q/1', 'q{ALONE}/1'"), 2)
+    assert extend("2 +", [" 2", " 4"], "A: ", "fresh") == ()
+    for got, want in zip(*(read_scores(tmp_path / out / "scores.csv") for out in ("out", "fresh")), strict=True):
+        assert (got.id, got.best) == (want.id, want.best)
+        assert got.logprob == pytest.approx(want.logprob, abs=1e-4)
+        assert got.unconditional == pytest.approx(want.unconditional, abs=1e-4)
+    assert extend("1 +", [" 2", " self"], "Answer:") == (4,), "what was set aside is found again"
+    with cpmpi.open_run(tmp_path / "out") as run:
+        assert len({document.continues["question_sha256"] for document in run.documents}) == 2

@@ -246,6 +246,8 @@ STATES = (
          "'b', layer 5 of 8, round 2 of 4; "),
         ({2: {"kind": "", "idle_s": 2000.0}}, 2, "rank 2/3 on n2 does not go on in document 'b', layer 5 of 8, round 1 "
          "of 4, where it computes without using its processor; "),
+        ({0: {"passes": 9}, 1: {"passes": 8, "layer": 7}, 2: {"passes": 9}}, 1, "all ranks wait; the first behind is "
+         "rank 1/3 on n1 in document 'b', layer 8 of 8, round 2 of 4, where it waits to receive 2 MB from rank 2 on "),
         ({0: {"document": -1, "layer": -1, "round": -1, "kind": "root"}}, 0, "all ranks wait; the first behind is rank "
          "0/3 on n1 in the time before the first document, where it waits for rank 0; "),
     ],

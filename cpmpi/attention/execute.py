@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -85,6 +86,53 @@ class Queries(NamedTuple):
     def pack(self) -> torch.Tensor:
         """All queries in one flat byte tensor."""
         return flat([torch.cat([q for _, q in self.runs])])
+
+
+SHORT = 256
+"""Tokens of a run below which it shares a kernel call with its neighbours: reading the keys is most of its work."""
+JOINED = 4096
+"""Tokens of runs that share one."""
+
+
+class Group(NamedTuple):
+    """Runs of queries, one after the other from ``row`` on, and all of them in one tensor."""
+
+    row: int
+    runs: tuple[tuple[int, torch.Tensor], ...]
+    q_THD: torch.Tensor
+
+    def over(self, piece: Piece, mask: Mask) -> Iterator[tuple[int, int, torch.Tensor, Piece, Mask]]:
+        """The kernel calls that take these queries to the keys of a piece: row, first position and queries, keys, mask.
+
+        Keys that all of the queries see, as continuations of one context do, are read once for all of them.
+        """
+        stop = piece.stop
+        if len(self.runs) > 1 and piece.stop <= 1 + min(start for start, _ in self.runs):
+            stop = min(stop, max(piece.start, *(mask.first_key(start + len(q) - 1) for start, q in self.runs)))
+            if stop < piece.stop:
+                yield self.row, piece.stop, self.q_THD, Piece(stop, piece.stop), Mask()
+        row = self.row
+        for start, q_THD in self.runs if stop > piece.start else ():
+            yield row, start, q_THD, Piece(piece.start, stop), mask
+            row += len(q_THD)
+
+
+def joined(runs: Sequence[tuple[int, torch.Tensor]], mask: Mask) -> list[Group]:
+    """Runs of queries in groups: short ones that are next to one another in one document, and long ones alone."""
+    groups: list[tuple[int, list[tuple[int, torch.Tensor]]]] = []
+    row, held, last = 0, JOINED, -1  # tokens of the last group, and the document that they are of
+    for start, q_THD in runs:
+        document = bisect_right(mask.documents, start)
+        if len(q_THD) >= SHORT or held + len(q_THD) > JOINED or document != last:
+            groups.append((row, []))
+            held = JOINED if len(q_THD) >= SHORT else 0
+        groups[-1][1].append((start, q_THD))
+        row += len(q_THD)
+        held, last = held + len(q_THD), document
+    return [
+        Group(row, tuple(each), each[0][1] if len(each) == 1 else torch.cat([q for _, q in each]))
+        for row, each in groups
+    ]
 
 
 def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -188,19 +236,19 @@ class Execution:
         """The queries of one rank attend to the keys of one rank, run by run and piece by piece; yields how far."""
         if not (self._tokens(query, (self.query_layout,)) and self._tokens(key, self.key_layouts)):
             return
-        partial, keys = self._partial(query), self.keys[key]
-        row, runs = 0, self.queries[query].runs
-        for i, (q_start, q_THD) in enumerate(runs, start=1):
+        partial, keys, rule = self._partial(query), self.keys[key], self.rule
+        groups = joined(self.queries[query].runs, rule.mask)
+        for i, group in enumerate(groups, start=1):
             first = 0
             for piece in keys.pieces:
-                part = slice(first, first + piece.size)
-                self.backend.attend_into(
-                    partial, row, q_THD, keys.k_SGD[part], keys.v_SGE[part], q_start=q_start, k_start=piece.start,
-                    mask=self.rule.mask, scale=self.rule.scale, softcap=self.rule.softcap,
-                )  # fmt: skip
+                for row, q_start, q_THD, seen, mask in group.over(piece, rule.mask):
+                    part = slice(first + seen.start - piece.start, first + seen.stop - piece.start)
+                    self.backend.attend_into(
+                        partial, row, q_THD, keys.k_SGD[part], keys.v_SGE[part], q_start=q_start, k_start=seen.start,
+                        mask=mask, scale=rule.scale, softcap=rule.softcap,
+                    )  # fmt: skip
                 first += piece.size
-            row += len(q_THD)
-            yield i / len(runs)
+            yield i / len(groups)
 
     def _partial(self, owner: int) -> Partial:
         """The accumulator for the queries of ``owner``, made at its first use."""

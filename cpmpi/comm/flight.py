@@ -52,12 +52,14 @@ class Flight:
     """The recorder of one rank.
 
     ``document``, ``layer`` and ``round`` say where it is, from 0 on; ``name`` and ``layers`` are of the document.
+    ``passes`` counts the ways through the layers so far: after a stored document there are many.
     ``waiting`` is what its main thread waits for now; None: it computes, reads or writes. ``moved_s`` is when it had
     its last event.
     """
 
     def __init__(self) -> None:
         self.seq = 0
+        self.passes = 0
         self.document = self.layer = self.round = -1
         self.name, self.layers, self.rounds = "", 0, 0
         self.waiting: Wait | None = None
@@ -74,7 +76,8 @@ class Flight:
         self.seq = seq + 1
 
     def begin(self, document: int, name: str, layers: int) -> None:
-        """A document begins, or goes on."""
+        """A document begins, or goes on; or what follows it."""
+        self.passes += 1
         self.document, self.name, self.layers, self.layer, self.round = document, name, layers, -1, -1
         self.note("document")
 

@@ -1,6 +1,7 @@
 """Ranks that wait without end: what each tells of itself, the files that it does so in, and who is the first behind.
 
-    log/beats/rank-00000                     a rank's sign of life and state, written anew every few seconds
+    log/beats/rank-00000                     a rank's sign of life and state, written anew every few seconds; of a job
+                                             beside others, in log/beats-START
     log/hang-20261124T170341-4711/           made by the rank that raises the alarm, once for a start of a job
         rank-00000.json                      a rank's state, its last events and its stack
         verdict.json                         who is the first behind
@@ -41,6 +42,7 @@ class State:
         rank, node, pid: who it is.
         beat: the number of this sign of life; 0: there was none.
         seq: of its next event.
+        passes: through the layers that it has begun.
         document, name, layer, layers, round, rounds: where it is, counted from 0; -1: not there yet.
         kind, peer, n_bytes: what it waits for; an empty kind: it computes, reads or writes.
         since_s: seconds since its last event.
@@ -54,6 +56,7 @@ class State:
     pid: int = 0
     beat: int = 0
     seq: int = 0
+    passes: int = 0
     document: int = -1
     name: str = ""
     layer: int = -1
@@ -81,7 +84,7 @@ class State:
     @property
     def place(self) -> tuple[int, int, int]:
         """How far it is."""
-        return self.document, self.layer, self.round
+        return self.passes, self.layer, self.round
 
     def where(self) -> str:
         """Where it is, in words; layers and rounds counted from 1."""
@@ -108,9 +111,9 @@ def state_of(flight: Flight, now_s: float, known: State) -> State:
     wait, seq = flight.waiting, flight.seq
     kind, peer, n_bytes = (wait.kind, wait.peer, wait.n_bytes) if wait is not None else ("", NOBODY, 0)
     return replace(
-        known, seq=seq, document=flight.document, name=shown(flight.name, NAME_WIDTH), layer=flight.layer,
-        layers=flight.layers, round=flight.round, rounds=flight.rounds, kind=kind, peer=peer, n_bytes=n_bytes,
-        since_s=now_s - flight.moved_s,
+        known, seq=seq, passes=flight.passes, document=flight.document, name=shown(flight.name, NAME_WIDTH),
+        layer=flight.layer, layers=flight.layers, round=flight.round, rounds=flight.rounds, kind=kind, peer=peer,
+        n_bytes=n_bytes, since_s=now_s - flight.moved_s,
     )  # fmt: skip
 
 
@@ -151,11 +154,12 @@ class Beats:
         log: the folder of the logs.
         start: what tells this start of the job from others.
         rank: this one.
+        beside: whether other jobs may use the logs at the same time.
     """
 
-    def __init__(self, log: Path, start: str, rank: int) -> None:
+    def __init__(self, log: Path, start: str, rank: int, *, beside: bool = False) -> None:
         self.log, self.start, self.rank = log, start, rank
-        self.folder = log / "beats"
+        self.folder = log / (f"beats-{start}" if beside else "beats")
 
     def write(self, state: State) -> bool:
         """Tell the others; False where that fails. Closed each time, so that other nodes see it."""

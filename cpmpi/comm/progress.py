@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from cpmpi.text import cut, duration, shown
+from cpmpi.text import counted, cut, duration, shown
 
 LIVE_S, PLAIN_S, MOST_S = 0.2, 10.0, 300.0  # seconds between updates
 NAME_WIDTH = 40
@@ -34,22 +34,23 @@ class Progress:
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.listener: Callable[[Progress], None] | None = None  # told of every step, also where nothing is printed
-        self.name, self.tokens, self.layers = "", 0, 0
+        self.name, self.tokens, self.layers, self._noun = "", 0, 0, "document"
         self._interval_s = interval_s
         self._began = self._shown = self._started = time.perf_counter()
         self._documents, self._work, self._per_pair = 1, 0.0, 0.0
         self._documents_done, self._tokens_done, self._work_done, self._done = 0, 0, 0.0, 0.0
         self._first = self._kept_work = self._kept_tokens = 0.0
 
-    def job(self, lengths: Sequence[int], per_pair: float = 0.0) -> None:
+    def job(self, lengths: Sequence[int], per_pair: float = 0.0, noun: str = "document") -> None:
         """The whole job's work begins.
 
         Args:
             lengths: tokens of each document that is to be done.
             per_pair: what a pair of tokens costs, where a token costs 1 (attention against the rest): the time left of
                 documents of different lengths follows from it.
+            noun: what they are called.
         """
-        self._per_pair = per_pair
+        self._per_pair, self._noun = per_pair, noun
         self._documents, self._work = len(lengths), sum(map(self._cost, lengths))
         self._documents_done, self._tokens_done, self._work_done = 0, 0, 0.0
         self._kept_work = self._kept_tokens = 0.0
@@ -120,7 +121,7 @@ class Progress:
         seconds = time.perf_counter() - self._began
         if self._documents_done > 1:
             rate = f"{(self._tokens_done - self._kept_tokens) / max(seconds, 1e-9):,.0f} tokens/s"
-            documents = f"{self._documents_done:,} documents, {self._tokens_done:,} tokens"
+            documents = f"{counted(self._documents_done, self._noun)}, {self._tokens_done:,} tokens"
             self.say(f"{documents} in {duration(seconds)}, {rate}")
         end_line()
 
@@ -139,7 +140,7 @@ class Progress:
         name = shown(self.name, NAME_WIDTH)
         if self._documents == 1:
             return f"{name}: {share:4.0%}  {layer}  {self.tokens or self._tokens_done:,} tokens  {rate}  {left}"
-        documents = f"document {min(self._documents, self._documents_done + 1):,} of {self._documents:,}"
+        documents = f"{self._noun} {min(self._documents, self._documents_done + 1):,} of {self._documents:,}"
         return f"{documents}: {share:4.0%}  {tokens:,.0f} tokens  {rate}  {left}  ({name}, {layer})"
 
     @property

@@ -298,8 +298,8 @@ def beat_seconds(least_s: float, ranks: int) -> float:
 
 
 def watched(
-    ranks: Ranks, log: Path, choice_s: float | None, tell: Callable[[str], None]
-) -> AbstractContextManager[object]:  # fmt: skip
+    ranks: Ranks, log: Path, choice_s: float | None, tell: Callable[[str], None], *, beside: bool = False
+) -> AbstractContextManager[object]:
     """A watchdog on every rank; none where there is one rank, or none is wanted. Collective.
 
     Args:
@@ -307,16 +307,17 @@ def watched(
         log: the folder of the logs.
         choice_s: seconds that a rank may wait for others in vain; None: learned; endless: no watchdog.
         tell: shows the user, on rank 0, that the job waits for a busy rank.
+        beside: whether other jobs may use the logs at the same time: this one only reads the run.
     """
     if ranks.size == 1 or choice_s == float("inf"):
         return nullcontext()
 
     def begin() -> str:
-        start = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
-        Beats(log, start, 0).clear()
+        start = "-".join([time.strftime("%Y%m%dT%H%M%S"), *[node_name()] * beside, str(os.getpid())])
+        Beats(log, start, 0, beside=beside).clear()
         return start
 
-    beats = Beats(log, ranks.on_root(begin), ranks.rank)
+    beats = Beats(log, ranks.on_root(begin), ranks.rank, beside=beside)
     nodes = ranks.allgather(node_name())
     return Watchdog(ranks.flight, beats, nodes, Limit(choice_s), tell if ranks.is_root else None)
 

@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from cpmpi.comm.ranks import AgreedError, Ranks, start
 from cpmpi.comm.stop import Stop, listening
@@ -30,14 +30,16 @@ from cpmpi.engine.contexts import (
     trunk_of,
 )
 from cpmpi.engine.continuations import merging, say_merging
+from cpmpi.engine.corpus import check_nobody_works
+from cpmpi.engine.keep import Keeper
 from cpmpi.engine.options import ContextOptions, ExtendOptions
 from cpmpi.engine.run import load_engine
 from cpmpi.engine.score import Engine
-from cpmpi.engine.watch import watched
+from cpmpi.engine.watch import alive, watched
 from cpmpi.errors import UserError
 from cpmpi.run import growth
-from cpmpi.run.folder import only_writer
 from cpmpi.run.growth import Found, Text
+from cpmpi.run.lock import only_writer
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.reader import Run, open_run
 from cpmpi.run.shard import create_shard
@@ -115,9 +117,17 @@ def hold(options: ContextOptions, ranks: Ranks, stack: ExitStack) -> None:
         UserError: there is no run, another job writes it, or documents of it are not finished.
     """
     folder = RunPaths.of(options.run).folder
-    ranks.on_root(lambda: open_run(options.run).close())  # before a lock is made where there is none
-    ranks.on_root(stack.enter_context, only_writer(folder))
+    ranks.on_root(_check_whole, folder)  # before a lock is made where there is no run
+    ranks.on_root(stack.enter_context, only_writer(folder, instead="stop it first"))
+    ranks.on_root(check_nobody_works, folder, "work on documents of this run: wait for them")
     ranks.on_root(growth.finish, folder)
+
+
+def _check_whole(folder: Path) -> None:
+    open_run(folder).close()
+    paths = RunPaths(folder)
+    if paths.whole != paths:
+        raise UserError(f"{folder}: is a part of the run {paths.whole.folder}, which several jobs share: name that run")
 
 
 def new_of(run: Run, texts: Sequence[Text]) -> New:
@@ -184,7 +194,10 @@ def _append(job: ContextJob, texts: Sequence[Text], before: int, stop: Stop) -> 
     """Append the texts, group by group. Collective."""
     done: list[Appended] = []
     of = len(texts) + before
-    with watched(job, job.options.run, stop, documents=of, finished=before, noun="texts") as watch:
+    with (
+        alive(job, job.options.run, job.options.hang_timeout),
+        watched(job, job.options.run, stop, documents=of, finished=before, noun="texts") as watch,
+    ):
         with load_engine(job) as engine:
             job.progress.job([len(text.token_ids) for text in texts])
             for group in groups(texts):
@@ -229,12 +242,9 @@ def _lay_out(job: ContextJob, texts: Sequence[Text]) -> RunSpec:
 def _grow(job: ContextJob, engine: Engine, writer: ShardWriter, text: Text) -> Found:
     """Take a text through the model, and its keys and values into this rank's shard. Collective."""
     n_tokens = job.run.documents[text.document].n_tokens
-
-    def keep(layer: int, k_TGD: torch.Tensor, v_TGE: torch.Tensor) -> None:
-        writer.put(text.document, layer, k_TGD.cpu(), v_TGE.cpu())
-
+    keeper = Keeper(document=text.document, writer=writer, flight=job.ranks.flight)
     with open_context(job, engine, Context(document=text.document, n_tokens=n_tokens, upto=n_tokens)) as extension:
-        grown, _ = trunk_of(job, extension, text.token_ids).grow(keep=keep, name=text.id)
-        digests = job.ranks.gather(job.ranks.together(writer.finish, text.document))
+        grown, _ = trunk_of(job, extension, text.token_ids).grow(keep=keeper.keep, name=text.id)
+        digests = job.ranks.gather(job.ranks.together(keeper.finish))
     job.progress.done(len(text.token_ids))
     return Found(text=text, logprobs=grown.logprobs, last_hidden=grown.last_hidden, digests=digests or ())

@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from cpmpi.choices import SCHEDULES
-from cpmpi.engine.state import Job
+from cpmpi.engine.state import Prepared
 from cpmpi.errors import UserError
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.publish import publish_text
 from cpmpi.run.sealed_json import read_sealed, sealed_json
 
 
-def publish_circumstances(job: Job) -> None:
-    """Write ``schedule.json`` and ``topology.json``. On rank 0.
+def publish_circumstances(job: Prepared, output: Path) -> None:
+    """Write ``schedule.json`` and ``topology.json`` of the job whose results are written to ``output``. On rank 0.
 
     Raises:
         UserError: they cannot be written.
     """
-    paths, decision = RunPaths(job.options.output), job.decision
+    paths, decision, topology = RunPaths(output), job.decision, job.place.topology.to_json() + "\n"
     summary = {**asdict(decision.schedule), "askers": "all", **asdict(job.place.grid), "segments": job.options.segments}
     kernels = [f"{backend.name}: {backend.reason}" for backend in dict.fromkeys(decision.backends)]
     made = {**summary, "reason": decision.reason, "kernels": kernels, "products": decision.products.library}
     made["chunk_tokens"] = job.options.chunk_tokens
-    publish_text(paths.topology, job.spec.topology + "\n")
-    publish_text(paths.schedule, sealed_json(made, topology=job.spec.topology + "\n"))
+    publish_text(paths.topology, topology)
+    publish_text(paths.schedule, sealed_json(made, topology=topology))
 
 
 def recorded_products(run: Path) -> str | None:
@@ -57,7 +57,7 @@ def recorded_options(run: Path) -> dict[str, Any]:
 
 def _recorded(run: Path) -> dict[str, Any]:
     """``schedule.json`` of a run; empty where there is none, or it is damaged."""
-    paths = RunPaths.of(run)
+    paths = RunPaths.of(run).whole
     try:
         return read_sealed(paths.schedule) if paths.index.exists() else {}
     except UserError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,13 +18,12 @@ import torch
 from cpmpi.attention.layout import Layout
 from cpmpi.comm.device import Room, room_of
 from cpmpi.comm.ranks import AgreedError, Ranks
-from cpmpi.cost.choose import choose_schedule
 from cpmpi.cost.memory import Memory, choose_residence, document_memory
 from cpmpi.cost.workload import TokenSizes
 from cpmpi.engine.circumstances import recorded_products
-from cpmpi.engine.extend import Extension
+from cpmpi.engine.extend import APART, Before, Extension
 from cpmpi.engine.options import ContextOptions
-from cpmpi.engine.prepare import find_place, inspect, progress_of, workload
+from cpmpi.engine.prepare import find_place, inspect, progress_of, schedule_for, workload
 from cpmpi.engine.score import Engine
 from cpmpi.engine.state import Decision, Inputs, Model, Place, Prepared
 from cpmpi.engine.trunk import Trunk
@@ -41,6 +40,8 @@ from cpmpi.run.reader import Document, Run, open_run
 from cpmpi.run.unchanged import changed_files, recorded_files
 
 BATCH_TOKENS = 4096  # of continuations that a rank takes through the layers at a time
+TOGETHER_TOKENS = 1 << 14  # of several contexts whose continuations go through the layers together, or of the longest
+MOST_TOGETHER = 16  # of them: each looks at the keys of all, to see that they are not its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,8 @@ class New:
         sequences: lines whose new keys and values, of all layers, stay until the end.
         dealt: whether all ranks share the tokens of a line, and store their keys and values.
         spans: of each context its tokens, and how many they are with the longest line; by default of the one above.
+        texts: of each context the tokens of the document whose keys it has (none: it has none), of the shortest text
+            that goes on from them, and of the longest; by default as the spans say.
     """
 
     stored: int
@@ -83,6 +86,7 @@ class New:
     sequences: int = 0
     dealt: bool = False
     spans: tuple[tuple[int, int], ...] = ()
+    texts: tuple[tuple[int, ...], ...] = ()
 
     @property
     def lengths(self) -> tuple[tuple[int, int], ...]:
@@ -191,10 +195,10 @@ def prepare_contexts(options: ContextOptions, ranks: Ranks, run: Run, checkpoint
     ranks.together(_check_positions, options, checkpoint, work)
     inputs = Inputs(checkpoint=checkpoint, documents=(), longest=work.stored + work.longest)
     model = inspect(options, ranks, inputs)
-    ranks.together(check_rotary, model, work.lengths)
+    ranks.together(check_rotary, model, work.texts or work.lengths)
     place = find_place(options, ranks, inputs, model)
     computed = workload(options, model, place, tokens=work.at_once, stored=work.stored)
-    schedule, reason = choose_schedule(place.ranks, place.topology, options.attention, computed)
+    schedule, reason = schedule_for(options, options.goes_on, place, computed)
     room = room_of(place.ranks, model.device)
     parts = document_memory(computed, schedule, _sizes(options, run, inputs, place)) if work.dealt else {}
     memory, resident = place.ranks.together(_residence, options, place, work, room, parts)
@@ -220,22 +224,23 @@ def _check_positions(options: ContextOptions, checkpoint: Checkpoint, work: New)
         )
 
 
-def check_rotary(model: Model, spans: Sequence[tuple[int, int]]) -> None:
-    """Refuse keys that would be others in a longer text.
+def check_rotary(model: Model, texts: Sequence[tuple[int, ...]]) -> None:
+    """Refuse keys that would be others in a shorter or longer text.
 
     Args:
         model: whose they are.
-        spans: tokens that there are keys of, and those of the longest text that they are used in.
+        texts: tokens of a document that there are keys of (0: of none), and of texts that they are used in.
 
     Raises:
         UserError: that.
     """
-    for span in sorted(set(spans)) if length_matters(model.skeleton) else ():
-        if not same_for(model.skeleton, (max(1, span[0]), span[1])):
-            raise UserError(
-                f"the rotary embeddings of this model depend on the document's length: keys of {span[0]} tokens are "
-                f"not those of {span[1]}; prefill the whole text instead"
-            )
+    for made, *used in sorted(set(texts)) if length_matters(model.skeleton) else ():
+        for tokens in used:
+            if not same_for(model.skeleton, (made or used[0], tokens)):
+                raise UserError(
+                    f"the rotary embeddings of this model depend on the document's length: keys of "
+                    f"{made or used[0]} tokens are not those of {tokens}; prefill the whole text instead"
+                )
 
 
 def _sizes(options: ContextOptions, run: Run, inputs: Inputs, place: Place) -> TokenSizes:
@@ -289,20 +294,33 @@ def introduce_stored(job: ContextJob) -> None:
 
 
 @contextmanager
-def open_context(job: ContextJob, engine: Engine, context: Context) -> Iterator[Extension]:
-    """What goes on from a context on this rank. Collective."""
-    place, document = job.place, job.run.documents[context.document]
-    grid, position = place.grid, engine.position
-    layout = Layout(
-        n_tokens=context.n_tokens, world=place.ranks.size // grid.head_groups, segments=job.options.segments
-    )  # fmt: skip
+def open_contexts(job: ContextJob, engine: Engine, contexts: Sequence[Context]) -> Iterator[Extension]:
+    """What goes on from contexts on this rank, each blind to the others. Collective."""
+    place, grid, position = job.place, job.place.grid, engine.position
+    stored, befores = [], []
+    for i, context in enumerate(contexts):
+        document, base = job.run.documents[context.document], i * APART
+        layout = Layout(
+            n_tokens=context.n_tokens, world=place.ranks.size // grid.head_groups, segments=job.options.segments,
+            start=base,
+        )  # fmt: skip
+        hidden = None if context.again else torch.from_numpy(document.last_hidden).to(job.model.device)
+        stored.append((document, layout))
+        befores.append(Before(context.n_tokens, hidden, base))
     heads = tuple(layer.heads for layer in place.layers)
     with StoredKeys(
-        document, layout, position, group=grid.group(place.ranks.rank), heads=heads, device=job.model.device,
-        resident=job.resident,
-    ) as stored:  # fmt: skip
-        hidden = None if context.again else torch.from_numpy(document.last_hidden).to(job.model.device)
-        yield Extension(engine=engine, context=stored, n_tokens=context.n_tokens, last_hidden=hidden)
+        *stored[0], position, group=grid.group(place.ranks.rank), heads=heads, device=job.model.device,
+        resident=job.resident, more=stored[1:],
+    ) as keys:  # fmt: skip
+        n_tokens, last_hidden, _ = befores[0]
+        yield Extension(
+            engine=engine, context=keys, n_tokens=n_tokens, last_hidden=last_hidden, more=tuple(befores[1:])
+        )  # fmt: skip
+
+
+def open_context(job: ContextJob, engine: Engine, context: Context) -> AbstractContextManager[Extension]:
+    """What goes on from a context on this rank. Collective."""
+    return open_contexts(job, engine, (context,))
 
 
 def trunk_of(job: ContextJob, extension: Extension, ids: npt.NDArray[np.int64]) -> Trunk:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +21,18 @@ from cpmpi.documents.continuations import (
     would_merge,
 )
 from cpmpi.documents.tokenization import load_tokenizer
+from cpmpi.engine.circumstances import publish_circumstances
 from cpmpi.engine.contexts import (
     BATCH_TOKENS,
+    MOST_TOGETHER,
+    TOGETHER_TOKENS,
     Context,
     ContextJob,
     New,
     context_of,
     find_document,
     introduce_stored,
-    open_context,
+    open_contexts,
     open_stored,
     prepare_contexts,
     trunk_of,
@@ -38,8 +42,9 @@ from cpmpi.engine.options import ExtendOptions
 from cpmpi.engine.run import load_engine
 from cpmpi.engine.scores import Results, check_output, opened
 from cpmpi.engine.trunk import LEAST_TOKENS, Joint, judge, plan
-from cpmpi.engine.watch import watched
+from cpmpi.engine.watch import alive, watched
 from cpmpi.model.checkpoint import Checkpoint
+from cpmpi.model.rotary import length_matters
 from cpmpi.run.reader import Run
 from cpmpi.run.scores import Row
 from cpmpi.text import counted, duration
@@ -76,12 +81,14 @@ def extend(options: ExtendOptions) -> Extended:
         continuations = ranks.on_root(_read, options, checkpoint)
         asked = ranks.on_root(_by_context, run, continuations)
         longest = max(a.context.upto for a in asked)
+        stored = max(longest, min(sum(a.context.upto for a in asked), TOGETHER_TOKENS))
         sizes = [len(c.stem) + max(map(len, c.answers)) for c in continuations]
         most = max(sizes)
         whole = sum(len(c.stem) + sum(map(len, c.answers)) for c in continuations)
         at_once = max(most, min(whole, BATCH_TOKENS * ranks.size))
         spans = tuple((a.context.upto, a.context.upto + max(map(sizes.__getitem__, a.lines))) for a in asked)
-        work = New(stored=longest, longest=most, at_once=at_once, spans=spans)
+        texts = ranks.on_root(texts_of, run, asked, continuations)
+        work = New(stored=stored, longest=most, at_once=at_once, spans=spans, texts=texts)
         job = prepare_contexts(options, ranks, run, checkpoint, work)
         _introduce(job, asked, continuations, merging(ranks, run, checkpoint, continuations))
         with opened(job, continuations) as results:
@@ -107,25 +114,69 @@ def _score(job: ContextJob, asked: Sequence[Asked], results: Results, stop: Stop
     assert job.options.output is not None
     began, holders = time.perf_counter(), job.ranks.size // job.place.grid.tp
     total, done = results.count, len(results.done)
-    with watched(job, job.options.output, stop, documents=total, finished=done, noun="continuations") as watch:
+    output, hang_timeout = job.options.output, job.options.hang_timeout
+    with (
+        alive(job, output, hang_timeout),
+        watched(job, output, stop, documents=total, finished=done, noun="continuations") as watch,
+    ):
         if not left:
             return
+        tasks = [_task(each.context, lines, holders) for each, lines in left]
         with load_engine(job) as engine:
-            for i, (each, lines) in enumerate(left):
-                joints, others = plan([question for _, question in lines], holders)
-                _say_joint(job, joints)
-                with open_context(job, engine, each.context) as extension:
+            job.ranks.on_root(publish_circumstances, job, job.options.output)
+            scored = 0
+            for group in together(tasks, 0 if length_matters(job.model.skeleton) else TOGETHER_TOKENS):
+                _say_joint(job, [joint for task in group for joint in task.joints])
+                with open_contexts(job, engine, [task.context for task in group]) as extension:
                     make = partial(trunk_of, job, extension)
-                    for joint in joints:
+                    for joint in group[0].joints:
                         watch.go_on()
-                        question = lines[joint.question][1]
-                        watch.document_done(results.keep(lines, judge(make, question, joint)))
-                    rest = [(line, question) for (line, _), question in zip(lines, others, strict=True)]
-                    for batch in batches([one for one in rest if any(map(len, one[1].answers))], holders):
+                        question = group[0].lines[joint.question][1]
+                        watch.document_done(results.keep(group[0].lines, judge(make, question, joint)))
+                    rest = [
+                        (line, question._replace(context=i)) for i, task in enumerate(group)
+                        for line, question in task.others
+                    ]  # fmt: skip
+                    for batch in batches(rest, holders):
                         watch.go_on()
                         found = extension.score([question for _, question in batch])
                         watch.document_done(results.keep(batch, found))
-                job.progress.say(f"{i + 1} of {len(left)} contexts, {duration(time.perf_counter() - began)}")
+                scored += len(group)
+                job.progress.say(f"{scored} of {len(tasks)} contexts, {duration(time.perf_counter() - began)}")
+
+
+class Task(NamedTuple):
+    """What is left of a context: lines with their questions, what all ranks compute together, and the others."""
+
+    context: Context
+    lines: list[tuple[int, Question]]
+    joints: list[Joint]
+    others: list[tuple[int, Question]]
+
+
+def _task(context: Context, lines: list[tuple[int, Question]], holders: int) -> Task:
+    joints, questions = plan([question for _, question in lines], holders)
+    others = [(line, question) for (line, _), question in zip(lines, questions, strict=True)]
+    return Task(context, lines, joints, [one for one in others if any(map(len, one[1].answers))])
+
+
+def together(tasks: Sequence[Task], most: int) -> Iterator[list[Task]]:
+    """Contexts next to one another whose continuations go through the layers together.
+
+    Small ones: with ``most`` tokens, or as many as the longest of all, which there is memory for. A context with
+    texts that are dealt over the ranks goes alone; all do where ``most`` is 0.
+    """
+    most = max(most, *(task.context.upto for task in tasks)) if most else 0
+    group: list[Task] = []
+    for task in tasks:
+        tokens = sum(one.context.upto for one in (*group, task))
+        dealt = any(one.joints for one in (*group, task))
+        if group and (dealt or tokens > most or len(group) == MOST_TOGETHER):
+            yield group
+            group = []
+        group.append(task)
+    if group:
+        yield group
 
 
 def _left(run: Run, asked: Asked, results: Results) -> list[tuple[int, Question]]:
@@ -155,6 +206,21 @@ def _by_context(run: Run, continuations: Sequence[Continuation]) -> list[Asked]:
     for i, c in enumerate(continuations):
         lines.setdefault(context_of(find_document(run, c.document, c.source), c.upto, c.source), []).append(i)
     return [Asked(context=context, lines=tuple(places)) for context, places in lines.items()]
+
+
+def texts_of(
+    run: Run, asked: Sequence[Asked], continuations: Sequence[Continuation]
+) -> tuple[tuple[int, ...], ...]:  # fmt: skip
+    """Of each context the tokens of its document, of the shortest text that goes on from it, and of the longest.
+
+    The keys of a document's first tokens are those of a text as long as the document.
+    """
+    texts = []
+    for each in asked:
+        sizes = [len(c.stem) + len(a) for c in map(continuations.__getitem__, each.lines) for a in c.answers]
+        made = run.documents[each.context.document].n_tokens if each.context.upto else 0
+        texts.append((made, each.context.upto + min(sizes), each.context.upto + max(sizes)))
+    return tuple(texts)
 
 
 def _question(run: Run, context: Context, c: Continuation) -> Question:

@@ -152,7 +152,8 @@ class Decoding(Extension):
         )  # fmt: skip
         own = lines[self._here]
         self._rows, self._fresh = [going[i].row for i, _ in own], []
-        states = self._hidden([b for _, b in own], placed)
+        longest = max(b.stop for line in lines for _, b in line)
+        states = self._hidden([b for _, b in own], placed, longest)
         if not own:
             return {}
         assert self._grown is not None
@@ -169,7 +170,7 @@ class Decoding(Extension):
 
     def attend(
         self, branches: list[Branch], placed: Dealt, longest: int, layer: int, calls: list[Call]
-    ) -> Sequence[torch.Tensor]:
+    ) -> torch.Tensor:
         """As for continuations; the new keys are set aside."""
         self._fresh.append([keys_of(call) for _, call in zip(branches, calls, strict=False)])
         return super().attend(branches, placed, longest, layer, calls)

@@ -30,6 +30,7 @@ from cpmpi.engine.decode import Decoding, TokenIds
 from cpmpi.engine.options import GenerateOptions
 from cpmpi.engine.run import load_engine
 from cpmpi.engine.score import Engine
+from cpmpi.engine.watch import alive
 from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.sampling import Sampling
@@ -144,7 +145,8 @@ def _generate(
         return -1 if token in ends else token
 
     times: list[float] = []
-    with load_engine(job) as engine:
+    beside = not options.save  # else the run is held for this job
+    with alive(job, options.run, options.hang_timeout, beside=beside), load_engine(job) as engine:
         with open_context(job, engine, context) as extension:
             decoding = Decoding(
                 engine=engine, context=extension.context, n_tokens=context.n_tokens, last_hidden=None,

@@ -44,6 +44,7 @@ from cpmpi.run.cache import StoredKeys
 from cpmpi.run.export.tensors import FORMAT
 from cpmpi.run.index import RunIndex
 from cpmpi.run.kv_file import PARTS, KVFile
+from cpmpi.run.lock import only_writer
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.shard import prepare_shard
 from cpmpi.run.spec import DocumentSpec, KVShape, KVSpec, RunSpec, token_digest
@@ -105,12 +106,12 @@ class LastToken(Extension):
             runs=((branch.run,), *((),) * (self._holders - 1)), copies=self.engine.grid.copies
         )  # fmt: skip
         mine = [branch] if self._here == 0 else []
-        states = self._hidden(mine, placed)
+        states = self._hidden(mine, placed, branch.stop)
         return states[0][0].float().cpu() if mine else None
 
     def attend(
         self, branches: list[Branch], placed: Dealt, longest: int, layer: int, calls: list[Call]
-    ) -> Sequence[torch.Tensor]:
+    ) -> torch.Tensor:
         """As for continuations; what the layer makes of the token is kept."""
         if branches:
             self.made.append(keys_of(calls[0]))
@@ -300,7 +301,7 @@ def _store(job: ImportJob, hidden: Sequence[npt.NDArray[np.float32]]) -> None:
     ranks, options, spec = job.ranks, job.options, job.spec
     opened: list[RunIndex] = []
     with ExitStack() as stack:
-        ranks.on_root(stack.enter_context, folder.only_writer(options.output))
+        ranks.on_root(stack.enter_context, only_writer(options.output))
         spec = ranks.on_root(_open_index, job, opened)
         path = ranks.together(prepare_shard, options.output, spec, ranks.rank, ())
         sizes = ranks.gather(path.stat().st_size)

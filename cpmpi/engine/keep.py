@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from cpmpi.comm.flight import DISK, Flight
-from cpmpi.engine.checkpoint import Checkpoints
 from cpmpi.errors import UserError
 from cpmpi.run.writer import ShardWriter
 
@@ -19,14 +19,14 @@ class Keeper:
     Attributes:
         document: its place in the run.
         writer: of this rank's shard.
-        checkpoints: tell all ranks where this one cannot write.
         flight: records that this rank waits for its disk.
+        broke: is told what cannot be written, where all ranks meet before the end.
     """
 
     document: int
     writer: ShardWriter
-    checkpoints: Checkpoints
     flight: Flight
+    broke: Callable[[UserError], None] = lambda _: None
 
     def keep(self, layer: int, k_TGD: torch.Tensor, v_TGE: torch.Tensor) -> None:
         """Have a layer written. An error is kept until all ranks meet: the others wait for this one till then."""
@@ -35,7 +35,7 @@ class Keeper:
             with self.flight.waits(DISK):
                 self.writer.put(self.document, layer, k_TGD, v_TGE)
         except UserError as problem:
-            self.checkpoints.broke(problem)
+            self.broke(problem)
 
     def finish(self) -> int:
         """The digest of what is written, once it lasts.

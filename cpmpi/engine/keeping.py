@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cpmpi.choices import KEPT_SCORES, split_keep
+from cpmpi.choices import AUTO, KEPT_SCORES, OFF, split_keep
 from cpmpi.documents.spans import SpanRule, read_spans
 from cpmpi.documents.tokenization import load_tokenizer, tokenizer_files
 from cpmpi.errors import UserError, one_line
@@ -84,7 +84,8 @@ def read_keeping(options: JobOptions, checkpoint: Checkpoint) -> Keeping:
     """What is to be scored and kept of documents, with this model.
 
     Raises:
-        UserError: it cannot be: see `read_keep`, `read_prefix` and `cpmpi.documents.spans.read_spans`.
+        UserError: it cannot be: see `read_keep`, `read_prefix`, `check_windows` and
+            `cpmpi.documents.spans.read_spans`.
     """
     keeping = read_keep(options.keep, checkpoint.vocab_size)
     rule = read_spans(options.spans) if options.spans else None
@@ -92,6 +93,8 @@ def read_keeping(options: JobOptions, checkpoint: Checkpoint) -> Keeping:
         keeping.scoring, scored_from=options.from_position, prefix_token=options.prefix_token or PLAIN.prefix_token,
         prefix_token_id=read_prefix(options, checkpoint), spans=rule.recorded if rule is not None else "",
     )  # fmt: skip
+    check_windows(options, checkpoint.max_positions)
+    scoring = window_scoring(options.context, options.stride, scoring)
     return replace(keeping, scoring=scoring, spans=rule)
 
 
@@ -112,6 +115,38 @@ def check_documents(keeping: Keeping, documents: Sequence[InputDocument]) -> str
     if not twice:
         return ""
     return f"note: {counted(twice, 'document')} begin with the prefix token of their own: they have it twice"
+
+
+def window_scoring(context: int | None, stride: int | None, scoring: Scoring = PLAIN) -> Scoring:
+    """The scoring in windows of ``--context`` and ``--stride``, where they are asked for."""
+    return replace(scoring, context=context, stride=stride or max(1, context // 2)) if context else scoring
+
+
+def check_windows(options: JobOptions, max_positions: int | None) -> None:
+    """Refuse windows that cannot be.
+
+    Raises:
+        UserError: that, or other options speak against them.
+    """
+    context, stride = options.context, options.stride
+    if context is None:
+        if stride is not None:
+            raise UserError(f"--stride {stride}: of the windows of --context, which is not given")
+        return
+    if options.keep_kv:
+        raise UserError(f"--context {context}: only with `cpmpi score`: keys and values are those of whole documents")
+    if stride is not None and stride > context:
+        raise UserError(f"--stride {stride}: more than --context {context}: tokens between windows would be left out")
+    if max_positions is not None and context > max_positions and not options.allow_longer:
+        raise UserError(
+            f"--context {context}: {shown(options.model)} was made for {max_positions} positions "
+            "(max_position_embeddings); --allow-longer runs it all the same"
+        )
+    if options.checkpoint not in (AUTO, OFF):
+        raise UserError(
+            f"--checkpoint {options.checkpoint}: a document in windows (--context) has none: it begins again after a "
+            "stop; choose auto or off"
+        )
 
 
 def read_prefix(options: JobOptions, checkpoint: Checkpoint) -> int:

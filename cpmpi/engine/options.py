@@ -33,6 +33,9 @@ def option(default: Any, text: str, *, choices: Sequence[str] = (), least: int |
     return field(default=default, metadata={"help": text, "choices": tuple(choices), "least": least, **more})
 
 
+TAKES = ("longest", "shortest")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """What a user asks of any job that runs a model.
@@ -124,6 +127,14 @@ class JobOptions(ModelOptions):
         metavar="lines|sentences|paragraphs|FILE.jsonl",
     )  # fmt: skip
     from_position: int = option(0, "Score only tokens from this position on.", least=0)
+    context: int | None = option(
+        None, "Score each token after at most so many, in windows: a baseline for whole documents.", least=1,
+        metavar="TOKENS",
+    )  # fmt: skip
+    stride: int | None = option(
+        None, "Tokens from one window's beginning to the next's.  [default: half of --context]", least=1,
+        metavar="TOKENS",
+    )  # fmt: skip
     fail_fast: bool = option(False, "End the job with the first document that fails, instead of going on.", flag=True)
     checkpoint: str = option(
         AUTO, "Minutes between checkpoints inside a document (0: as often as can be), off, or auto: by their cost.",
@@ -141,6 +152,24 @@ class JobOptions(ModelOptions):
     )
     retry_failed: bool = option(False, "Compute documents again that failed in an earlier start.", flag=True)
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
+    share: bool = option(False, "Share the documents with other jobs on the same run folder and --input.", flag=True)
+    take: str = option("longest", "Which free document a job that shares takes first.", choices=TAKES)
+    most_tokens: int | None = option(
+        None, "A job that shares leaves longer documents to others, and is planned for this.", least=1
+    )
+    stay: bool = option(
+        False, "A job that shares waits for documents that others have, to take over from one that dies.", flag=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share and self.overwrite:
+            raise UserError("--share and --overwrite: each job would delete what the others did; delete the run first")
+        for name, given in (("most_tokens", self.most_tokens is not None), ("stay", self.stay)):
+            if given and not self.share:
+                raise UserError(f"{spelled(name)} is for jobs that share the documents of a run (--share)")
+        if self.context is not None and self.checkpoint == AUTO:  # a window is soon computed again
+            object.__setattr__(self, "checkpoint", OFF)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +184,15 @@ class ContextOptions(ModelOptions):
         AUTO, "Keep stored keys and values in memory, or read a layer ahead; auto: as memory allows.",
         choices=(AUTO, *KV_RESIDENCES),
     )  # fmt: skip
+    hang_timeout: str = option(
+        AUTO, "Seconds that a rank may wait for one that does not go on, off, or auto: by earlier waits.",
+        metavar="auto|SECONDS|off",
+    )  # fmt: skip
+
+    @property
+    def goes_on(self) -> Path | None:
+        """The run folder with results of an earlier start, if any, that this job would add to."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +213,11 @@ class ExtendOptions(ContextOptions):
     )  # fmt: skip
     grace: int = option(100, "Seconds from SIGTERM or SIGUSR1 until the job must have ended.", least=0)
     overwrite: bool = option(False, "Delete a run that is in the output folder first.", flag=True)
+
+    @property
+    def goes_on(self) -> Path | None:
+        """The run folder with results of an earlier start, if any, that this job would add to."""
+        return None if self.overwrite else self.output
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,14 @@ All that can be refused is refused here. Each step is collective: all ranks make
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 
 from cpmpi.attention.execute import Heads
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout
+from cpmpi.attention.schedule import Schedule
 from cpmpi.choices import AUTO, OFF
 from cpmpi.comm.carrier import choose_carrier
 from cpmpi.comm.device import choose_device, room_of, set_threads
@@ -27,6 +29,7 @@ from cpmpi.engine.options import JobOptions, ModelOptions
 from cpmpi.engine.placement import check_grid, number_ranks
 from cpmpi.engine.report import introduce
 from cpmpi.engine.state import Decision, Inputs, Job, Model, Place
+from cpmpi.errors import UserError
 from cpmpi.model.blocks import blocks_of
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.fingerprint import Fingerprint, fingerprint
@@ -35,7 +38,7 @@ from cpmpi.model.probe import Layer, backends_of, probe
 from cpmpi.model.size import inner_width
 from cpmpi.model.tensor_parallel import WHOLE, Sharing, share
 from cpmpi.model.weights import weight_bytes
-from cpmpi.run import folder, spec
+from cpmpi.run import folder, parts, spec
 from cpmpi.run.text_places import text_facts
 from cpmpi.timeline.files import check_files
 
@@ -56,10 +59,13 @@ def prepare(options: JobOptions, ranks: Ranks) -> Job:
         decision=decide(options, inputs, model, place, run_spec), progress=progress_of(options, place.ranks),
     )  # fmt: skip
     introduce(job)
-    needed = place.ranks.on_root(
-        folder.check_room, options.output, job.spec, overwrite=options.overwrite,
-        hidden_bytes=_hidden_bytes(options, place),
-    )  # fmt: skip
+    if options.share:
+        needed = place.ranks.on_root(parts.check_room, options.output, job.spec, _hidden_bytes(options, place))
+    else:
+        needed = place.ranks.on_root(
+            folder.check_room, options.output, job.spec, overwrite=options.overwrite,
+            hidden_bytes=_hidden_bytes(options, place),
+        )  # fmt: skip
     job.progress.say(needed)
     return job
 
@@ -82,8 +88,22 @@ def read(options: JobOptions, ranks: Ranks) -> Inputs:
     keeping: Keeping = ranks.on_root(read_keeping, options, checkpoint)
     documents: list[InputDocument] = []
     ranks.on_root(lambda: documents.extend(_read_documents(options, checkpoint, keeping, progress_of(options, ranks))))
-    longest: int = ranks.on_root(lambda: max(len(d.token_ids) for d in documents)) + keeping.scoring.prefix
+    longest: int = ranks.on_root(_longest, options, documents) + keeping.scoring.prefix
     return Inputs(checkpoint=checkpoint, documents=tuple(documents), longest=longest, keeping=keeping)
+
+
+def _longest(options: JobOptions, documents: list[InputDocument]) -> int:
+    """Tokens of the longest document that this job may take."""
+    lengths = [len(document.token_ids) for document in documents]
+    if options.most_tokens is None:
+        return max(lengths)
+    within = [length for length in lengths if length <= options.most_tokens]
+    if not within:
+        raise UserError(
+            f"--most-tokens {options.most_tokens}: all of the {len(lengths)} documents are longer, the shortest has "
+            f"{min(lengths)}"
+        )
+    return max(within)
 
 
 def _read_documents(
@@ -97,7 +117,8 @@ def _read_documents(
         options=ReadOptions(
             column=options.column, id_column=options.id_column, select=options.select, limit=options.limit,
             skip_bad=options.skip_bad, special_tokens=special_tokens(options), prefix=keeping.scoring.prefix,
-            spans=keeping.spans, max_positions=None if options.allow_longer else checkpoint.max_positions,
+            spans=keeping.spans,
+            max_positions=None if options.allow_longer or options.context else checkpoint.max_positions,
         ),
     )  # fmt: skip
     for note in (*reading.notes, check_documents(keeping, reading.documents)):
@@ -113,7 +134,7 @@ def inspect(options: ModelOptions, ranks: Ranks, inputs: Inputs) -> Model:
     device = ranks.together(choose_device, ranks, options.device)
     dtype = inputs.checkpoint.compute_dtype(options.dtype, device)
     skeleton = ranks.together(inputs.checkpoint.skeleton, dtype)
-    layers = ranks.together(probe, skeleton, inputs.longest)
+    layers = ranks.together(probe, skeleton, inputs.together)
     return Model(device=device, dtype=dtype, skeleton=skeleton, layers=layers)
 
 
@@ -128,7 +149,7 @@ def find_place(options: ModelOptions, ranks: Ranks, inputs: Inputs, model: Model
         check_grid(topology, options.tp)
         sharing = share(model.skeleton, model.layers, options.tp, ranks.rank % options.tp)
         narrow = inputs.checkpoint.skeleton(model.dtype, sharing=sharing)
-        return sharing, narrow, sharing.layers(narrow, model.layers, inputs.longest)
+        return sharing, narrow, sharing.layers(narrow, model.layers, inputs.together)
 
     if options.tp > 1:
         sharing, skeleton, layers = ranks.together(take_share)
@@ -144,17 +165,13 @@ def find_place(options: ModelOptions, ranks: Ranks, inputs: Inputs, model: Model
 def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place, run_spec: spec.RunSpec) -> Decision:
     """Kernels, schedule, and where the weights stay. Collective."""
     ranks = place.ranks
-    work = workload(options, model, place, tokens=inputs.longest)
-    begun = None
-    if options.attention == AUTO and not options.overwrite:  # another schedule would add up in another order
-        begun = ranks.on_root(recorded_schedule, options.output, ranks.size // place.grid.head_groups)
-    schedule, reason = choose_schedule(ranks, place.topology, begun or options.attention, work)
-    if begun is not None:
-        reason = f"{begun}: as this run was begun"
+    work = workload(options, model, place, tokens=inputs.together)
+    schedule, reason = schedule_for(options, None if options.overwrite else options.output, place, work)
     sizes = TokenSizes(
         hidden=run_spec.hidden_size, inner=inner_width(place.skeleton), vocabulary=inputs.checkpoint.vocab_size,
         chunk_tokens=options.chunk_tokens, stored_itemsize=run_spec.kv.stored.itemsize if run_spec.kv else 0,
-        checkpoint_bytes=_hidden_bytes(options, place), kept_bytes=inputs.keeping.token_bytes,
+        checkpoint_bytes=_hidden_bytes(options, place),
+        kept_bytes=inputs.keeping.token_bytes * -(-inputs.longest // inputs.together),
     )  # fmt: skip
     memory = ranks.together(
         choose_residence, document_memory(work, schedule, sizes), weight_bytes(place.reader), choice=options.weights,
@@ -163,6 +180,18 @@ def decide(options: JobOptions, inputs: Inputs, model: Model, place: Place, run_
     recorded = None if options.overwrite else ranks.on_root(recorded_products, options.output)
     products = choose_products(place.skeleton, model.device, ranks, recorded=recorded)
     return Decision(schedule=schedule, reason=reason, backends=work.backends, products=products, memory=memory)
+
+
+def schedule_for(options: ModelOptions, output: Path | None, place: Place, work: Workload) -> tuple[Schedule, str]:
+    """The schedule that is asked for, and why. ``auto`` takes the one that the run in ``output`` was begun with.
+
+    Another one would add up in another order. Where there is none yet, or none goes on (None), it chooses. Collective.
+    """
+    begun, ranks = None, place.ranks
+    if options.attention == AUTO and output is not None:
+        begun = ranks.on_root(recorded_schedule, output, ranks.size // place.grid.head_groups)
+    schedule, reason = choose_schedule(ranks, place.topology, begun or options.attention, work)
+    return schedule, reason if begun is None else f"{begun}: as this run was begun"
 
 
 def workload(options: ModelOptions, model: Model, place: Place, *, tokens: int, stored: int = 0) -> Workload:

@@ -29,22 +29,25 @@ from cpmpi.comm.ranks import Ranks
 from cpmpi.documents.read import InputDocument
 from cpmpi.engine.circumstances import recorded_options
 from cpmpi.engine.contexts import check_made_by
+from cpmpi.engine.corpus import check_nobody_works
 from cpmpi.engine.options import JobOptions
 from cpmpi.engine.outputs import assemble
 from cpmpi.engine.prepare import decide, find_place, inspect, make_spec
 from cpmpi.engine.run import load_engine
 from cpmpi.engine.score import Engine, Scores
 from cpmpi.engine.state import Inputs, Job
+from cpmpi.engine.watch import alive
 from cpmpi.errors import UserError
 from cpmpi.model.checkpoint import Checkpoint
 from cpmpi.model.fingerprint import fingerprint
 from cpmpi.run import mend
 from cpmpi.run.extras import checksum_of, recorded_checksums
-from cpmpi.run.folder import only_writer
 from cpmpi.run.hdf5 import RawArray, pwrite_all
 from cpmpi.run.index import write_datasets, write_results
+from cpmpi.run.lock import only_writer
+from cpmpi.run.paths import RunPaths
 from cpmpi.run.publish import naming
-from cpmpi.run.reader import Document, Run, open_run
+from cpmpi.run.reader import Document, Run
 from cpmpi.run.results import DIGESTS, Results, perplexity, predicted, read_results, sum_nll
 from cpmpi.run.shard import ShardFile
 from cpmpi.run.spec import DocumentSpec, token_digest
@@ -94,33 +97,48 @@ def repair(folder: Path, model: Path | None, ranks: Ranks, progress: Progress) -
         UserError: ``run.h5`` itself cannot be read, another process writes the run, or the checkpoint is another.
     """
     with ExitStack() as stack:
-        ranks.on_root(stack.enter_context, only_writer(folder))
-        work = ranks.on_root(find_work, folder, progress)
-        if work:
-            _compute(folder, model, work, ranks, progress)
-        ranks.on_root(mend.mend_states, folder)
+        ranks.on_root(stack.enter_context, only_writer(folder, instead="stop it first"))
+        for part in (folder, *ranks.on_root(_parts, folder, stack)):
+            _repair_alone(part, model, ranks, progress)
         return ranks.on_root(verify_run, folder)
+
+
+def _parts(folder: Path, stack: ExitStack) -> list[Path]:
+    """The parts of a run that jobs shared, each held for this process; none of them is at work. On rank 0."""
+    check_nobody_works(folder, "work on documents of this run: stop them first")
+    found = [part.folder for part in RunPaths.of(folder).every_part() if part.index.exists()]
+    for part in found:
+        stack.enter_context(only_writer(part, instead="stop it first"))
+    return found
+
+
+def _repair_alone(folder: Path, model: Path | None, ranks: Ranks, progress: Progress) -> None:
+    """Repair a run, without the parts of it that are runs of their own. Collective."""
+    work = ranks.on_root(find_work, folder, progress)
+    if work:
+        _compute(folder, model, work, ranks, progress)
+    ranks.on_root(mend.mend_states, folder)
 
 
 def find_work(folder: Path, progress: Progress) -> list[Work]:
     """Give shards that cannot be opened a structure again, and say what is to be computed. On rank 0."""
-    with open_run(folder, locking=False) as run:
+    with mend.open_alone(folder) as run:
         if run.version == 1:
             raise UserError(f"{folder}: of format version 1, which is not repaired: start again with --overwrite")
         mend.sweep(run.paths)
     mend.mend_states(folder)
-    found = verify_run(folder)
+    found = verify_run(folder, parts=False)
     for problem in found.problems:
         progress.say(problem)
-    with open_run(folder, locking=False) as run:
+    with mend.open_alone(folder) as run:
         for shard_set, rank in sorted(found.damage.shards):
             mend.lay_out_anew(run, shard_set, rank)
         mend.delete_checkpoints(found.damage.checkpoints)
         if found.damage.circumstances:
             mend.forget_circumstances(run)
     if found.damage.shards:
-        found = verify_run(folder)
-    with open_run(folder, locking=False) as run:
+        found = verify_run(folder, parts=False)
+    with mend.open_alone(folder) as run:
         return list(_work(run, found, progress))
 
 
@@ -140,8 +158,9 @@ def _work(run: Run, found: Verification, progress: Progress) -> Iterator[Work]:
         if len(document.places) > 1:
             progress.say(f"{document.id}: was appended to, and is not repaired: make it anew")
             continue
-        if outputs and (run.scoring.prefix or not _extras_are_sound(document)):
-            progress.say(f"{document.id}: its kept scores or places, or scores after a prefix token, are not repaired")
+        if outputs and (run.scoring.prefix or run.scoring.context or not _extras_are_sound(document)):
+            what = "its kept scores or places, or scores after a prefix token or in windows"
+            progress.say(f"{document.id}: {what}, are not repaired")
             continue
         yield Work(name=name, layers=layers, outputs=outputs)
 
@@ -152,9 +171,9 @@ def _extras_are_sound(document: Document) -> bool:
 
 
 def _compute(folder: Path, model: Path | None, work: list[Work], ranks: Ranks, progress: Progress) -> None:
-    with ranks.together(open_run, folder, locking=False) as run:
+    with ranks.together(mend.open_alone, folder) as run:
         job = _prepare(run, model, work, ranks, progress)
-        with load_engine(job) as engine:
+        with alive(job, run.paths.folder, job.options.hang_timeout, beside=True), load_engine(job) as engine:
             for one in work:
                 _repair_document(job, engine, run, one)
 
@@ -213,6 +232,7 @@ def _repair_document(job: Job, engine: Engine, run: Run, work: Work) -> None:
     here = replace(document.spec, layout=layout, grid=grid, first_rank=0, origin=None)
     mender = Mender(run=run, document=document, here=here, work=work, rank=ranks.rank, world=ranks.size)
     keep = mender.keep if run.kv_dtype is not None else None
+    ranks.flight.begin(document.index, document.id, len(job.place.layers))
     scores = None
     try:
         scores = engine.score(document.group["token_ids"][:], layout, document.id, keep)

@@ -57,6 +57,8 @@ def introduce(job: Job) -> None:
         say(f"checkpoints inside a document: {where}: {place.blocks.reason}")
     say(str(job.decision.memory))
     say(f"{counted(len(spec.documents), 'document')}, {counted(tokens, 'token')}")
+    if spec.scoring.context:
+        say(f"{spec.scoring.windows}; a document that is interrupted begins again")
 
 
 def log_document(scores: Scores, writer: ShardWriter | None, name: str) -> None:

@@ -14,6 +14,7 @@ from cpmpi.comm.ranks import start
 from cpmpi.comm.stop import Stop, listening
 from cpmpi.engine.checkpoint import Checkpoints, InWork
 from cpmpi.engine.circumstances import publish_circumstances
+from cpmpi.engine.corpus import Corpus
 from cpmpi.engine.keep import Keeper
 from cpmpi.engine.options import JobOptions, hang_seconds
 from cpmpi.engine.outputs import assemble, write_kept
@@ -26,11 +27,13 @@ from cpmpi.engine.resume import Seeker
 from cpmpi.engine.score import Engine
 from cpmpi.engine.state import Job, Prepared
 from cpmpi.engine.watch import watched
+from cpmpi.engine.windows import score_in_windows, windows_of
 from cpmpi.model.forward import sum_outputs
 from cpmpi.model.linear import use_products
 from cpmpi.model.size import pair_weight
 from cpmpi.run import checkpoint, folder
 from cpmpi.run.index import NotFiniteError, RunIndex
+from cpmpi.run.lock import only_writer
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.shard import prepare_shard
 from cpmpi.run.spec import RunSpec
@@ -38,6 +41,8 @@ from cpmpi.run.writer import ShardWriter
 from cpmpi.text import counted, duration
 from cpmpi.timeline.files import save_files
 from cpmpi.timeline.intervals import Recorder
+
+ALONE = "choose another --output, or --share its documents if the others do"
 
 
 def run(options: JobOptions) -> Outcome:
@@ -58,9 +63,13 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
     Raises:
         Stopped: on all ranks, once a rank was told to stop and what is done is saved.
     """
+    if job.options.share:
+        from cpmpi.engine.share import share_documents  # which does each document by what is below
+
+        return share_documents(job, stop)
     seconds: dict[int, float] = {}
     with ExitStack() as stack:
-        recorder = stack.enter_context(_recording(job))
+        recorder = stack.enter_context(recording(job))
         files = stack.enter_context(_open_files(job, recorder))
         failed = dict(files.failed)
         todo = [i for i in range(len(files.spec.documents)) if i not in files.finished and i not in failed]
@@ -71,16 +80,19 @@ def run_prepared(job: Job, stop: Stop | None = None) -> Outcome:
             checkpoints = stack.enter_context(make_checkpoints(job, files, stop).opened())
             seeker = make_seeker(job, files, stop)
             engine = stack.enter_context(load_engine(job, recorder, checkpoints))
-            job.ranks.on_root(publish_circumstances, job)
+            job.ranks.on_root(publish_circumstances, job, job.options.output)
             weight = pair_weight(job.model.skeleton, job.inputs.checkpoint, job.model.layers)
-            job.progress.job([files.spec.documents[i].n_tokens for i in todo], weight)
+            scoring = job.inputs.keeping.scoring
+            ways = {i: [*windows_of(files.spec.documents[i].layout.n_tokens, scoring)] for i in todo}
+            noun = "window" if scoring.context else "document"
+            job.progress.job([window.size for way in ways.values() for window in way], weight, noun)
             for i in todo:
                 watch.go_on()
                 if reason := score_document(job, engine, files, seeker, i):
                     failed[i] = reason
                     job.progress.say(f"failed: {reason}; the others go on")
                 seconds[i] = checkpoints.spent_s
-                job.progress.done(files.spec.documents[i].n_tokens)
+                job.progress.done(ways[i][-1].size)
                 watch.document_done()
             job.progress.close()
         job.ranks.on_root(lambda: files.index.finish() if files.index is not None else None)
@@ -111,7 +123,8 @@ def _open_files(job: Job, recorder: Recorder | None) -> Iterator[Files]:
     """The run folder, held for this job. Collective."""
     options, ranks = job.options, job.ranks
     with ExitStack() as stack:
-        ranks.on_root(stack.enter_context, folder.only_writer(options.output))
+        ranks.on_root(stack.enter_context, only_writer(options.output, instead=ALONE))
+        ranks.on_root(take_over_shared, job)
         index, spec, finished, failed = open_run_folder(job)
         ranks.together(stack.enter_context, rank_log(RunPaths(options.output).log, ranks))
         hang_s = hang_seconds(options.hang_timeout)
@@ -120,6 +133,13 @@ def _open_files(job: Job, recorder: Recorder | None) -> Iterator[Files]:
         if spec.kv is not None and len(finished) + len(failed) < len(spec.documents):
             writer = stack.enter_context(open_writer(job, index, spec, finished, recorder))
         yield Files(index=index, writer=writer, spec=spec, finished=finished, failed=failed)
+
+
+def take_over_shared(job: Job) -> None:
+    """Make a run that other jobs shared, and did not complete, one of this job alone. On rank 0."""
+    if RunPaths(job.options.output).parts.is_dir():
+        with Corpus.opened(job) as corpus:
+            corpus.absorb()
 
 
 def open_run_folder(job: Job) -> tuple[RunIndex | None, RunSpec, frozenset[int], Mapping[int, str]]:
@@ -208,7 +228,7 @@ def score_document(job: Job, engine: Engine, files: Files, seeker: Seeker, i: in
     keeper = None
     if writer is not None:
         assert engine.checkpoints is not None
-        keeper = Keeper(document=i, writer=writer, checkpoints=engine.checkpoints, flight=ranks.flight)
+        keeper = Keeper(document=i, writer=writer, flight=ranks.flight, broke=engine.checkpoints.broke)
     identity = checkpoint.identity_of(files.spec, document)
     ranks.flight.begin(i, document.id, len(job.place.layers))
     with seeker.find(i) as resume:
@@ -218,11 +238,12 @@ def score_document(job: Job, engine: Engine, files: Files, seeker: Seeker, i: in
                 index=i, identity=identity, name=document.id, n_tokens=document.layout.n_tokens,
                 began_s=time.monotonic() - spent_s,
             )  # fmt: skip
-        scores = engine.score(
-            job.inputs.keeping.preceded(token_ids), document.layout, document.id, keeper.keep if keeper else None,
-            resume,
-        )  # fmt: skip
-        scores.positions = scores.positions - job.inputs.keeping.scoring.prefix
+        scoring, ids = job.inputs.keeping.scoring, job.inputs.keeping.preceded(token_ids)
+        if scoring.context:
+            scores = score_in_windows(engine, ids, document.layout, document.id, scoring)
+        else:
+            scores = engine.score(ids, document.layout, document.id, keeper.keep if keeper else None, resume)
+        scores.positions = scores.positions - scoring.prefix
     digest = ranks.together(keeper.finish) if keeper is not None else 0
     everyone = ranks.gather((scores.positions.numpy(), scores.logprobs.numpy(), scores.last_hidden, digest))
     write_kept(ranks, index, i, document.extras, scores, [positions for positions, *_ in everyone or ()])
@@ -261,7 +282,7 @@ def make_seeker(job: Job, files: Files, stop: Stop) -> Seeker:
 
 
 @contextmanager
-def _recording(job: Job) -> Iterator[Recorder | None]:
+def recording(job: Job) -> Iterator[Recorder | None]:
     """Within it a recorder of what this rank does when, if that is asked for; its files are written at the end."""
     options, comm = job.options, job.ranks.comm
     if not (options.trace or options.plot):

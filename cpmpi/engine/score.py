@@ -59,7 +59,7 @@ class Pass:
     """One document on its way through the layers of one rank.
 
     Attributes:
-        ids_T: all token ids of the document.
+        ids_T: all token ids of the document, and the one after it where that is scored, too.
         layout, computed: which position of a head group keeps the keys of which tokens, and computes which tokens.
         parts: the chunks that this rank computes, as runs of positions.
         kept: where in the chunks the tokens lie whose keys this rank keeps.
@@ -132,7 +132,7 @@ class Engine:
         """Log-probabilities of this rank's share of a document. Collective.
 
         Args:
-            token_ids: all token ids (T_all,) of the document.
+            token_ids: all token ids (T_all,) of the document, and the one after it where that is to be scored, too.
             layout: which position of a head group holds which tokens.
             name: the document's name, for progress.
             keep: takes each finished layer's number and this rank's keys (T, G, D) and values (T, G, E), and owns them.
@@ -243,7 +243,7 @@ class Engine:
             self.recorder.note("layers", 0, start_s, stop_s)
 
     def _head(self, way: Pass, states: Sequence[torch.Tensor]) -> Scores:
-        """The hidden state at position i predicts token i + 1; the last token's predicts nothing yet and is kept.
+        """The hidden state at position i predicts token i + 1, where that is known; the last token's is kept.
 
         Ranks that share the weights have the same hidden states, and take an equal share of each chunk.
         """
@@ -255,7 +255,7 @@ class Engine:
             if self.check_finite:
                 finite(hidden_TC, f"output of the final norm, tokens {part.start} to {part.stop - 1}")
             begin = max(part.start, self.first - 1)
-            predicting = max(0, min(part.stop, n_tokens - 1) - begin)
+            predicting = max(0, min(part.stop, len(way.ids_T) - 1) - begin)
             first, stop = (begin + predicting * i // tp for i in (index, index + 1))
             positions.append(torch.arange(first + 1, stop + 1))
             rows_TC = hidden_TC[first - part.start : stop - part.start]

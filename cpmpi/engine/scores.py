@@ -15,9 +15,10 @@ from cpmpi.documents.continuations import ALONE, Continuation
 from cpmpi.engine.contexts import ContextJob
 from cpmpi.engine.extend import Question, Scored
 from cpmpi.engine.options import ExtendOptions
-from cpmpi.errors import UserError
+from cpmpi.errors import UserError, some
 from cpmpi.run import folder
 from cpmpi.run.index import RunIndex
+from cpmpi.run.lock import only_writer
 from cpmpi.run.paths import RunPaths
 from cpmpi.run.publish import publish_text
 from cpmpi.run.reader import Run, open_run
@@ -112,13 +113,16 @@ def opened(job: ContextJob, continuations: Sequence[Continuation]) -> Iterator[R
     assert options.output is not None
     output = options.output
     with ExitStack() as stack:
-        ranks.on_root(stack.enter_context, folder.only_writer(output))
+        ranks.on_root(stack.enter_context, only_writer(output))
         kept: list[tuple[RunIndex, dict[Which, Scored]]] = []
 
         def open_index() -> frozenset[Which]:
             if options.overwrite and RunPaths(output).contents():
                 job.progress.say(f"--overwrite deletes {folder.what_is_deleted(output)}")
-            index = folder.start_index(output, _spec(job, continuations), overwrite=options.overwrite)
+            before = _finished(output) if RunPaths(output).index.exists() and not options.overwrite else frozenset()
+            spec = _spec(job, continuations)
+            index = folder.start_index(output, spec, overwrite=options.overwrite, keep_finished=True)
+            _say_again(job, [d.id for i, d in enumerate(spec.documents) if d.id in before and i not in index.finished])
             scores = _read(output, continuations, index.finished)
             kept.append((index, scores))
             return frozenset(scores)
@@ -128,6 +132,22 @@ def opened(job: ContextJob, continuations: Sequence[Continuation]) -> Iterator[R
             job.progress.say(f"{len(done)} of {counted(len(_which(continuations)), 'continuation')} are scored already")
         index, scores = kept[0] if kept else (None, {})
         yield Results(job=job, continuations=continuations, done=done, _index=index, _scores=scores)
+
+
+def _finished(output: Path) -> frozenset[str]:
+    """The names of what a run has scores of."""
+    with open_run(output) as run:
+        return frozenset(document.id for document in run.documents if document.complete)
+
+
+def _say_again(job: ContextJob, names: Sequence[str]) -> None:
+    """Say which continuations have scores under their names that are of something else."""
+    if names:
+        job.progress.say(
+            f"{counted(len(names), 'continuation')} scored again: another text, or after another document, question or "
+            "--unconditional text, than at an earlier start, or an older version did not record which: "
+            f"{some([repr(name) for name in names])}; the earlier scores are set aside"
+        )
 
 
 def _which(continuations: Sequence[Continuation]) -> list[Which]:
@@ -168,6 +188,8 @@ def _document_spec(run: Run, c: Continuation, i: int) -> DocumentSpec:
     ]  # fmt: skip
     if c.chosen:
         follows += [("question", c.id), ("answer", i)]
+    if len(c.stem):
+        follows.append(("question_sha256", token_digest(c.stem)))
     return DocumentSpec(
         id=c.names[i], source=c.source, n_tokens=n_tokens, layout=Layout(n_tokens=n_tokens, world=1),
         token_ids_sha256=token_digest(c.answers[i]), continues=tuple(follows),

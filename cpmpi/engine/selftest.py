@@ -36,7 +36,7 @@ from cpmpi.engine.api import prefill
 from cpmpi.errors import UserError, one_line, some, told
 from cpmpi.kernels.mask import Mask
 from cpmpi.kernels.select import TOLERANCE, Shape, Trial, decide, named, passing, random_tensors, rates, try_all
-from cpmpi.run.folder import only_writer
+from cpmpi.run.lock import only_writer
 from cpmpi.run.reader import open_run
 from cpmpi.run.verify import verify_run
 from cpmpi.text import counted, seconds_text

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from cpmpi.attention.execute import Heads, Keys
-from cpmpi.attention.layout import Dealt, Layout
+from cpmpi.attention.layout import Dealt, Layout, Piece
 from cpmpi.comm.device import room_of
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import Ranks
@@ -64,7 +64,9 @@ class NoKeys:
     """A rank's share of a context that has no tokens."""
 
     def __init__(self, layout: Layout, heads: Sequence[Heads], device: torch.device) -> None:
-        self.layout, self._heads, self._device = layout, heads, device
+        self.document, self.layout, self.layouts = None, layout, (layout,)
+        self.pieces: tuple[Piece, ...] = ()
+        self._heads, self._device = heads, device
 
     def layer(self, layer: int) -> Keys:
         """None of a layer."""
@@ -83,12 +85,13 @@ class Apart(Extension):
         """
         fed = [Question(one.stem, tuple(answer[:-1] for answer in one.answers)) for one in questions]
         mine = [(q, i) for q in deal_whole(fed, self._holders)[self._here] for i in range(len(fed[q].answers))]
-        branches, lines = branches_of(fed, mine, 0, self.engine.chunk_tokens)
+        branches, lines = branches_of(fed, mine, self.contexts, self.engine.chunk_tokens)
         if not branches:
             return []
         runs: list[tuple[Any, ...]] = [()] * self._holders
         runs[self._here] = tuple(branch.run for branch in branches)
-        states = self._hidden(branches, Dealt(runs=tuple(runs), copies=self.engine.grid.copies))
+        placed = Dealt(runs=tuple(runs), copies=self.engine.grid.copies)
+        states = self._hidden(branches, placed, max(branch.stop for branch in branches))
         if self.engine.grid.tp_index(self.engine.rank):
             return []
         return [
@@ -106,16 +109,14 @@ class Apart(Extension):
 
     def attend(
         self, branches: list[Branch], placed: Dealt, longest: int, layer: int, calls: list[Call]
-    ) -> Sequence[torch.Tensor]:
-        """A layer's attention: each branch to its own line, and no message to anybody."""
+    ) -> torch.Tensor:
+        """A layer's attention (T, H, E): each branch to its own line, and no message to anybody."""
         weights = self.engine.weights
         weights.leave(layer)
         rule = rule_of(calls[0], longest)
         out_THE, _ = self._own(branches, layer, calls, rule).finish(rule.sinks_H)
         weights.enter(layer + 1)
-        if not branches:
-            return [out_THE.new_zeros(1, *out_THE.shape[1:])]
-        return torch.split(out_THE, [len(branch.ids) for branch in branches])
+        return out_THE if branches else out_THE.new_zeros(1, *out_THE.shape[1:])
 
 
 class Answering(Decoding, Apart):

@@ -41,6 +41,11 @@ class Inputs:
     longest: int
     keeping: Keeping = LOGPROBS
 
+    @property
+    def together(self) -> int:
+        """Tokens that go through the model together, at most."""
+        return min(self.longest, self.keeping.scoring.context or self.longest)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:

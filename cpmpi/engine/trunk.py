@@ -18,7 +18,7 @@ import torch
 
 from cpmpi.attention.execute import Keys
 from cpmpi.attention.layout import Dealt, Holding, Layout, Piece
-from cpmpi.engine.extend import Branch, Extension, LineKeys, Question, Scored, branches_of, deal
+from cpmpi.engine.extend import Before, Branch, Extension, LineKeys, Question, Scored, branches_of, deal
 from cpmpi.engine.score import KeepKeys, rows_of
 from cpmpi.model.attention_call import Call
 from cpmpi.model.forward import chunked
@@ -81,7 +81,7 @@ def without(questions: Sequence[Question], joints: Sequence[Joint]) -> list[Ques
     """The questions with the answers that are left, the others without tokens."""
     taken = {(joint.question, i) for joint in joints for i in joint.answers}
     return [
-        Question(one.stem, tuple(a[:0] if (q, i) in taken else a for i, a in enumerate(one.answers)))
+        one._replace(answers=tuple(a[:0] if (q, i) in taken else a for i, a in enumerate(one.answers)))
         for q, one in enumerate(questions)
     ]
 
@@ -156,7 +156,7 @@ class Trunk(Extension):
         stop, computed = self.n_tokens + len(ids), engine.grid.computed(self.layout)
         after = Question(ids[:0], tuple(answers))
         dealt = deal([after], self._holders)
-        shares = [branches_of([after], mine, stop, engine.chunk_tokens) for mine in dealt]
+        shares = [branches_of([after], mine, (Before(stop),), engine.chunk_tokens) for mine in dealt]
         pieces = [computed.pieces(holder * engine.grid.copies) for holder in range(self._holders)]
         placed = Dealt(
             runs=tuple((*own, *(b.run for b in branches)) for own, (branches, _) in zip(pieces, shares, strict=True)),
@@ -168,7 +168,7 @@ class Trunk(Extension):
         branches, lines = shares[self._here]
         own += [b._replace(parent=None if b.parent is None else b.parent + first) for b in branches]
         engine.progress.start(name, len(ids), len(engine.layers))
-        states = self._hidden(own, placed)
+        states = self._hidden(own, placed, max(run.stop for runs in placed.runs for run in runs))
         everyone = self.gather(self._judge_parts(states, len(ids) if scored is None else scored))
         grown = assemble(everyone, self.n_tokens, len(ids))
         if engine.grid.tp_index(engine.rank):
@@ -218,7 +218,7 @@ class Trunk(Extension):
 
     def attend(
         self, branches: list[Branch], placed: Dealt, longest: int, layer: int, calls: list[Call]
-    ) -> Sequence[torch.Tensor]:
+    ) -> torch.Tensor:
         """As for continuations, with progress."""
         outputs = super().attend(branches, placed, longest, layer, calls)
         self.engine.progress.update(layer + 1)

@@ -11,14 +11,17 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpmpi.comm import watchdog
+from cpmpi.comm.log import rank_log
 from cpmpi.comm.progress import Progress
 from cpmpi.comm.ranks import node_name
 from cpmpi.comm.stop import Stop
+from cpmpi.engine.options import JobOptions, hang_seconds
 from cpmpi.engine.state import Prepared
 from cpmpi.errors import Stopped, one_line, why
 from cpmpi.run.paths import RunPaths
@@ -83,15 +86,18 @@ def watched(
     common = {"job": name, "of": documents}
     _note(folder, **common, started=int(time.time()), restarts=restarts, finished=finished,
                 ranks=job.ranks.size, node=node_name())  # fmt: skip
-    status = record.StatusFile(folder)
-    job.progress.listener = lambda progress: _tell(status, progress, watch, name)
+    shared = isinstance(job.options, JobOptions) and job.options.share
+    speaker = own_name() if shared else name
+    status = record.StatusFile(folder, speaker if shared else None)
+    job.progress.listener = lambda progress: _tell(status, progress, watch, speaker)
     how, why, saved = "failed", "", False
     try:
         yield watch
         how = "complete"
     except Stopped as told:
         how, why, saved = "stopped", one_line(told), told.saved
-        if not (watch.finished_here or saved) and record.starts_in_vain(record.entries(folder)) + 1 >= MOST_IN_VAIN:
+        past = [e for e in record.entries(folder) if not shared or e.get("job") == name]
+        if not (watch.finished_here or saved) and record.starts_in_vain(past) + 1 >= MOST_IN_VAIN:
             told.give_up(f"{MOST_IN_VAIN} starts in a row ended before a document did: more time or nodes are needed")
         raise
     except BaseException as problem:
@@ -99,8 +105,42 @@ def watched(
         raise
     finally:
         job.progress.listener = None
+        if shared:
+            status.remove()
         _note(folder, **common, ended=int(time.time()), how=how, why=why, finished=watch.finished,
                     finished_here=watch.finished_here, saved=saved)  # fmt: skip
+
+
+@contextmanager
+def alive(job: Prepared, run: Path, hang_timeout: str, *, beside: bool = False) -> Iterator[None]:
+    """Within it this rank has its log, and a watchdog that ends a job in which no rank goes on. Collective.
+
+    Args:
+        job: that is watched.
+        run: whose logs are written.
+        hang_timeout: as `hang_seconds` takes it.
+        beside: whether other jobs may use the run at the same time: then there are no lines in its logs.
+    """
+    ranks, log = job.ranks, RunPaths.of(run).log
+    with ExitStack() as stack:
+        if beside:
+            stack.enter_context(_unheard())
+        else:
+            ranks.together(stack.enter_context, rank_log(log, ranks))
+        seconds = hang_seconds(hang_timeout)
+        stack.enter_context(watchdog.watched(ranks, log, seconds, job.progress.say, beside=beside))
+        yield
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Within it what would be logged is not printed instead."""
+    handler = logging.NullHandler()
+    logging.getLogger("cpmpi").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("cpmpi").removeHandler(handler)
 
 
 def _note(folder: Path, **entry: Any) -> None:
@@ -133,3 +173,9 @@ def _tell_allocation(job: Prepared) -> None:
         )
     for line in dict.fromkeys(line for line in job.ranks.allgather(told) if line is not None):
         job.progress.say(f"warning: {line}")
+
+
+def own_name() -> str:
+    """This job's name in logs: Slurm's, or node and process."""
+    own = allocation()
+    return own.name if own is not None else f"{node_name()}-{os.getpid()}"

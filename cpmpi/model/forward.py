@@ -40,14 +40,19 @@ def chunked(pieces: Sequence[Piece], chunk_tokens: int) -> list[Piece]:
 
 
 class Chunk(NamedTuple):
-    """Tokens that go through the model together: their ids (C,), int64, and the position of the first."""
+    """Tokens that go through the model together: their ids (C,), int64, and the position of the first.
+
+    The others follow it, unless ``positions_C`` says where each one is.
+    """
 
     ids_C: torch.Tensor
     start: int
+    positions_C: torch.Tensor | None = None
 
     @property
     def stop(self) -> int:
-        """The position after the last."""
+        """The position after the last, of those that follow one another."""
+        assert self.positions_C is None
         return self.start + len(self.ids_C)
 
 
@@ -158,8 +163,13 @@ def sum_outputs(model: torch.nn.Module, modules: Sequence[str], start: Callable[
 
 def _walk(model: torch.nn.Module, chunk: Chunk) -> torch.Tensor:
     """One chunk's way through the whole model."""
-    positions_1C = torch.arange(chunk.start, chunk.stop, device=chunk.ids_C.device)[None]
-    out = model(input_ids=chunk.ids_C[None], position_ids=positions_1C, use_cache=False)
+    given = {}
+    if chunk.positions_C is None:
+        positions_1C = torch.arange(chunk.start, chunk.stop, device=chunk.ids_C.device)[None]
+    else:  # without a mask, transformers takes positions that jump for several texts, and makes another rule for them
+        positions_1C = chunk.positions_C[None]
+        given["attention_mask"] = torch.ones_like(positions_1C)
+    out = model(input_ids=chunk.ids_C[None], position_ids=positions_1C, use_cache=False, **given)
     hidden: torch.Tensor = out.last_hidden_state
     return hidden[0]
 

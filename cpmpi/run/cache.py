@@ -7,6 +7,7 @@ fit stays on disk).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -36,12 +37,14 @@ def convert(stored: torch.dtype, bits: RawArray, wanted: torch.Tensor) -> None:
 
 
 class StoredKeys:
-    """One rank's share of a stored document's keys and values. Use as a context manager, or call ``close``.
+    """One rank's share of stored documents' keys and values. Use as a context manager, or call ``close``.
 
     Args:
-        document: the stored one.
-        layout: which position of a head group holds which of its tokens in this job.
+        document: the stored one, the first where there are more.
+        layout: which position of a head group holds which of its tokens in this job. The layout's first token is the
+            document's, whatever number it has there.
         position: this rank's.
+        more: further documents, and their layouts, whose keys and values follow.
         group: this rank's head group; it holds as many KV heads of each layer as ``heads`` say.
         heads: of each layer, with this rank's share.
         device: where they are attended to.
@@ -50,9 +53,12 @@ class StoredKeys:
 
     def __init__(
         self, document: Document, layout: Layout, position: int, *, group: int, heads: tuple[Heads, ...],
-        device: torch.device, resident: bool,
+        device: torch.device, resident: bool, more: Sequence[tuple[Document, Layout]] = (),
     ) -> None:  # fmt: skip
-        self.document, self.layout, self.pieces = document, layout, layout.pieces(position)
+        self.document, self.layout, self._stored = document, layout, ((document, layout), *more)
+        self.layouts = tuple(each for _, each in self._stored)
+        self.pieces = tuple(piece for each in self.layouts for piece in each.pieces(position))
+        self._position = position
         self._group, self._heads, self._device = group, heads, device
         self._thread = ThreadPoolExecutor(1, "cpmpi-stored-keys", torch.set_num_threads, (1,))  # the cores compute
         self._pool = ThreadPoolExecutor(THREADS, "cpmpi-blocks", torch.set_num_threads, (1,))
@@ -70,7 +76,7 @@ class StoredKeys:
         return keys
 
     def _read(self, layer: int) -> Keys:
-        heads, stored = self._heads[layer], getattr(torch, str(self.document.run.kv_dtype))
+        heads, stored = self._heads[layer], getattr(torch, str(self._stored[0][0].run.kv_dtype))
         n_tokens = sum(piece.size for piece in self.pieces)
         n_bytes = n_tokens * heads.kv_heads * (heads.key_dim + heads.value_dim) * heads.dtype.itemsize
         # NumPy's memory: it asks for large pages, which the kernel fills several times as fast as small ones.
@@ -78,14 +84,16 @@ class StoredKeys:
         keys = Keys.over(self.pieces, heads, flat_B)
         held = Piece(self._group * heads.kv_heads, (self._group + 1) * heads.kv_heads)
         row = 0
-        for piece in self.pieces:
-            k_CGD, v_CGE = (tensor[row : row + piece.size] for tensor in (keys.k_SGD, keys.v_SGE))
-            if stored == heads.dtype:
-                rows = Rows(piece.start, held, (bits_of(k_CGD), bits_of(v_CGE)))
-            else:
-                rows = Rows(piece.start, held, (k_CGD, v_CGE), partial(convert, stored))
-            self.document.read_rows(layer, rows, self._pool)
-            row += piece.size
+        for document, layout in self._stored:
+            for piece in layout.pieces(self._position):
+                k_CGD, v_CGE = (tensor[row : row + piece.size] for tensor in (keys.k_SGD, keys.v_SGE))
+                first = piece.start - layout.start
+                if stored == heads.dtype:
+                    rows = Rows(first, held, (bits_of(k_CGD), bits_of(v_CGE)))
+                else:
+                    rows = Rows(first, held, (k_CGD, v_CGE), partial(convert, stored))
+                document.read_rows(layer, rows, self._pool)
+                row += piece.size
         return Keys.over(self.pieces, heads, keys.flat_B.to(self._device))
 
     def close(self) -> None:

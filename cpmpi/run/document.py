@@ -45,12 +45,14 @@ class Placed(NamedTuple):
 class Document(DocumentScores):
     """One document of a run; ``run.documents`` makes them."""
 
-    def __init__(self, run: Run, index: int, name: str) -> None:
+    def __init__(self, run: Run, index: int, name: str, part: tuple[Run, int] | None = None) -> None:
+        """Of ``run``, where it is the group ``name``; or of a part of it, then with the number of its shards here."""
         super().__init__()
-        self.run, self.index = run, index
-        self._path: Path = run.paths.index
+        self.run, self.index, self.part = run, index, part
+        holder = run if part is None else part[0]
+        self._path: Path = holder.paths.index
         with saying(self._path, f"{name} cannot be read"):
-            self.group = run.file[name]
+            self.group = holder.file[name]
         self._result_checked = False
 
     def __repr__(self) -> str:
@@ -121,8 +123,9 @@ class Document(DocumentScores):
 
     @property
     def continues(self) -> Mapping[str, Any]:
-        """What a continuation follows: ``context_run_id``, ``context_document``, ``context_tokens``, and, of an answer,
-        ``question`` and ``answer``. Empty for documents that follow nothing."""
+        """What a continuation follows: ``context_run_id``, ``context_document``, ``context_tokens``, of an answer
+        ``question`` and ``answer``, and ``question_sha256`` where tokens stand between the context and it. Empty for
+        documents that follow nothing."""
         return {name: self._attributes[name] for name in CONTINUES if name in self._attributes}
 
     @property
@@ -165,7 +168,8 @@ class Document(DocumentScores):
         )  # fmt: skip
         origin = Origin(
             world_size=int(attributes.get("world_size", self.run.world_size)),
-            shard_set=int(attributes.get("shard_set", 0)), number=int(attributes.get("shard_document", self.index)),
+            shard_set=int(attributes.get("shard_set", 0)) if self.part is None else self.part[1],
+            number=int(attributes.get("shard_document", self.index)),
         )  # fmt: skip
         return Part(
             layout=layout, grid=grid, first_rank=int(attributes["first_rank"]), origin=origin,

@@ -8,11 +8,9 @@ Their keys and values stay where they are, and a new set of shards takes those o
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ from cpmpi.run.hdf5 import open_file
 from cpmpi.run.index import RunIndex, create_index
 from cpmpi.run.index_layout import FORMAT
 from cpmpi.run.paths import RunPaths, document_name
-from cpmpi.run.publish import make_folder, saying, sync_path
+from cpmpi.run.publish import saying, sync_path
 from cpmpi.run.reader import Run, open_run
 from cpmpi.run.seal import HDF5_SIGNATURE, MAGIC
 from cpmpi.run.spec import DocumentSpec, KVShape, RunSpec, ShardSet, checkpoint_bytes, index_bytes, shard_bytes
@@ -54,13 +52,11 @@ def start_index(folder: Path, spec: RunSpec, *, overwrite: bool = False, keep_fi
     if not RunPaths(folder).index.exists():
         return create_index(folder, spec)
     with open_run(folder) as run:
-        check_same_run(run, spec, partial(what_is_deleted, folder))
-        check_same_documents(run, spec, keep_finished=keep_finished)
-        _check_same_shapes(run, spec)
+        check_same(run, spec, keep_finished=keep_finished)
         if _goes_on(run, spec):
             index = RunIndex(folder, _as_laid_out(run, spec))
         else:
-            spec, kept = _keep_finished(run, spec)
+            spec, kept = with_finished(run, spec)
             index = create_index(folder, spec, {name: document.group for name, document in kept.items()})
             for table in (RunPaths(folder).summary, RunPaths(folder).spans):
                 table.unlink(missing_ok=True)
@@ -94,7 +90,7 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
                 raise UserError(f"{folder}: cannot be made, {above} is a file; choose another --output")
             return
         paths = RunPaths(folder)
-        ours = [path for path in paths.contents() if path.suffix != ".tmp"]
+        ours = [path for path in paths.contents() if path.suffix != ".tmp" and path.parent != paths.parts]
     if not paths.index.exists():
         if paths.deleted in ours and overwrite:
             return
@@ -172,7 +168,7 @@ def check_room(folder: Path, spec: RunSpec, *, overwrite: bool = False, hidden_b
     elif paths.index.exists():
         with open_run(folder) as run:
             goes_on = _goes_on(run, spec)
-            spec = _as_laid_out(run, spec) if goes_on else _keep_finished(run, spec)[0]
+            spec = _as_laid_out(run, spec) if goes_on else with_finished(run, spec)[0]
         if goes_on:
             written = [paths.index, *(paths.shard(rank, spec.shard_set.number) for rank in range(spec.world_size))]
     saved = () if overwrite else (path for path in paths.contents() if path.is_relative_to(paths.checkpoints))
@@ -231,31 +227,15 @@ def _remove_if_empty(*folders: Path) -> None:
             emptied.rmdir()
 
 
-@contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this process, so that a second job does not write the same run. On rank 0.
-
-    The lock goes with the process however it ends, and holds across the nodes of a network file system. Where the file
-    system has no locks, none is taken.
+def check_same(run: Run, spec: RunSpec, *, keep_finished: bool) -> None:
+    """Refuse to go on with a run of another model or types, or of documents that have changed.
 
     Raises:
-        UserError: another process holds it, or the folder cannot be written.
+        UserError: what differs.
     """
-    lock = RunPaths(folder).lock
-    make_folder(lock.parent)
-    with saying(lock, "cannot be made"):
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
-    try:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as problem:
-            if problem.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"{folder}: another process is writing this run; wait for it or choose another --output"
-                ) from problem
-        yield
-    finally:
-        os.close(descriptor)
+    check_same_run(run, spec, partial(what_is_deleted, run.paths.folder))
+    check_same_documents(run, spec, keep_finished=keep_finished)
+    _check_same_shapes(run, spec)
 
 
 def _check_same_shapes(run: Run, spec: RunSpec) -> None:
@@ -277,7 +257,7 @@ def _goes_on(run: Run, spec: RunSpec) -> bool:
     if run.version == 1 or len(run.documents) != len(spec.documents) or run.documents[0].kv_shapes != _shapes(spec):
         return False
     for old, new in zip(run.documents, spec.documents):
-        if old.id != new.id or not _matches(old, new):
+        if old.id != new.id or not matches(old, new):
             return False
         if not old.complete and not (_dealt_alike(run, old, new, spec) and _laid_out_alike(old.spec, new)):
             return False
@@ -294,7 +274,7 @@ def _laid_out_alike(old: DocumentSpec, new: DocumentSpec) -> bool:
     return (old.extras, old.text) == (new.extras, new.text)
 
 
-def _matches(old: Document, new: DocumentSpec) -> bool:
+def matches(old: Document, new: DocumentSpec) -> bool:
     """Whether a document is the one that is asked for; one that was appended to is also what it was at first."""
     same = new.contents[0] in (old.spec.contents if old.id == new.id else old.spec.contents[:1])
     return same and old.spec.continues == new.continues
@@ -314,7 +294,7 @@ def _as_laid_out(run: Run, spec: RunSpec) -> RunSpec:
     )
 
 
-def _keep_finished(run: Run, spec: RunSpec) -> tuple[RunSpec, dict[str, Document]]:
+def with_finished(run: Run, spec: RunSpec) -> tuple[RunSpec, dict[str, Document]]:
     """The spec with what is finished already, and for each such document's group in the new ``run.h5`` its old self.
 
     Raises:
@@ -330,7 +310,7 @@ def _keep_finished(run: Run, spec: RunSpec) -> tuple[RunSpec, dict[str, Document
     documents, kept = list(spec.documents), {}
     for same_name in (True, False):
         for i, new in enumerate(spec.documents):
-            same = [old for old in left.get(new.contents[0], ()) if old not in taken and _matches(old, new)]
+            same = [old for old in left.get(new.contents[0], ()) if old not in taken and matches(old, new)]
             found = [old for old in same if old.id == new.id or not same_name]
             if documents[i].origin is None and found and new.token_ids_sha256:
                 taken.add(found[0])

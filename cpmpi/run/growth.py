@@ -19,6 +19,7 @@ import numpy.typing as npt
 from cpmpi.attention.grid import Grid
 from cpmpi.attention.layout import Layout
 from cpmpi.errors import UserError
+from cpmpi.run import parts
 from cpmpi.run.document import Document
 from cpmpi.run.folder import delete_shards_but
 from cpmpi.run.index import RunIndex, checked_results, create_index
@@ -139,8 +140,27 @@ def finish(folder: Path) -> None:
                 "the first); start the job that made it again, then append"
             )
         complete, paths, spec = run.complete, run.paths, spec_of(run)
+        if run.parts:
+            spec = _make_one(run, spec)
     if not complete:
         RunIndex(paths.folder, spec).finish()
+    parts.delete_parts(paths.folder)
+
+
+def _make_one(run: Run, spec: RunSpec) -> RunSpec:
+    """Have documents that several jobs have done in parts in ``run.h5``, without the shards of those that failed; its
+    spec then."""
+    done = [document for document in (*run.documents, *run.set_aside) if document.complete]
+    used = {placed.shard_set for document in done for placed in document.places}
+    spec = replace(
+        spec, documents=tuple(d.spec if d.complete else replace(d.spec, origin=None) for d in run.documents),
+        earlier_sets=tuple(run.shard_sets[number] for number in sorted(used & run.shard_sets.keys())),
+        shard_set=ShardSet(world_size=run.world_size, number=max(run.shard_sets, default=-1) + 1),
+        run_id=uuid.uuid4().hex,
+    )  # fmt: skip
+    ended = {document_name(document.index): document for document in run.documents}
+    ended |= {document_name(document.index, set_aside=True): document for document in run.set_aside}
+    return parts.make_one(run, spec, ended).spec
 
 
 def grown(run: Run, texts: Sequence[Text], *, world_size: int, segments: int, grid: Grid) -> RunSpec:

@@ -31,6 +31,11 @@ from cpmpi.run.verify import layer_checksums
 COPY_BYTES = 16 << 20
 
 
+def open_alone(folder: Path) -> Run:
+    """A run that this process mends, without the parts that jobs which share it have: they are runs of their own."""
+    return open_run(folder, locking=False, parts=False)
+
+
 def lay_out_anew(run: Run, shard_set: int, rank: int) -> None:
     """Give a shard a structure that is whole, with the bytes that are left of the old one at their places.
 
@@ -87,7 +92,7 @@ def mend_states(folder: Path) -> None:
 
     What can be shown neither to be complete nor to have failed is for the job to do again.
     """
-    with open_run(folder, locking=False) as run:
+    with open_alone(folder) as run:
         ended = _truth(run.file, run)
         for document in (*run.documents, *run.set_aside):
             complete, failed = _truth(document.group, run), bool(document.group.attrs.get("failed"))
@@ -97,10 +102,10 @@ def mend_states(folder: Path) -> None:
                 _set(run.paths.index, document.group.name, "complete", True)
             elif complete is None or ended is not False or failed:
                 unfinish(run, document)
-    with open_run(folder, locking=False) as run:
+    with open_alone(folder) as run:
         if _truth(run.file, run) is None:
             _set(run.paths.index, "/", "complete", all(d.complete or d.failed for d in run.documents))
-    with open_run(folder, locking=False) as run:
+    with open_alone(folder) as run:
         if run.complete:
             publish_text(run.paths.summary, summary_text(run.file))
             if run.scoring.spans:

@@ -12,9 +12,12 @@ from cpmpi.run.publish import TEMPORARY_SUFFIX
 IDENTITY_DIGITS = 12
 CHECKPOINT = re.compile(r"(?P<document>[0-9a-f]{12})-layer-(?P<layer>\d{5,})(\.json|-rank-(?P<rank>\d{5,})\.h5)")
 OURS = re.compile(
-    r"run\.h5(\.deleted)?|(topology|schedule)\.json|(summary|scores|spans)\.csv|shards/(\d{6}/)?rank-\d{5,}\.h5|report/surprisal-\d{6,}\.png"
+    r"run\.h5(\.deleted)?|(topology|schedule)\.json|(summary|scores|spans)\.csv|shards/(\d{6}/)?rank-\d{5,}\.h5"
+    r"|report/(report\.html|(surprisal-\d{6,}|perplexity|timeline|machine)\.(png|svg))"
     rf"|checkpoints/{CHECKPOINT.pattern}"
 )
+PARTS = "parts"
+CLAIM = re.compile(r"(\d{6,}|run)\.(claim|cleanup)(\.lock)?(_\d+)?|\d{6,}\.cleanup\.lock(_\d+)?")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,30 @@ class RunPaths:
         return self.checkpoints / f"{identity[:IDENTITY_DIGITS]}-layer-{layer:05d}-rank-{rank:05d}.h5"
 
     @property
+    def parts(self) -> Path:
+        """The folder of the parts of a run that several jobs share, and of their claims; gone when it is complete."""
+        return self.folder / PARTS
+
+    def part(self, index: int) -> RunPaths:
+        """The run of a document alone, while several jobs share the documents."""
+        return RunPaths(self.parts / part_name(index))
+
+    def every_part(self) -> list[RunPaths]:
+        """The parts that are there."""
+        return [RunPaths(path) for path in sorted(self.parts.glob("[0-9]" * 6)) if path.is_dir()]
+
+    @property
+    def whole(self) -> RunPaths:
+        """The run that this one is a part of; itself where it is none."""
+        within = self.folder.absolute().parent
+        above = RunPaths(within.parent)
+        return above if within.name == PARTS and above.index.exists() else self
+
+    def claim(self, index: int) -> Path:
+        """What the job puts down that works on a document."""
+        return self.parts / f"{part_name(index)}.claim"
+
+    @property
     def topology(self) -> Path:
         """The machine that the run was made on."""
         return self.folder / "topology.json"
@@ -97,7 +124,7 @@ class RunPaths:
 
     @property
     def report(self) -> Path:
-        """The folder of the pictures."""
+        """The folder of the page and the pictures of `cpmpi report`."""
         return self.folder / "report"
 
     @property
@@ -110,7 +137,16 @@ class RunPaths:
         within = (self.shards, self.report, self.checkpoints, *self.shards.glob("[0-9]" * 6))
         found = [path for folder in (self.folder, *within) if folder.is_dir() for path in folder.iterdir()]
         names = ((path, path.relative_to(self.folder).as_posix().removesuffix(TEMPORARY_SUFFIX)) for path in found)
-        return sorted(path for path, name in names if OURS.fullmatch(name))
+        return sorted([*(path for path, name in names if OURS.fullmatch(name)), *self._contents_of_parts()])
+
+    def _contents_of_parts(self) -> list[Path]:
+        claims = [path for path in self.parts.glob("*.*") if CLAIM.fullmatch(path.name)]
+        return [*claims, *(p for part in self.every_part() for p in (*part.contents(), part.lock) if p.exists())]
+
+
+def part_name(index: int) -> str:
+    """The folder of a part, and the name of its claim."""
+    return f"{index:06d}"
 
 
 def shard_name(rank: int, shard_set: int = 0) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -31,21 +31,24 @@ __all__ = ["Document", "Documents", "Run", "open_run"]
 SUMMARY = ("id", "source", "n_tokens", "nll", "perplexity", "complete", "failed")
 
 
-def open_run(path: str | os.PathLike[str], *, locking: bool | str = "best-effort") -> Run:
+def open_run(path: str | os.PathLike[str], *, locking: bool | str = "best-effort", parts: bool = True) -> Run:
     """Open a run folder (or its ``run.h5``) for reading. Use as a context manager, or call ``close``.
 
-    ``locking`` is HDF5's; False where this process writes the run meanwhile.
+    Args:
+        path: of the folder, or the file.
+        locking: HDF5's; False where this process writes the run meanwhile.
+        parts: of a run that several jobs share, whether what is finished in parts belongs to it already.
 
     Raises:
         UserError: there is no run, or its ``run.h5`` is damaged.
     """
-    return Run(Path(path), locking)
+    return Run(Path(path), locking, parts)
 
 
 class Run:
     """A run, complete or in progress."""
 
-    def __init__(self, path: Path, locking: bool | str = "best-effort") -> None:
+    def __init__(self, path: Path, locking: bool | str = "best-effort", parts: bool = True) -> None:
         """Open the run in the folder ``path``."""
         self.paths = RunPaths.of(path)
         with saying(self.paths.folder, "cannot be looked into"):
@@ -54,6 +57,9 @@ class Run:
             raise UserError(f"{self.paths.folder}: no run here (no run.h5)")
         self.file = open_file(self.paths.index, locking=locking)
         self._shards = OpenShards(self.paths.folder)
+        self.parts: dict[int, Run] = {}
+        """Of a run that several jobs share: the parts that are finished, by the place of their document."""
+        self._part_sets: dict[int, tuple[Run, int]] = {}
         try:
             self.attributes: dict[str, Any] = dict(self.file.attrs)
             """The attributes of ``/``: model, dtype, world_size, topology, command and so on."""
@@ -61,8 +67,11 @@ class Run:
             """Of the format."""
             self.shard_sets = self._read_shard_sets()
             """The sets of shards, by number; none when the run keeps no KV."""
+            self._first_part_set = max(self.shard_sets, default=-1) + 1
+            if parts and self.paths.parts.is_dir():
+                self._read_parts()
         except BaseException as problem:
-            self.file.close()
+            self.close()
             if isinstance(problem, OSError | KeyError | RuntimeError | TypeError):
                 raise UserError(f"{self.paths.index}: damaged: {one_line(problem)}") from problem
             raise
@@ -136,10 +145,28 @@ class Run:
         Raises:
             UserError: it is missing, truncated, damaged, or belongs to another run.
         """
-        return self._shards.get(self.shard_sets[shard_set], rank)
+        return self._shards.get(self.shard_sets[shard_set], rank, self.shard_path(rank, shard_set))
+
+    def shard_path(self, rank: int, shard_set: int = 0) -> Path:
+        """The file of ``rank`` in a set of shards."""
+        if shard_set in self._part_sets:
+            part, number = self._part_sets[shard_set]
+            path = part.paths.shard(rank, number)
+            if path.exists():  # else it was made one run since, where it has the number that it has here
+                return path
+        return self.paths.shard(rank, shard_set)
+
+    def part_of(self, index: int) -> tuple[Run, int] | None:
+        """The finished part that holds a document, and its shards' number in this run; None: ``run.h5`` holds it."""
+        if index not in self.parts:
+            return None
+        number = self._first_part_set + index if self.kv_dtype is not None else 0
+        return self.parts[index], number
 
     def close(self) -> None:
-        """Close ``run.h5`` and the shards."""
+        """Close ``run.h5``, the shards and the parts."""
+        for part in self.parts.values():
+            part.close()
         self._shards.close()
         self.file.close()
 
@@ -154,7 +181,7 @@ class Run:
             raise UserError(f"{self.paths.index}: damaged: a file of format version {version} looks otherwise")
         return version
 
-    def _read_shard_sets(self) -> Mapping[int, ShardSet]:
+    def _read_shard_sets(self) -> dict[int, ShardSet]:
         if self.kv_dtype is None:
             return {}
         if self.version == 1:
@@ -167,6 +194,18 @@ class Run:
             for number, set_id, _ in found
         }
 
+    def _read_parts(self) -> None:
+        """Find the parts that are finished. Each set of their shards gets a number beyond those in ``run.h5``."""
+        places = [int(path.name) for path in self.paths.parts.glob("[0-9]" * 6)]
+        for index in sorted(place for place in places if place < len(self.documents)):
+            part = open_part(self.paths, index, Document(self, index, document_name(index)))
+            if part is not None:
+                self.parts[index] = part
+                if part.kv_dtype is not None:
+                    number, inner = self._first_part_set + index, part.documents[0].places[0].shard_set
+                    self._part_sets[number] = part, inner
+                    self.shard_sets[number] = replace(part.shard_sets[inner], number=number)
+
     def __enter__(self) -> Run:
         return self
 
@@ -174,6 +213,32 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def open_part(paths: RunPaths, index: int, document: Document) -> Run | None:
+    """The run of a document alone, of those that several jobs share; None where it is not finished there.
+
+    Args:
+        paths: of the whole run.
+        index: the document's place in it.
+        document: as ``run.h5`` has it, which counts where it is complete.
+
+    Raises:
+        UserError: the part is damaged.
+    """
+    inner = paths.part(index)
+    if document.complete or not inner.summary.exists():  # which is written last but for a mark
+        return None
+    try:
+        part = Run(inner.folder)
+    except UserError:
+        if paths.claim(index).exists():  # just being written
+            return None
+        raise
+    if part.complete and part.documents[0].spec.contents == document.spec.contents:
+        return part
+    part.close()
+    return None
 
 
 class Documents(Sequence[Document]):
@@ -213,7 +278,9 @@ class Documents(Sequence[Document]):
 
     def _document(self, index: int) -> Document:
         if index not in self._made:
-            self._made[index] = Document(self._run, index, document_name(index, set_aside=self._set_aside))
+            part = None if self._set_aside else self._run.part_of(index)
+            name = document_name(index if part is None else 0, set_aside=self._set_aside)
+            self._made[index] = Document(self._run, index, name, part)
         return self._made[index]
 
     def _some_ids(self, most: int = 5) -> str:

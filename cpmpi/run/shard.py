@@ -247,8 +247,13 @@ class OpenShards:
         self._paths = RunPaths(folder)
         self._open: dict[tuple[str, int], ShardFile] = {}
 
-    def get(self, shard_set: ShardSet, rank: int) -> ShardFile:
+    def get(self, shard_set: ShardSet, rank: int, path: Path | None = None) -> ShardFile:
         """The shard of a rank; it stays open while fewer than `MOST_OPEN` others are asked for.
+
+        Args:
+            shard_set: the set.
+            rank: of the job that laid it out.
+            path: where it is; None: in the run folder.
 
         Raises:
             UserError: it is missing, truncated, damaged, or belongs to another run.
@@ -259,7 +264,7 @@ class OpenShards:
             while len(self._open) >= MOST_OPEN:
                 self._open.pop(next(iter(self._open))).close()
             size = shard_set.sizes[rank] if shard_set.sizes and shard_set.sizes[rank] >= 0 else None  # not recorded yet
-            shard = ShardFile(self._paths.shard(rank, shard_set.number), shard_set.id, rank, size)
+            shard = ShardFile(path or self._paths.shard(rank, shard_set.number), shard_set.id, rank, size)
         self._open[key] = shard  # now the last
         return shard
 

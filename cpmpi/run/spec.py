@@ -18,7 +18,7 @@ from cpmpi.attention.layout import Layout, Piece
 from cpmpi.errors import UserError
 from cpmpi.run.extras import Extra
 from cpmpi.run.hdf5 import ALIGNMENT_BYTES, STORED_FLOATS, StoredFloat
-from cpmpi.text import human_bytes
+from cpmpi.text import counted, human_bytes
 from cpmpi.version import __version__
 
 # Upper estimates of what HDF5 needs besides the numbers.
@@ -31,7 +31,7 @@ BLOCK_TOKENS = 1024
 # The group of what was appended to a document, in its own.
 APPENDED = "appended"
 # Attributes of a continuation of a stored document.
-CONTINUES = ("context_run_id", "context_document", "context_tokens", "question", "answer")
+CONTINUES = ("context_run_id", "context_document", "context_tokens", "question", "answer", "question_sha256")
 # Attributes of a document that was given as text: how much of it there is, and how much of that its nll is of.
 TEXT = ("n_characters", "n_bytes", "scored_characters", "scored_bytes")
 
@@ -141,6 +141,7 @@ class Scoring:
         prefix_token: how what comes before the first token was chosen: ``tokenizer``, ``none``, ``bos`` or an id.
         prefix_token_id: the token before the first one, which is no token of the document; -1: none.
         spans: the parts of the text that are summed over; empty: none.
+        context, stride: of windows: how many tokens they have, and how far apart they begin; 0: whole documents.
     """
 
     keep: str = ""
@@ -148,6 +149,8 @@ class Scoring:
     prefix_token: str = "tokenizer"
     prefix_token_id: int = -1
     spans: str = ""
+    context: int = 0
+    stride: int = 0
 
     @property
     def prefix(self) -> int:
@@ -158,6 +161,14 @@ class Scoring:
     def first(self) -> int:
         """The first token that is scored."""
         return max(self.scored_from, 1 - self.prefix)
+
+    @property
+    def windows(self) -> str:
+        """In words, what windows documents are scored in; empty: they are scored as wholes."""
+        if not self.context:
+            return ""
+        seen = f"{self.context - self.stride + 1:,} to {self.context:,} before each"
+        return f"windows of {counted(self.context, 'token')}, stride {self.stride:,}: {seen}"
 
 
 PLAIN = Scoring()

@@ -22,6 +22,7 @@ from cpmpi.run.extras import checksum_of, recorded_checksums
 from cpmpi.run.hdf5 import STORED_FLOATS, RawArray
 from cpmpi.run.index import summary_text
 from cpmpi.run.layer_reader import PARTS
+from cpmpi.run.paths import RunPaths
 from cpmpi.run.reader import Run, open_run
 from cpmpi.run.results import DIGESTS, perplexity, read_outputs, sum_nll
 from cpmpi.run.sealed_json import check_text, read_sealed
@@ -76,18 +77,19 @@ class Verification:
     """What is behind the problems that can be repaired."""
 
 
-def verify_run(path: Path, *, quick: bool = False, threads: int = 4) -> Verification:
+def verify_run(path: Path, *, quick: bool = False, threads: int = 4, parts: bool = True) -> Verification:
     """Check the run in the folder ``path``. An unfinished run is a problem; its finished documents are checked.
 
     Args:
         path: the run folder.
         quick: read everything but the KV itself.
         threads: that read KV at the same time.
+        parts: of a run that several jobs share, whether what they have in parts is checked, too.
 
     Raises:
         UserError: there is no run that can be opened; what is damaged in ``run.h5`` itself is one.
     """
-    with open_run(path) as run:
+    with open_run(path, parts=parts) as run:
         found, sound = Verification(), []
         for document in (*run.documents, *run.set_aside):
             with _noted(found, run.paths.index) as noted:
@@ -100,7 +102,8 @@ def verify_run(path: Path, *, quick: bool = False, threads: int = 4) -> Verifica
             found.problems += _state_problems(run, sound, found.damage)
         found.damage.other |= noted.failed
         _check_circumstances(run, found)
-        _check_checkpoints(run, found)
+        for paths in (run.paths, *(run.paths.every_part() if parts else ())):
+            _check_checkpoints(paths, found)
         complete = [document for document in sound if document.complete]
         for document in complete:
             with _noted(found, run.paths.index) as noted:
@@ -159,14 +162,14 @@ def _check_circumstances(run: Run, found: Verification) -> None:
     found.damage.circumstances |= noted.failed
 
 
-def _check_checkpoints(run: Run, found: Verification) -> None:
+def _check_checkpoints(folder: RunPaths, found: Verification) -> None:
     """The checkpoints inside documents that are not finished."""
-    paths = sorted(run.paths.checkpoints.glob("*.json"))
+    paths = sorted(folder.checkpoints.glob("*.json"))
     if paths:
         from cpmpi.run.hidden import SavedHidden  # needs torch
         from cpmpi.run.manifest import Manifest
     for path in paths:
-        with _noted(found, path) as noted, closing(SavedHidden(run.paths.folder, Manifest.read(path))) as saved:
+        with _noted(found, path) as noted, closing(SavedHidden(folder.folder, Manifest.read(path))) as saved:
             saved.check(0, 1)
         if noted.failed:
             found.damage.checkpoints.add(path)
@@ -232,7 +235,7 @@ def _check_shards(run: Run, documents: list[Document], found: Verification, quic
         for number, shard_set in run.shard_sets.items():
             inside = [(document, p) for document in documents for p in document.places if p.shard_set == number]
             for rank in range(shard_set.world_size) if inside else ():
-                with _noted(found, run.paths.shard(rank, number)) as noted:
+                with _noted(found, run.shard_path(rank, number)) as noted:
                     shard = run.shard(rank, number)
                     found.shards += 1
                     for document, placed in inside:

@@ -65,7 +65,7 @@ class _Layer(NamedTuple):
 class ShardWriter:
     """Fills the shard of one rank. Use as a context manager, or call ``close``.
 
-    An error in the thread is raised by the next call; after it the writer takes nothing more.
+    An error in the thread, or of a sync, is raised by the next call, too; after it the writer takes nothing more.
     """
 
     def __init__(
@@ -169,7 +169,10 @@ class ShardWriter:
         try:
             os.fsync(self._descriptor)
         except OSError as problem:
-            raise self._explain(problem) from problem
+            with self._changed:  # kept: the kernel says so once, and the next fsync would say that all is well
+                self._error = self._error or self._explain(problem)
+                self._changed.notify_all()
+            raise self._error from problem
         if first is None:
             self.stats.blocked_s += time.perf_counter() - began
 
@@ -268,7 +271,7 @@ class ShardWriter:
                 self.stats.busy_s += ended - began
                 self._waiting -= 1
                 self._waiting_bytes -= item.nbytes
-                self._error = error
+                self._error = self._error or error
                 self._changed.notify_all()
             del item  # its tensors are free now, not when the next layer comes
             if error is not None:

@@ -7,19 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpmpi.errors import UserError, told_to_the_user
-from cpmpi.timeline.intervals import Interval, save_trace
+from cpmpi.timeline.intervals import Interval, from_chrome_trace, save_trace
 
 
 def check_files(
-    *, plot: Path | None = None, trace: Path | None = None, json: Path | None = None, run_folder: Path | None = None
-) -> None:
+    *, plot: Path | None = None, trace: Path | None = None, json: Path | None = None, csv: Path | None = None,
+    run_folder: Path | None = None,
+) -> None:  # fmt: skip
     """Refuse what could not be written after hours of work. Each file goes by the name of its option.
 
     Raises:
         UserError: a folder is missing or cannot be written to, a file is a folder or would be in the run's folder, two
             options name one file, or pictures cannot be drawn here.
     """
-    named = {f"--{name}": path for name, path in (("plot", plot), ("trace", trace), ("json", json)) if path is not None}
+    given = {"plot": plot, "trace": trace, "json": json, "csv": csv}
+    named = {f"--{name}": path for name, path in given.items() if path is not None}
     seen: dict[Path, str] = {}
     for option, path in named.items():
         place, folder = path.absolute(), path.absolute().parent
@@ -53,3 +55,16 @@ def save_files(intervals: Sequence[Interval], *, plot: Path | None, trace: Path 
             from cpmpi.timeline.plot import draw_timeline
 
             draw_timeline(intervals, plot, title=title)
+
+
+def load_trace(path: Path) -> list[Interval]:
+    """What a job's ``--trace`` wrote.
+
+    Raises:
+        UserError: it cannot be read, or is no such file, or has nothing in it.
+    """
+    with told_to_the_user(f"--trace {path}: "):
+        intervals = from_chrome_trace(path.read_text(encoding="utf-8"))
+    if not intervals:
+        raise UserError(f"--trace {path}: has no intervals")
+    return intervals

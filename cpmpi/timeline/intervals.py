@@ -111,3 +111,24 @@ def chrome_trace(intervals: Iterable[Interval]) -> str:
 def save_trace(intervals: Iterable[Interval], path: str | Path) -> None:
     """Write `chrome_trace` to a file."""
     Path(path).write_text(chrome_trace(intervals), encoding="utf-8")
+
+
+def from_chrome_trace(text: str) -> list[Interval]:
+    """The intervals that `chrome_trace` wrote.
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    try:
+        events = [event for event in json.loads(text)["traceEvents"] if event["ph"] == "X"]
+        return [
+            Interval(
+                rank=int(event["pid"]), what=str(event["name"]), start_s=event["ts"] / 1e6,
+                stop_s=(event["ts"] + event["dur"]) / 1e6, layer=int(event["args"]["layer"]),
+                round=int(event["args"]["round"]), peer=event["args"].get("from"),
+                n_bytes=int(event["args"].get("bytes", 0)),
+            )
+            for event in events
+        ]  # fmt: skip
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a trace of cpmpi ({type(error).__name__}: {error})") from error

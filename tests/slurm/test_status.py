@@ -98,6 +98,18 @@ def test_a_preempted_job_that_does_not_come_back_says_so(run):
     assert "preempted by a more urgent job; submit it again, it goes on" in status(run)
 
 
+def test_a_job_that_saved_its_state_and_does_not_come_back_has_not_failed(run):
+    """Slurm calls every exit status but 0 a failure; without anything saved it is one."""
+    ended(run, "stopped", saved=True)
+    (run / "log" / "slurm-17.out").write_text("error: stopped by SIGUSR1\n")
+    squeue(run, line(state="FAILED"))
+    printed = status(run)
+    assert "17: stopped with its state saved; submit it again, it goes on\n" in printed
+    assert "error:" not in printed
+    ended(run, "stopped", finished_here=0)
+    assert "17: failed" in status(run)
+
+
 def test_every_state_has_words():
     assert STATES.keys() >= ENDED
     other = {"used": "", "left": "", "nodes": "1", "node_list": "", "start": "N/A"}
@@ -163,6 +175,28 @@ def test_an_array_is_counted_over_its_runs(run):
     printed = status(run)
     assert "jobs       11: 10 pending, 1 running" in printed
     assert "3 of 6 finished in 2 runs" in printed
+
+
+def test_jobs_that_share_a_run_are_all_at_work(run, monkeypatch):
+    """Two tell how far they are; of one that is dead, and of one that waits again, the last word is old."""
+    make_run(run, stop_after=1)
+    now = time.time()
+    for name, at in (("17_1", now), ("17_2", now - 500), ("17_3", now - 500), ("17_4", now)):
+        record.StatusFile(run / "log", name).write(
+            job=name, document=f"d{name}", tokens=66015, layer=2, layers=3, tokens_per_s=2638.2, left_s=15.2,
+            finished=1, of=3,
+        )  # fmt: skip
+        path = run / "log" / f"status-{name}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "at": at}))
+    squeue(run, line("17_1"), line("17_2"), line("17_4", "PENDING", "BeginTime"))
+    printed = status(run)
+    assert "documents  1 of 3 finished, 2 running\n" in printed
+    assert re.findall(r"^documents  (17_\d): d17_\d: layer 2 of 3, .*15 s left for it", printed, re.M) == [
+        "17_1",
+        "17_2",
+    ]
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "documents  1 of 3 finished, 2 running\n" in status(run), "without Slurm those that spoke lately"
 
 
 def test_watching_ends_with_the_jobs(run, monkeypatch):

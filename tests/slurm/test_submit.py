@@ -201,3 +201,29 @@ def test_a_folder_that_no_run_can_be_in_is_refused(here):
     assert "but no run.h5" in error(submit(*SCORE))
     assert here.calls("sbatch") == []
     assert submit(*SCORE, "--overwrite").exit_code == 0
+
+
+def test_an_array_that_shares_a_run(here):
+    """No %a, one run, a forecast for a task; without --share the refusal says that there is this way."""
+    assert "or all tasks share one run and its documents, with --share)" in error(submit("--array", "1-9%4", *SCORE))
+    shared = submit("--array", "1-9%4", *SCORE, "--share")
+    assert shared.exit_code == 0, shared.output
+    assert "4 tasks at a time share the documents: times are those of a task" in shared.stderr
+    script = Path("RUN/log/job.sbatch").read_text()
+    assert "#SBATCH --array=1-9%4\n" in script
+    assert "  --share\n" in script
+    assert re.search(r"log    RUN/log/slurm-\d+_%a.out", shared.stdout)
+    assert "--most-tokens 2: all documents are longer" in error(submit(*SCORE, "--share", "--most-tokens", "2"))
+
+
+def test_jobs_that_go_on_from_stored_documents(here):
+    """They are not planned, which is said; generate has no folder of its own, and logs into the run."""
+    words = ["--", "generate", "--model", "model", "--run", "RUN", "--prompt", "What's next?"]
+    made = submit(*words)
+    assert made.exit_code == 0, made.output
+    assert "no forecast: the planner knows no job that goes on from stored documents" in made.stderr
+    assert "What'\"'\"'s next?" in Path("RUN/log/job.sbatch").read_text()
+    assert "--time auto: the planner knows no job" in error(submit("--time", "auto", *words))
+    extend = ["--", "extend", "--model", "model", "--run", "RUN", "--input", "book.txt", "--output", "SCORES"]
+    assert submit(*extend).exit_code == 0
+    assert Path("SCORES/log/job.sbatch").exists()
