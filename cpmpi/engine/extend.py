@@ -28,6 +28,7 @@ from cpmpi.model.attention_call import Call, rule_of
 from cpmpi.model.finite import finite, finite_layers
 from cpmpi.model.forward import Chunk, layer_major
 from cpmpi.model.head import Head, decoder_of
+from cpmpi.run.document import Document
 
 LineKeys = tuple[torch.Tensor, torch.Tensor, int]
 
@@ -35,9 +36,12 @@ LineKeys = tuple[torch.Tensor, torch.Tensor, int]
 class ContextKeys(Protocol):
     """This rank's share of the keys and values of what comes before, such as `cpmpi.run.cache.StoredKeys`."""
 
-    document: Document | None
     layout: Layout
     layouts: tuple[Layout, ...]
+
+    @property
+    def document(self) -> Document | None:
+        """The stored document, the first where there are more; None where there is none."""
 
     def layer(self, layer: int) -> Keys:
         """Those of a layer."""
@@ -203,6 +207,7 @@ def branches_of(
     for q, _ in mine:
         if q not in stems:
             stems[q] = grow(q, questions[q].stem, [])
+    return branches, [grow(q, questions[q].answers[i], stems[q]) for q, i in mine]
 
 
 @dataclass(kw_only=True)
