@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import h5py
 import numpy as np
