@@ -297,6 +297,7 @@ def open_context(job: ContextJob, engine: Engine, context: Context) -> Iterator[
         n_tokens=context.n_tokens, world=place.ranks.size // grid.head_groups, segments=job.options.segments
     )  # fmt: skip
     heads = tuple(layer.heads for layer in place.layers)
+    engine.flight.begin(document.index, document.id, len(heads))
     with StoredKeys(
         document, layout, position, group=grid.group(place.ranks.rank), heads=heads, device=job.model.device,
         resident=job.resident,

@@ -184,8 +184,7 @@ class Extension:
         if not chunks:  # walks along, and nobody takes its result
             chunks = [Chunk(torch.zeros(1, dtype=torch.int64, device=device), self.n_tokens)]
         longest = max(run.stop for runs in placed.runs for run in runs)
-        document = self.context.document
-        self.engine.flight.begin(document.index, document.id, len(self.engine.layers))
+        self.engine.flight.pass_on()
         weights.enter(0)
         attend, decoder = partial(self.attend, branches, placed, longest), decoder_of(weights.model)
         with finite_layers(decoder) if self.engine.check_finite else nullcontext():
