@@ -111,7 +111,7 @@ class Kept:
     """A layer's keys and values as a pass of this process left them on this rank, in place of stored ones."""
 
     def __init__(self, layout, position):
-        self.document, self.layout, self.layouts = None, layout, (layout,)
+        self.layout, self.layouts = layout, (layout,)
         self._pieces, self._layers = layout.pieces(position), []
 
     def put(self, layer, key_TGD, value_TGE):

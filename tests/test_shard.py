@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import h5py
 import numpy as np
@@ -176,8 +177,9 @@ def test_a_full_disk_that_shows_only_at_fsync(tmp_path, monkeypatch):
     with ShardWriter(create_shard(tmp_path, spec, 0), spec, 0) as writer:
         put_all(writer, spec, 0, 0)
         monkeypatch.setattr("cpmpi.run.writer.os.fsync", full)
-        with pytest.raises(UserError, match=r"no space left \(Disk quota exceeded\)"):
-            writer.finish(0)
+        for call in (partial(writer.finish, 0), writer.close):
+            with pytest.raises(UserError, match=r"no space left \(Disk quota exceeded\)"):
+                call()
 
 
 def test_memory_of_a_written_layer_is_free(tmp_path):

@@ -24,7 +24,7 @@ class Event(NamedTuple):
         time_s: when, of ``time.monotonic``.
         document, layer, round: where the rank was, counted from 0; -1: not there yet.
         kind: what: a message that is posted (``send``, ``receive``, ``sum``), a wait that is over (``sent``,
-            ``received``, ``summed``, or the name of a meeting), ``layer``, ``attend``.
+            ``received``, ``summed``, or the name of a meeting), ``document``, ``pass``, ``layer``, ``attend``.
         peer: the other rank; -1: none, or all.
         n_bytes: of a message.
     """
@@ -77,9 +77,13 @@ class Flight:
 
     def begin(self, document: int, name: str, layers: int) -> None:
         """A document begins, or goes on; or what follows it."""
-        self.passes += 1
-        self.document, self.name, self.layers, self.layer, self.round = document, name, layers, -1, -1
-        self.note("document")
+        self.document, self.name, self.layers = document, name, layers
+        self.pass_on("document")
+
+    def pass_on(self, kind: str = "pass") -> None:
+        """Another way through the layers begins."""
+        self.passes, self.layer, self.round = self.passes + 1, -1, -1
+        self.note(kind)
 
     def enter(self, layer: int, rounds: int) -> None:
         """The attention of a layer begins, in so many rounds."""

@@ -308,6 +308,7 @@ def open_contexts(job: ContextJob, engine: Engine, contexts: Sequence[Context]) 
         stored.append((document, layout))
         befores.append(Before(context.n_tokens, hidden, base))
     heads = tuple(layer.heads for layer in place.layers)
+    engine.flight.begin(document.index, document.id, len(heads))
     with StoredKeys(
         *stored[0], position, group=grid.group(place.ranks.rank), heads=heads, device=job.model.device,
         resident=job.resident, more=stored[1:],

@@ -28,7 +28,6 @@ from cpmpi.model.attention_call import Call, rule_of
 from cpmpi.model.finite import finite, finite_layers
 from cpmpi.model.forward import Chunk, layer_major
 from cpmpi.model.head import Head, decoder_of
-from cpmpi.run.document import Document
 
 LineKeys = tuple[torch.Tensor, torch.Tensor, int]
 
@@ -38,10 +37,6 @@ class ContextKeys(Protocol):
 
     layout: Layout
     layouts: tuple[Layout, ...]
-
-    @property
-    def document(self) -> Document | None:
-        """The stored document, the first where there are more; None where there is none."""
 
     def layer(self, layer: int) -> Keys:
         """Those of a layer."""
@@ -290,8 +285,7 @@ class Extension:
         chunks = [pack.chunk(device) for pack in packs]
         if not chunks:  # walks along, and nobody takes its result
             chunks = [Chunk(torch.zeros(1, dtype=torch.int64, device=device), self.n_tokens)]
-        if (document := self.context.document) is not None:
-            self.engine.flight.begin(document.index, document.id, len(self.engine.layers))
+        self.engine.flight.pass_on()
         decoder = decoder_of(weights.model)
 
         def attend(layer: int, calls: list[Call]) -> Sequence[torch.Tensor]:

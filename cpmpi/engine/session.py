@@ -43,7 +43,6 @@ from cpmpi.model.probe import DOCUMENT_TOKENS
 from cpmpi.model.rotary import length_matters, same_for
 from cpmpi.model.size import inner_width
 from cpmpi.model.weights import weight_bytes
-from cpmpi.run.document import Document
 
 Which = tuple[int, int]  # an answer: of which question, and which of its answers
 Batch = list[tuple[int, Question]]  # questions with their numbers
@@ -65,7 +64,6 @@ class NoKeys:
     """A rank's share of a context that has no tokens."""
 
     def __init__(self, layout: Layout, heads: Sequence[Heads], device: torch.device) -> None:
-        self.document: Document | None = None
         self.layout, self.layouts = layout, (layout,)
         self.pieces: tuple[Piece, ...] = ()
         self._heads, self._device = heads, device

@@ -40,7 +40,7 @@ class StoredKeys:
     """One rank's share of stored documents' keys and values. Use as a context manager, or call ``close``.
 
     Args:
-        document: the stored one, the first where there are more.
+        document: the stored one.
         layout: which position of a head group holds which of its tokens in this job. The layout's first token is the
             document's, whatever number it has there.
         position: this rank's.
@@ -55,7 +55,7 @@ class StoredKeys:
         self, document: Document, layout: Layout, position: int, *, group: int, heads: tuple[Heads, ...],
         device: torch.device, resident: bool, more: Sequence[tuple[Document, Layout]] = (),
     ) -> None:  # fmt: skip
-        self.document, self.layout, self._stored = document, layout, ((document, layout), *more)
+        self.layout, self._stored = layout, ((document, layout), *more)
         self.layouts = tuple(each for _, each in self._stored)
         self.pieces = tuple(piece for each in self.layouts for piece in each.pieces(position))
         self._position = position
