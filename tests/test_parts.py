@@ -305,7 +305,7 @@ def shared_job(tmp_path, monkeypatch):
     """Makes corpora of jobs on one folder, each as if its process had this number; squeue knows job 12 alone."""
     monkeypatch.setattr(corpus, "pair_weight", lambda *_: 0.0)
     monkeypatch.setattr(corpus, "allocation", lambda: None)
-    monkeypatch.setattr(corpus, "publish_circumstances", lambda _: None)
+    monkeypatch.setattr(corpus, "publish_circumstances", lambda *_: None)
     fake = FakeSlurm(tmp_path / "fake", ["squeue"])
     fake.prints("squeue", "12 RUNNING\n")
     monkeypatch.setenv("PATH", fake.path)
