@@ -50,7 +50,7 @@ def test_the_commands_run(folder):
             assert (folder / "timeline.png").stat().st_size > 10_000
             assert "256 ranks on 32 nodes" in done.output
     assert done.output.startswith("hardware: measured now\n")
-    assert re.search(r"^  program +\d+ MB$", done.output, re.M)
+    assert re.search(r"^  program +[\d.]+ [MG]B$", done.output, re.M)
     (file,) = (folder / "cache" / "cpmpi").iterdir()
     kept = json.loads(file.read_text())
     assert all(kept[name] > 0 for name in (*here.FIGURES, "disk_gb_per_s"))

@@ -47,6 +47,7 @@ def test_all_is_well_on_two_ranks(tmp_path, monkeypatch):
         module._compare(folder / "document.npy", folder / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.mpi(2)
 def test_what_is_broken_is_named(tmp_path, monkeypatch):
     from mpi4py import MPI

@@ -163,18 +163,28 @@ def attention_agrees(machine: Machine, kind: str) -> str:
         raise LeftOutError(str(reason)) from None
     comm = ordered(ranks.comm, machine.topology)
     wires = carrier.connect(comm, ranks.flight, ranks.numbers_of(comm))
-    words = []
-    if ranks.size > 1:
-        for size in SIZES:
-            ranks.together(_exchange, comm, wires, size, device)
-        words.append(f"{SIZES[-1] / overlap(comm, wires, SIZES[-1], device, 3).move_s / 1e9:.3g} GB/s a rank")
-    for schedule in SCHEDULES:
-        program = schedule_on(schedule, machine.topology)
-        off = max(_off(machine, comm, wires, device, program, rule) for rule in _rules(device))
-        words.append(f"{schedule} {off:.0e} off")
+    try:
+        words = _attention(machine, comm, wires, device)
+    except AgreedError:  # all ranks are here
+        wires.close()
+        raise
     wires.close()
     comm.Free()
     return ", ".join(words)
+
+
+def _attention(machine: Machine, comm: MPI.Intracomm, wires: Transport, device: torch.device) -> list[str]:
+    """What was found of messages, and of every schedule. Collective."""
+    words = []
+    if comm.size > 1:
+        for size in SIZES:
+            machine.ranks.together(_exchange, comm, wires, size, device)
+        words.append(f"{SIZES[-1] / overlap(comm, wires, SIZES[-1], device, 3).move_s / 1e9:.3g} GB/s a rank")
+    for kind in SCHEDULES:
+        schedule = schedule_on(kind, machine.topology)
+        off = max(_off(machine, comm, wires, device, schedule, rule) for rule in _rules(device))
+        words.append(f"{kind} {off:.0e} off")
+    return words
 
 
 def _exchange(comm: MPI.Intracomm, wires: Transport, n_bytes: int, device: torch.device) -> None:
@@ -186,11 +196,12 @@ def _exchange(comm: MPI.Intracomm, wires: Transport, n_bytes: int, device: torch
             wires.send(_pattern(n_bytes, comm.rank, channel, device), peer, channel)
             for channel, peer in enumerate((after, before))
         ]
-    for channel, (peer, message) in enumerate(zip((before, after), arriving, strict=True)):
-        if not torch.equal(message.wait(), _pattern(n_bytes, peer, channel, device)):
-            raise UserError(f"a message of {n_bytes:,} bytes from position {peer} arrived with other bytes")
+    arrived = [message.wait() for message in arriving]
     for message in leaving:
         message.wait()
+    for channel, (peer, payload_B) in enumerate(zip((before, after), arrived, strict=True)):
+        if not torch.equal(payload_B, _pattern(n_bytes, peer, channel, device)):
+            raise UserError(f"a message of {n_bytes:,} bytes from position {peer} arrived with other bytes")
 
 
 def _pattern(n_bytes: int, rank: int, channel: int, device: torch.device) -> torch.Tensor:
