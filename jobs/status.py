@@ -68,7 +68,7 @@ def look(folder: Path) -> tuple[list[str], bool]:
     documents = documents_of(folder)
     if not entries and documents is None:
         raise UserError(f"{folder}: no run here, and no record of jobs ({record.JOBS} in its log folder)")
-    numbers = list(dict.fromkeys(str(e["job"]) for e in entries if e.get("job")))
+    numbers = list(dict.fromkeys(str(e.get("job")) for e in entries if e.get("job")))
     jobs, missing = _queue(numbers)
     status, at_work = _status(log), _at_work(log, jobs)
     alive = any(job.alive for job in jobs) or (not jobs and (bool(at_work) or _seems_alive(entries, status)))
@@ -139,8 +139,8 @@ def _count(folder: Path) -> tuple[int, int, int]:
 
 def job_lines(jobs: Sequence[QueuedJob], entries: Sequence[record.Entry], missing: str | None) -> Iterator[str]:
     """A line for each job, or for each state where there are many."""
-    started = {str(e["job"]) for e in entries if "started" in e}
-    comes_back = {str(e["job"]): bool(e.get("requeue", True)) for e in entries if "submitted" in e}
+    started = {str(e.get("job")) for e in entries if "started" in e}
+    comes_back = {str(e.get("job")): bool(e.get("requeue", True)) for e in entries if "submitted" in e}
     saved = _saved(entries)
     words = [(j, j.words(started=j.name in started, requeue=comes_back.get(j.family, True))) for j in jobs]
     words = [(j, SAVED if j.state == "FAILED" and j.name in saved else text) for j, text in words]
@@ -155,7 +155,7 @@ def job_lines(jobs: Sequence[QueuedJob], entries: Sequence[record.Entry], missin
 
 def _saved(entries: Sequence[record.Entry]) -> set[str]:
     """The jobs that ended by themselves with their state saved, which Slurm calls failed."""
-    last = {str(e["job"]): e for e in entries if "ended" in e}
+    last = {str(e.get("job")): e for e in entries if "ended" in e}
     return {n for n, e in last.items() if e.get("how") == "stopped" and (e.get("saved") or e.get("finished_here"))}
 
 

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from cpmpi.jobs.cli import cli
+from cpmpi.jobs.status import job_lines
 from cpmpi.run.folder import start_index
 from cpmpi.slurm import record
 from cpmpi.slurm.queue import ENDED, REASONS, STATES, QueuedJob
@@ -226,3 +227,12 @@ def test_nothing_to_cancel_or_to_tell(run, tmp_path):
         result = CliRunner().invoke(cli, list(words))
         assert result.exit_code == 1
         assert re.search(text, str(result.exception))
+
+
+def test_a_damaged_line_of_the_record_is_no_traceback():
+    """A flipped bit in a key leaves valid JSON."""
+    entries = [{"jnb": "7", "started": 5}, {"jnb": "7", "ended": 6, "how": "complete"}, {"jnb": "7", "submitted": 1}]
+    assert list(job_lines([], entries[:2], None)) == ["on this machine, without Slurm: ended well"]
+    other = dict.fromkeys(("used", "left", "nodes", "node_list", "start"), "")
+    job = QueuedJob(name="7", family="7", state="RUNNING", reason="", **other)
+    assert [line.partition(":")[0] for line in job_lines([job], entries, None)] == ["7"]
