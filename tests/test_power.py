@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,6 +133,16 @@ def run_disks(folder: Path, number: int, seed: int) -> list[str]:
     return wrong
 
 
+def main(run: Callable[[Path, int, int], list[str]]) -> None:
+    """``python -m MODULE DISKS [SEED]``: so many disks, and how many of them were wrong."""
+    disks, chosen = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1 << 32)
+    with tempfile.TemporaryDirectory(prefix="cpmpi-power-") as place:
+        faults = run(Path(place), disks, chosen)
+    print("\n".join(faults))
+    print(f"seed {chosen}: {disks} disks, {len(faults)} wrong")
+    sys.exit(bool(faults))
+
+
 @pytest.mark.skipif(STRACE is None, reason="no strace")
 @pytest.mark.mpi(1)
 @pytest.mark.parametrize("number", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)])
@@ -144,9 +155,4 @@ def test_nothing_is_lost_and_nothing_is_wrong_after_the_power_went(tmp_path, num
 
 
 if __name__ == "__main__":
-    disks, chosen = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1 << 32)
-    with tempfile.TemporaryDirectory(prefix="cpmpi-power-") as place:
-        faults = run_disks(Path(place), disks, chosen)
-    print("\n".join(faults))
-    print(f"seed {chosen}: {disks} disks, {len(faults)} wrong")
-    sys.exit(bool(faults))
+    main(run_disks)

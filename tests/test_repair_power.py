@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import sys
 import tempfile
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from tests import test_repair
 from tests.disk import STRACE, disk_after, moments, record
 from tests.forked import in_child
-from tests.test_power import Job, made
+from tests.test_power import Job, made, main
 
 SHORT, LONG = 4, 200
 DAMAGES = (test_repair.a_shard_that_is_cut_off, test_repair.a_key, test_repair.the_nll, test_repair.the_structure)
@@ -96,9 +95,4 @@ def test_a_repair_that_the_power_cut_off_is_done_by_the_same_command(tmp_path, n
 
 
 if __name__ == "__main__":
-    disks, chosen = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1 << 32)
-    with tempfile.TemporaryDirectory(prefix="cpmpi-power-") as made_here:
-        faults = run_disks(Path(made_here), disks, chosen)
-    print("\n".join(faults))
-    print(f"seed {chosen}: {disks} disks, {len(faults)} wrong")
-    sys.exit(bool(faults))
+    main(run_disks)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cpmpi.documents.records import numbered_lines
 from cpmpi.documents.tokenization import load_tokenizer, tokenize
 from cpmpi.errors import UserError, some
 
@@ -119,13 +120,8 @@ def _records(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in files:
         if not file.endswith(".jsonl"):
             raise UserError(f"{file}: continuations come in .jsonl files, a line each")
-        try:
-            text = Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as problem:
-            raise UserError(f"{file}: {getattr(problem, 'strerror', None) or problem}") from problem
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield f"{file}:{number}", _parse(line, f"{file}:{number}")
+        for number, line in numbered_lines(file, file):
+            yield f"{file}:{number}", _parse(line, f"{file}:{number}")
 
 
 def _parse(line: str, source: str) -> dict[str, Any]:

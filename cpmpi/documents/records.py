@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,19 @@ from cpmpi.text import shown
 
 TEXT_OR_TOKENS = ("text", "token_ids", "input_ids")  # one of them, where none is named
 ID = "id"
+
+
+def numbered_lines(path: str, about: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8; the text begins with ``about``.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"{about}: {getattr(problem, 'strerror', None) or problem}") from problem
+    yield from ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 
 
 class Found(NamedTuple):

@@ -17,14 +17,13 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cpmpi.choices import SPANS
-from cpmpi.documents.records import check_name, kind, quoted
+from cpmpi.documents.records import check_name, kind, numbered_lines, quoted
 from cpmpi.errors import UserError, some
 from cpmpi.text import shown
 
@@ -131,15 +130,10 @@ def read_spans(option: str) -> SpanRule:
         return SpanRule(name=option)
     if not option.endswith(".jsonl"):
         raise UserError(f"--spans {shown(option)}: choose {', '.join(SPANS)}, or a .jsonl file")
-    try:
-        text = Path(option).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--spans {shown(option)}: {getattr(error, 'strerror', None) or error}") from error
     named: dict[str, list[Named]] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            document, span = _parse(line, f"{shown(option)}:{number}")
-            named.setdefault(document, []).append(span)
+    for number, line in numbered_lines(option, f"--spans {shown(option)}"):
+        document, span = _parse(line, f"{shown(option)}:{number}")
+        named.setdefault(document, []).append(span)
     if not named:
         raise UserError(f"--spans {shown(option)}: no spans there: all lines are blank")
     return SpanRule(name=option, named=named)

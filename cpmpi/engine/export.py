@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -120,7 +119,7 @@ def _export_table(options: ExportOptions, run: Run, documents: list[Document], s
 def _texts(options: ExportOptions, run: Run, say: Say) -> Texts | None:
     """What gives the tokens' text: the tokenizer that the run was made with, where it is found."""
     made = str(run.attributes["tokenizer_sha256"])
-    folder = options.model or _recorded(run)
+    folder = options.model or run.recorded_checkpoint
     if options.model is None and (not made or not folder.is_dir() or tokenizer_sha256(folder) != made):
         where = "the run was made without a tokenizer" if not made else f"the run's tokenizer is not at {folder}"
         say(f"no column `text`: {where} (--model says where one is)")
@@ -134,14 +133,6 @@ def _texts(options: ExportOptions, run: Run, say: Say) -> Texts | None:
             f"with {f'another one ({made[:12]})' if made else 'none'}"
         )
     return partial(token_texts, load_tokenizer(folder))
-
-
-def _recorded(run: Run) -> Path:
-    """The checkpoint folder that the run was made with, as it was called then."""
-    if run.model_path:
-        return Path(run.model_path)
-    path = Path(json.loads(run.attributes["model"]).get("_name_or_path") or "")  # a run of an earlier version
-    return path.parent if path.name == "config.json" else path
 
 
 def _export_tensors(options: ExportOptions, run: Run, documents: list[Document]) -> list[Path]:

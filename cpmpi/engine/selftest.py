@@ -33,7 +33,7 @@ from cpmpi.comm.transport import Transport
 from cpmpi.cost.attention_bench import ordered, overlap
 from cpmpi.cost.choose import schedule_on
 from cpmpi.engine.api import prefill
-from cpmpi.errors import UserError, one_line, some, told
+from cpmpi.errors import UserError, some, told, told_to_the_user
 from cpmpi.kernels.mask import Mask
 from cpmpi.kernels.select import TOLERANCE, Shape, Trial, decide, named, passing, random_tensors, rates, try_all
 from cpmpi.run.lock import only_writer
@@ -124,7 +124,7 @@ def machine_found(machine: Machine) -> str:
     """What was discovered; fails where links could not be measured."""
     if machine.topology.notes:
         raise AgreedError("; ".join(machine.topology.notes))
-    return " ".join(line.strip() for line in summary(machine.topology).splitlines()[:1])
+    return summary(machine.topology).splitlines()[0]
 
 
 def kernels_agree(machine: Machine) -> str:
@@ -145,10 +145,8 @@ def kernels_agree(machine: Machine) -> str:
 
 
 def _passing(shape: Shape, everyone: Sequence[Sequence[Trial]]) -> tuple[str, ...]:
-    try:
+    with told_to_the_user(kinds=(RuntimeError,)):
         return passing(shape, everyone)
-    except RuntimeError as problem:
-        raise UserError(one_line(problem)) from problem
 
 
 def attention_agrees(machine: Machine, kind: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ class Texts:
         Raises:
             UserError: ``model`` is given and has another tokenizer, or none.
         """
-        self._tokenizer, self.problem = _find(run, model or _recorded(run))
+        self._tokenizer, self.problem = _find(run, model or run.recorded_checkpoint)
         if model is not None and self._tokenizer is None:
             raise UserError(f"--model {self.problem}")
         self._alone: dict[int, str] = {}
@@ -42,13 +41,6 @@ class Texts:
             text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False) if known else f"<{token}>"
             self._alone[token] = str(text)
         return self._alone[token]
-
-
-def _recorded(run: Run) -> Path:
-    if run.model_path:
-        return Path(run.model_path)
-    path = Path(str(json.loads(run.attributes["model"]).get("_name_or_path") or ""))  # a run of an earlier version
-    return path.parent if path.name == "config.json" else path
 
 
 def _find(run: Run, folder: Path) -> tuple[Any, str]:

@@ -8,6 +8,7 @@ missing or damaged is an error that names it, the document and the layer.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -118,6 +119,14 @@ class Run:
     def model_path(self) -> str:
         """Where the checkpoint was that made it; empty where an older version did not record it."""
         return str(self.attributes.get("model_path", ""))
+
+    @property
+    def recorded_checkpoint(self) -> Path:
+        """The checkpoint folder that made it, as it was called then; of a run of an earlier version, by its config."""
+        if self.model_path:
+            return Path(self.model_path)
+        path = Path(str(json.loads(self.attributes["model"]).get("_name_or_path") or ""))
+        return path.parent if path.name == "config.json" else path
 
     @property
     def kv_dtype(self) -> str | None:
